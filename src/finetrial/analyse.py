@@ -1,0 +1,344 @@
+"""From run records to the summary: effects, intervals, drift, cost, the ledger, the verdicts.
+
+Pure: the study and its planned runs in, `summary.Summary` out; no files and no torch. Which runs count is
+`evidence.py`'s, verdict rules are `claims.py`'s, the ledger `fairness.py`'s, the numbers `stats.py`'s. A
+replicate without a valid score is counted and named, never averaged over and never taken as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from finetrial import claims, stats
+from finetrial.evidence import (
+    LEFT_WAITING,
+    Arm,
+    arm_of,
+    best_trial,
+    drift_of,
+    drift_values,
+    metric_of,
+    run_of_task,
+    trial_score,
+    void_reason,
+)
+from finetrial.fairness import failure_rows, fairness_notes, ledger_row
+from finetrial.plugins import Metric
+from finetrial.records import RunRecord, TaskSpec
+from finetrial.space import Choice, Fixed, Range, Space
+from finetrial.study import Claim, Study
+from finetrial.summary import (
+    ArmCost,
+    ArmSummary,
+    ClaimResult,
+    DimensionSummary,
+    DriftSummary,
+    Interval,
+    LayerDrift,
+    Meta,
+    ReplicatePoint,
+    SearchSummary,
+    Summary,
+    TaskSummary,
+    TrialPoint,
+)
+
+
+def summarise(
+    study: Study, records: Sequence[RunRecord], meta: Meta, *, model_sha256: str | None = None
+) -> Summary:
+    """Every number of the report.
+
+    Args:
+        study: what was asked.
+        records: the planned runs that have begun, in any order, and no others; the control probe, the base
+            measured against itself, is the probe without a method.
+        meta: where and when; copied.
+        model_sha256: hash of the base model's weights.
+
+    Equal studies give equal summaries apart from `cost` and `meta`.
+
+    Raises:
+        PluginError: a task's plug-in does not load.
+    """
+    ordered = sorted(records, key=lambda r: (r.spec.stage, r.spec.arm, r.spec.number))
+    metrics = {task.name: metric_of(task) for task in study.tasks}
+    arms = [arm_of(task, method, metrics[task.name], ordered, study.train.seeds) for task, method in study.arms]
+    tasks = tuple(_task(task, metrics[task.name], ordered) for task in study.tasks)
+    summaries = tuple(_arm_summary(study, arm) for arm in arms)
+    ledger = tuple(
+        ledger_row(
+            study, arm.task, arm.method, arm.trials, arm.replicates,
+            [r for other in arms if other.task.name == arm.task.name for r in other.replicates],
+            summary.search.dimensions,
+        )
+        for arm, summary in zip(arms, summaries, strict=True)
+    )  # fmt: skip
+    best_possible = {name: metric.best for name, metric in metrics.items()}
+    return Summary(
+        study=study.study,
+        study_hash=study.identity(),
+        model=study.model.name,
+        model_revision=study.model.revision,
+        model_sha256=model_sha256,
+        complete=_complete(study, arms, ordered),
+        tasks=tasks,
+        arms=summaries,
+        claims=_claims(study, arms, tasks, ordered),
+        ledger=ledger,
+        fairness_notes=fairness_notes(study, tasks, summaries, ledger, best_possible),
+        failures=failure_rows(ordered),
+        meta=meta,
+    )
+
+
+def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -> bool:
+    """Whether every run of the study has ended for good. An arm without an optimum stops there."""
+    if any(record.outcome in LEFT_WAITING for record in ordered):
+        return False
+    stages = ["baseline", "probe"] if study.measure else ["baseline"]
+    if any(run_of_task(ordered, t.name, stage) is None for t in study.tasks for stage in stages):
+        return False
+    return all(
+        len(arm.trials) == study.search.trials
+        and (best_trial(arm.trials, arm.metric) is None or len(arm.replicates) == study.train.seeds)
+        and (not study.measure or all(r.spec.number in arm.probes for r in arm.valid))
+        for arm in arms
+    )
+
+
+# ---- tasks and arms ------------------------------------------------------------------------------------
+
+
+def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskSummary:
+    run = run_of_task(ordered, task.name, "baseline")
+    result = run.result if run else None
+    baselines: dict[str, dict[str, float]] = {}
+    if result:
+        baselines |= result.measures.get("baselines", {})
+        if "test" in result.scores:
+            baselines["untrained"] = result.scores["test"]
+    control = run_of_task(ordered, task.name, "probe")
+    drift = drift_of(control)
+    layers = drift["layers"] if drift else []
+    return TaskSummary(
+        name=task.name,
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
+        split_rows=result.split_rows if result else {},
+        baselines=baselines,
+        baseline_run=run.spec.run_id if run and result else None,
+        control_drift=tuple(1 - layer["cka"] for layer in layers if layer["cka"] is not None),
+        control_run=control.spec.run_id if control and drift else None,
+    )
+
+
+def _arm_summary(study: Study, arm: Arm) -> ArmSummary:
+    tests = [r.result.scores["test"] for r in arm.valid if r.result]
+    shared = [name for name in (tests[0] if tests else {}) if all(name in test for test in tests)]
+    ended = [r for r in arm.replicates if r.outcome not in LEFT_WAITING]
+    costs = [r.result.cost for r in arm.replicates if r.result and r.outcome == "done"]
+    return ArmSummary(
+        task=arm.task.name,
+        method=arm.method.name,
+        search=_search(study, arm),
+        replicates=tuple(_replicate(r, arm.metric) for r in arm.replicates if r.outcome),
+        test={name: _interval([test[name] for test in tests]) for name in sorted(shared)},
+        failed=sum(r.spec.number in arm.invalid for r in ended),
+        planned=study.train.seeds,
+        drift=_drift_summary(arm),
+        trainable_parameters=costs[0].trainable_parameters if costs else None,
+        total_parameters=costs[0].total_parameters if costs else None,
+        saved_bytes=costs[0].saved_bytes if costs else None,
+        cost=_cost(arm),
+    )
+
+
+def _search(study: Study, arm: Arm) -> SearchSummary:
+    rules = study.search
+    best = best_trial(arm.trials, arm.metric)
+    points = [
+        TrialPoint(
+            run_id=r.spec.run_id,
+            number=r.spec.number,
+            outcome=r.outcome,
+            score=trial_score(r),
+            settings=r.spec.settings,
+            settings_used=r.result.settings_used if r.result else {},
+            startup=rules.sampler == "random" or r.spec.number < rules.startup_trials,
+        )
+        for r in arm.trials
+        if r.outcome
+    ]
+    return SearchSummary(
+        trials=tuple(points),
+        best=best.spec.run_id if best else None,
+        best_score=trial_score(best) if best else None,
+        dimensions=_dimensions(study.spaces[arm.method.name], best),
+        rows=rules.rows,
+    )
+
+
+def _dimensions(space: Space, best: RunRecord | None) -> tuple[DimensionSummary, ...]:
+    found = []
+    for name, dimension in space.items():
+        optimum = best.spec.settings.get(name) if best else None
+        edge = dimension.edge(optimum) if optimum is not None else None
+        match dimension:
+            case Range():
+                shape: dict[str, Any] = {
+                    "low": dimension.low, "high": dimension.high, "log": dimension.log,
+                }  # fmt: skip
+            case Choice():
+                shape = {"choices": dimension.choices}
+            case Fixed():
+                shape = {"choices": (dimension.value,)}
+        found.append(DimensionSummary(name=name, kind=dimension.kind, optimum=optimum, edge=edge, **shape))
+    return tuple(found)
+
+
+def _replicate(record: RunRecord, metric: Metric) -> ReplicatePoint:
+    result = record.result
+    test = result.scores.get("test", {}) if result else {}
+    assert record.outcome is not None
+    return ReplicatePoint(
+        run_id=record.spec.run_id,
+        number=record.spec.number,
+        outcome=record.outcome,
+        void=void_reason(record),
+        score=test.get(metric.name),
+        validation_score=result.score if result else None,
+        test=test,
+        weights_sha256=result.weights_sha256 if result else None,
+        moved={
+            name: group.relative_change
+            for name, group in (result.proof.groups.items() if result and result.proof else ())
+            if group.relative_change is not None
+        },
+    )
+
+
+def _cost(arm: Arm) -> ArmCost | None:
+    """Measured cost of the runs that ended; None while no replicate is done."""
+    search = [r.result.cost for r in arm.trials if r.result]
+    train = [r.result.cost for r in arm.replicates if r.result]
+    whole = [r.result.cost for r in arm.replicates if r.result and r.outcome == "done"]
+    if not whole:
+        return None
+    return ArmCost(
+        search_seconds=math.fsum(c.wall_seconds for c in search),
+        train_seconds=math.fsum(c.wall_seconds for c in train),
+        train_seconds_each=_interval([c.wall_seconds for c in whole]),
+        peak_memory_bytes=max(c.peak_memory_bytes for c in whole),
+        cpu_seconds=math.fsum(c.cpu_seconds for c in (*search, *train)),
+        device=", ".join(sorted({c.device for c in whole})),
+    )
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    return Interval(**stats.mean_interval(values)._asdict())
+
+
+# ---- drift ---------------------------------------------------------------------------------------------
+
+
+def _drift_summary(arm: Arm) -> DriftSummary | None:
+    found = drift_values(arm)
+    if not found:
+        return None
+    drifts = [drift for _, drift in found.values()]
+    neighbours = [drift["neighbour"] for drift in drifts if drift.get("neighbour")]
+    layers = []
+    for index, named in enumerate(drifts[0]["layers"]):
+        cka = [_from_one(drift["layers"][index]["cka"]) for drift in drifts]
+        cosine = [_from_one(drift["layers"][index]["cosine"]) for drift in drifts]
+        known_cka = [value for value in cka if value is not None]
+        known_cosine = [value for value in cosine if value is not None]
+        if not known_cka or not known_cosine:
+            continue  # a layer that does not vary over the rows has no similarity
+        between = [_from_one(neighbour["layers"][index]["cka"]) for neighbour in neighbours]
+        layers.append(
+            LayerDrift(
+                layer=named["layer"],
+                cka=tuple(cka),
+                cosine=tuple(cosine),
+                cka_mean=stats.mean_interval(known_cka).estimate,
+                cosine_mean=stats.mean_interval(known_cosine).estimate,
+                seed_to_seed=tuple(value for value in between if value is not None),
+            )
+        )
+    apart = [n["cka_drift_mean"] for n in neighbours if n["cka_drift_mean"] is not None]
+    return DriftSummary(
+        probe_runs=tuple(probe.spec.run_id for probe, _ in found.values()),
+        replicates=tuple(found),
+        layers=tuple(layers),
+        cka=_interval([drift["cka_drift_mean"] for drift in drifts]),
+        cosine=_interval([drift["cosine_drift_mean"] for drift in drifts]),
+        seed_to_seed=_interval(apart) if apart else None,
+        per_replicate={str(number): drift["cka_drift_mean"] for number, (_, drift) in found.items()},
+    )
+
+
+def _from_one(similarity: float | None) -> float | None:
+    return None if similarity is None else 1 - similarity
+
+
+# ---- claims --------------------------------------------------------------------------------------------
+
+
+def _claims(
+    study: Study, arms: Sequence[Arm], tasks: Sequence[TaskSummary], ordered: Sequence[RunRecord]
+) -> tuple[ClaimResult, ...]:
+    by_name = {(arm.task.name, arm.method.name): arm for arm in arms}
+    cases = []
+    for claim in study.claims:
+        for task in tasks:
+            drift = drift_of(run_of_task(ordered, task.name, "probe"))
+            noise = [abs(1 - n["cka"]) for n in drift["layers"] if n["cka"] is not None] if drift else []
+            cases.append(
+                claims.Case(
+                    claim=claim,
+                    task=task.name,
+                    method=_side(by_name[task.name, claim.method], claim),
+                    reference=_side(by_name[task.name, claim.reference], claim),
+                    higher_is_better=task.higher_is_better,
+                    trivial=_best_trivial(task),
+                    noise=max(noise, default=None),
+                )
+            )
+    return claims.judge(cases)
+
+
+def _side(arm: Arm, claim: Claim) -> claims.Side:
+    values: dict[int, float] = {}
+    run_ids: dict[int, tuple[str, ...]] = {}
+    absent = dict(arm.invalid)
+    drifts = drift_values(arm)
+    for record in arm.valid:
+        number = record.spec.number
+        assert record.result is not None
+        if claim.kind == "within":
+            values[number] = record.result.scores["test"][arm.metric.name]
+            run_ids[number] = (record.spec.run_id,)
+        elif number in drifts:
+            probe, drift = drifts[number]
+            values[number] = drift["cka_drift_mean"]
+            run_ids[number] = (probe.spec.run_id,)
+        else:
+            outcome = arm.probes[number].outcome if number in arm.probes else None
+            failed = outcome not in (*LEFT_WAITING, "done")
+            absent[number] = f"probe {outcome}".replace("_", " ") if failed else "drift not measured"
+    return claims.Side(arm.method.name, values, run_ids, absent)
+
+
+def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:
+    """The best test score that needs no model (so not the untrained one's), and its name."""
+    sign = 1 if task.higher_is_better else -1
+    known = {
+        name: scores[task.metric]
+        for name, scores in task.baselines.items()
+        if name != "untrained" and task.metric in scores
+    }
+    return max(known.items(), key=lambda item: (sign * item[1], item[0]), default=None)

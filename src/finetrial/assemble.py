@@ -1,0 +1,91 @@
+"""From a run's spec to the things it runs on: rows, encoded inputs, the model with its method. Child side.
+
+Everything here is a pure function of the spec and its inputs, so that two processes given one spec hold the
+same tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetrial import models, plugins
+from finetrial.data import cap_rows
+from finetrial.plugins import AttachInput, Feature, Splits
+from finetrial.records import RunSpec, canonical_json
+from finetrial.sources import Location
+from finetrial.store import Home
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A run's rows and plug-ins, and how to build its model (as often as needed, always the same)."""
+
+    spec: RunSpec
+    task: Any
+    task_params: Any
+    splits: Splits
+    location: Location
+    home: Home
+
+    @property
+    def base(self) -> Path:
+        return Path(self.spec.how.base)
+
+    def build_base(self) -> models.Built:
+        """The base model with a fresh head (drawn from the spec's head seed), in fp32 on the CPU."""
+        options = self.task.head.model_options(self.splits, self.task_params)
+        return models.build(
+            self.spec.model, self.location, self.task.head.kind, options, head_seed=self.spec.seeds.head
+        )
+
+    def method(self) -> tuple[Any, Any]:
+        """The method's plug-in and its parameters."""
+        assert self.spec.method is not None, "baseline runs have no method"
+        plugin = plugins.load("methods", self.spec.method.use)
+        return plugin, plugin.Params.model_validate(self.spec.method.params)
+
+    def build_tuned(self) -> tuple[Any, models.Built]:
+        """The model with the method attached (adapters drawn from their own seed), before training."""
+        built = self.build_base()
+        plugin, params = self.method()
+        built.model.requires_grad_(False)
+        torch.manual_seed(self.spec.seeds.adapter)
+        given = AttachInput(built.model, self.task.head.kind, built.head_names)
+        return plugin.attach(given, self.spec.settings, params), built
+
+    def encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
+        return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
+
+
+def open_workbench(spec: RunSpec, home: Home) -> Workbench:
+    """Read the rows (training rows capped as the spec says) and find the model.
+
+    Raises:
+        DataError, ModelError: what the study names is not there or not as it says.
+    """
+    base = Path(spec.how.base)
+    task = plugins.load("tasks", spec.task.use)
+    params = task.Params.model_validate(spec.task.params)
+    splits = task.splits(params, base)
+    if spec.rows is not None:
+        splits = Splits(cap_rows(splits.train, spec.rows), splits.validation, splits.test)
+    location = models.prepare(spec.model, base, home.cache)
+    return Workbench(spec, task, params, splits, location, home)
+
+
+def input_hash(features: Sequence[Feature]) -> str:
+    """SHA-256 of the encoded inputs: equal hashes mean that two runs saw the same token ids and labels."""
+    digest = hashlib.sha256()
+    for feature in features:
+        digest.update(canonical_json([feature.input_ids, feature.token_type_ids, feature.labels]).encode())
+    return digest.hexdigest()
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

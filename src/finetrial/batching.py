@@ -1,0 +1,83 @@
+"""Batches: which inputs belong together, in which order, and how they become tensors.
+
+The order is a pure function of (seed, epoch), so a position in the data is a number and resuming needs no
+state. Inputs of similar length are grouped and padded to their own longest row, never to a maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetrial.plugins import Feature
+
+# Length grouping sorts within blocks of this many batches: enough to leave little padding, small enough
+# that the composition of batches stays random.
+GROUPED_BATCHES = 50
+# Non-padding budget of an evaluation batch, in tokens; bounded so that long inputs cannot exhaust memory.
+EVALUATION_TOKENS = 8192
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: every input once, grouped by length, in seeded order; the last may be short."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    block = batch_size * GROUPED_BATCHES
+    batches: list[list[int]] = []
+    for start in range(0, len(order), block):
+        chunk = sorted(order[start : start + block].tolist(), key=lambda i: (-lengths[i], i))
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    # The only batch that may be short stays the last, so that every full step has batch_size rows.
+    short = [batch for batch in batches if len(batch) < batch_size]
+    full = [batch for batch in batches if len(batch) == batch_size]
+    return [full[i] for i in rng.permutation(len(full))] + short
+
+
+def evaluation_batches(lengths: Sequence[int], budget: int = EVALUATION_TOKENS) -> list[list[int]]:
+    """Batches in order of length, each of at most `budget` tokens including padding."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """Tensors of some inputs, padded on the right to the longest of them.
+
+    `input_ids`, `attention_mask`, `token_type_ids` (if the inputs have them), `pool_mask` (1 on the text's
+    own tokens) are [inputs, length]; every label is [inputs], int64.
+    """
+    length = max(len(feature.input_ids) for feature in features)
+    shape = (len(features), length)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "pool_mask": torch.zeros(shape, dtype=torch.int64),
+    }
+    if features[0].token_type_ids is not None:
+        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
+    for row, feature in enumerate(features):
+        count = len(feature.input_ids)
+        batch["input_ids"][row, :count] = torch.tensor(feature.input_ids)
+        batch["attention_mask"][row, :count] = 1
+        batch["pool_mask"][row, feature.content[0] : feature.content[1]] = 1
+        if feature.token_type_ids is not None:
+            batch["token_type_ids"][row, :count] = torch.tensor(feature.token_type_ids)
+    for name in features[0].labels:
+        batch[name] = torch.tensor([feature.labels[name] for feature in features])
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a batch that a model's forward takes."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -1,0 +1,428 @@
+"""Rows from files or the Hub, and their splits: read as the study says, or refused with the reason.
+
+Not for what a row means (tasks and heads) and not for tokens. Torch-free; pyarrow and datasets are imported
+where they are used. Nothing is dropped in silence: a row that cannot be used is an error that names it.
+
+Splitting and capping are pure functions of the rows and a seed. `SPLIT_SEED` is the seed unless a study says
+otherwise, so that everybody who names the same files gets the same splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from finetrial.errors import DataError
+from finetrial.plugins import Example, Splits
+from finetrial.records import Frozen
+
+SPLIT_SEED = 20181
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ROLES = ("train", "validation", "test")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class DataSource(Frozen):
+    """Where a task's rows come from: a Hub data set, or local files.
+
+    In a study file either a Hub name, `data: rajpurkar/squad_v2`, or a mapping:
+
+        data: {hub: nyu-mll/glue, config: sst2, revision: <commit>}
+        data: {train: train.jsonl, test: [dev1.csv, dev2.csv], columns: {text: sentence}}
+
+    Local paths are relative to the study file's folder and may use `~`, `${NAME}` and `${NAME:-default}`;
+    the suffix tells the format. With `hub`, `train`, `validation` and `test` name its splits. `columns` maps
+    the task's column names to those of the data.
+    """
+
+    hub: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train: list[str] | None = Field(default=None, min_length=1)
+    validation: list[str] | None = Field(default=None, min_length=1)
+    test: list[str] | None = Field(default=None, min_length=1)
+    columns: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value.endswith(SUFFIXES) or value.startswith((".", "/", "~", "$")):
+                raise ValueError(f"{value!r} is a path; name its role, e.g. {{train: {value}, test: ...}}")
+            return {"hub": value}
+        if isinstance(value, dict):
+            return {k: [v] if k in ROLES and isinstance(v, str) else v for k, v in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataSource:
+        if self.hub is None and self.train is None:
+            raise ValueError("neither hub nor train is given; name a Hub data set or a file of training rows")
+        if self.hub is None and (self.config is not None or self.revision is not None):
+            raise ValueError("config and revision belong to a Hub data set; leave them out for local files")
+        return self
+
+    def named(self, role: str) -> list[str]:
+        """The files or Hub splits given for a role; empty if none are."""
+        return getattr(self, role) or []
+
+
+class Row(NamedTuple):
+    """One row as read. `where` says where it stands, for messages and for its id."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def files(source: DataSource, base: Path) -> list[Path]:
+    """The local files of a source, in order of role; none for the Hub.
+
+    Raises:
+        DataError: a path uses an unset variable, names no file, or serves two roles.
+    """
+    if source.hub is not None:
+        return []
+    found: dict[Path, str] = {}
+    for role in ROLES:
+        for name in source.named(role):
+            path = locate(name, base)
+            if path in found:
+                raise DataError(f"{path} is given as {found[path]} and as {role}; a row may serve one split only")
+            found[path] = role
+    return list(found)
+
+
+def locate(name: str, base: Path) -> Path:
+    """The existing file that a study file's path stands for. Raises DataError."""
+
+    def variable(match: re.Match[str]) -> str:
+        key, default = match.groups()
+        value = os.environ.get(key) or default
+        if value is None:
+            raise DataError(
+                f"{name}: the environment variable {key} is not set; set it (export {key}=/path/to/data) or "
+                f"give a default in the study file (${{{key}:-../data}})"
+            )
+        return value
+
+    path = (base / Path(_VARIABLE.sub(variable, name)).expanduser()).resolve()
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} has no known format; use one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"paths are relative to the study file's folder, {base}"
+        raise DataError(f"{path} is not there; {hint}")
+    return path
+
+
+def load(
+    source: DataSource, base: Path, *, hidden: Callable[[dict[str, Any]], bool] = lambda values: False
+) -> dict[str, list[Row]]:
+    """The rows of each role that the source has: `train`, and `validation` and `test` where given.
+
+    Roles that are named are taken as named. A Hub data set whose roles are not named gives `train`, and as
+    test its `test` split, or, where that is missing or all its labels are `hidden` (as GLUE's are), its
+    `validation` split.
+
+    Raises:
+        DataError: a file or data set cannot be read as the study says.
+    """
+    if source.hub is None:
+        files(source, base)
+        return {
+            role: [row for name in source.named(role) for row in read(locate(name, base), name)]
+            for role in ROLES
+            if source.named(role)
+        }
+    there = _hub_splits(source)
+    given = {role: source.named(role) for role in ROLES if source.named(role)}
+    unknown = [name for names in given.values() for name in names if name not in there]
+    if unknown or ("train" not in there and "train" not in given):
+        raise DataError(f"{source.hub} has no split {(unknown or ['train'])[0]!r}; it has {', '.join(there)}")
+    taken = {name for names in given.values() for name in names}
+    free = [name for name in there if name not in taken]
+    rows: dict[str, list[Row]] = {}
+    if "test" not in given and "test" in free:
+        candidate = _hub_rows(source, "test")
+        if not all(hidden(row.values) for row in candidate):
+            rows["test"] = candidate
+    if "test" not in given and "test" not in rows and "validation" in free:
+        given["test"] = ["validation"]
+        free.remove("validation")
+    given.setdefault("train", ["train"])
+    if "validation" not in given and "validation" in free:
+        given["validation"] = ["validation"]
+    for role, names in given.items():
+        rows[role] = [row for name in names for row in _hub_rows(source, name)]
+    return rows
+
+
+def read(path: Path, name: str) -> list[Row]:
+    """The rows of one file, by its suffix: .json (a list of objects, or SQuAD's form), .jsonl, .csv (quoted
+    as RFC 4180 says), .tsv (no quoting, as GLUE's), .parquet. CSV and TSV values stay text.
+
+    Raises:
+        DataError: the file does not hold that format, or no row.
+    """
+    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet}
+    try:
+        rows = [Row(f"{name} {at}", values) for at, values in reader[path.suffix](path)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}; mend that line") from error
+    if not rows:
+        raise DataError(f"{path} has no rows; check that it is the file you mean")
+    return rows
+
+
+def take(row: Row, ours: str, columns: dict[str, str]) -> Any:
+    """A row's value of the task's column `ours`. Raises DataError, which names the nearest column there is."""
+    theirs = columns.get(ours, ours)
+    if theirs in row.values:
+        return row.values[theirs]
+    near = difflib.get_close_matches(theirs, row.values, n=1)
+    there = f"the nearest is {near[0]!r}" if near else f"it has {', '.join(map(repr, row.values)) or 'none'}"
+    guess = near[0] if near else "<column of your data>"
+    raise DataError(f"{row.where} has no column {theirs!r}; {there}. Write columns: {{{ours}: {guess}}}")
+
+
+def take_text(row: Row, ours: str, columns: dict[str, str]) -> str:
+    """As `take`, for a column that has to be text (it may be empty)."""
+    value = take(row, ours, columns)
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: {columns.get(ours, ours)} is {value!r}, not text; mend the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row.where}: {columns.get(ours, ours)} holds half a character; mend it") from error
+    return value
+
+
+def check_columns(source: DataSource, known: Sequence[str]) -> None:
+    """Refuse a column map that names a column which the task does not have. Raises DataError."""
+    for ours in source.columns:
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"this task has {', '.join(known)}"
+            raise DataError(f"columns.{ours}: the task has no such column; {hint}")
+
+
+def cap_rows(
+    rows: Sequence[Example], count: int | None, label_key: str | None = None, *, seed: int = SPLIT_SEED
+) -> list[Example]:
+    """A random subset of `count` rows (None: all) in their own order; a larger count only adds rows.
+
+    With `label_key` every prefix holds the labels in about the proportions of the whole.
+    """
+    if count is None or count >= len(rows):
+        return list(rows)
+    return [rows[place] for place in sorted(_mixed(rows, label_key, seed)[:count])]
+
+
+def stratified_split(
+    rows: Sequence[Example], label_key: str, share: float, *, seed: int = SPLIT_SEED
+) -> tuple[list[Example], list[Example]]:
+    """(rest, held out): a random `share` of the rows, with the labels in the proportions of the whole.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise DataError(f"{share:g} of {len(rows)} rows is {count}; give more rows, or name a file for the split")
+    held = set(_mixed(rows, label_key, seed)[:count])
+    return (
+        [row for place, row in enumerate(rows) if place not in held],
+        [row for place, row in enumerate(rows) if place in held],
+    )
+
+
+def group_split(
+    rows: Sequence[Example], group_key: str, share: float, *, seed: int = SPLIT_SEED
+) -> tuple[list[Example], list[Example]]:
+    """(rest, held out): whole groups of rows, in random order, as near to `share` of the rows as they allow.
+
+    Raises:
+        DataError: there are fewer than two groups.
+    """
+    sizes: dict[Any, int] = {}
+    for row in rows:
+        sizes[row[group_key]] = sizes.get(row[group_key], 0) + 1
+    if len(sizes) < 2:
+        raise DataError(
+            f"all {len(rows)} rows have the same {group_key}, and splits share none; name a file for each split"
+        )
+    names = list(sizes)
+    order = [names[place] for place in _generator(seed).permutation(len(names))]
+    wanted, count = share * len(rows), 0
+    held: set[Any] = set()
+    for name in order[:-1]:
+        if not held or abs(count + sizes[name] - wanted) < abs(count - wanted):
+            held.add(name)
+            count += sizes[name]
+    return [r for r in rows if r[group_key] not in held], [r for r in rows if r[group_key] in held]
+
+
+def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
+    """The splits, if no id occurs twice and, with `group_key`, no group in two of them. Raises DataError."""
+    ids: dict[Any, str] = {}
+    groups: dict[Any, str] = {}
+    for role in ROLES:
+        rows = getattr(splits, role)
+        if not rows:
+            raise DataError(f"the {role} split is empty; give it rows")
+        for row in rows:
+            if row["id"] in ids:
+                raise DataError(f"the id {row['id']!r} is in {ids[row['id']]} and in {role}; ids must be unique")
+            ids[row["id"]] = role
+            if group_key and groups.setdefault(row[group_key], role) != role:
+                raise DataError(
+                    f"the {group_key} {str(row[group_key])[:60]!r} is in {groups[row[group_key]]} and in {role}; "
+                    f"a {group_key} may serve one split only. Move its rows, or name train and test alone"
+                )
+    return splits
+
+
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def _mixed(rows: Sequence[Example], label_key: str | None, seed: int) -> list[int]:
+    """All row numbers in a random order whose every prefix has about the same share of each label."""
+    order = [int(place) for place in _generator(seed).permutation(len(rows))]
+    if label_key is None:
+        return order
+    of_label: dict[Any, list[int]] = {}
+    for place in order:
+        of_label.setdefault(rows[place][label_key], []).append(place)
+    rank = {place: n for n, place in enumerate(order)}
+    position = {p: (n + 0.5) / len(group) for group in of_label.values() for n, p in enumerate(group)}
+    return sorted(order, key=lambda place: (position[place], rank[place]))
+
+
+def _json(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        yield from _squad(path, whole["data"])
+    elif isinstance(whole, list):
+        yield from ((f"row {n}", _object(path, f"row {n}", value)) for n, value in enumerate(whole, start=1))
+    else:
+        raise DataError(f"{path} is neither a list of objects nor SQuAD's form ({{data: [articles]}})")
+
+
+def _jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue  # a blank line holds no row
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} line {number} is not JSON: {error.msg}; mend that line") from error
+            yield f"line {number}", _object(path, f"line {number}", value)
+
+
+def _object(path: Path, at: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{path} {at} is not an object like {{\"text\": ..., \"label\": ...}}; mend it")
+    return value
+
+
+def _squad(path: Path, articles: list[Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """One row per question of SQuAD's nested form, with the columns of the Hub's flat form."""
+    for number, article in enumerate(articles, start=1):
+        at = f"article {number}"
+        try:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    at = f"question {question['id']}"
+                    golds = question.get("answers", [])
+                    yield at, {
+                        "id": question["id"],
+                        "title": article.get("title", f"article {number}"),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": {key: [gold[key] for gold in golds] for key in ("text", "answer_start")},
+                    }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} {at} is not in SQuAD's form: {error!r} is missing or wrong") from error
+
+
+def _delimited(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import csv as arrow_csv
+
+    tabs = path.suffix == ".tsv"
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+        header = next(csv.reader(lines, **style), [])
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has the column {twice[0]!r} twice; rename one")
+    try:
+        table = arrow_csv.read_csv(
+            path,
+            parse_options=arrow_csv.ParseOptions(
+                delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+            ),
+            # Text stays text: no number, date or missing value is guessed from how a cell looks.
+            convert_options=arrow_csv.ConvertOptions(
+                column_types=dict.fromkeys(header, pyarrow.string()), strings_can_be_null=False
+            ),
+        )
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not {'TSV' if tabs else 'CSV'}: {error}; mend that row") from error
+    yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
+
+
+def _parquet(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not Parquet: {error}") from error
+    yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
+
+
+def _hub_splits(source: DataSource) -> list[str]:
+    import datasets
+
+    return _from_hub(
+        source,
+        lambda: datasets.get_dataset_split_names(source.hub, source.config, revision=source.revision),
+    )
+
+
+def _hub_rows(source: DataSource, split: str) -> list[Row]:
+    import datasets
+
+    found = _from_hub(
+        source,
+        lambda: datasets.load_dataset(source.hub, source.config, revision=source.revision, split=split),
+    )
+    return [Row(f"{source.hub} {split} row {n}", dict(values)) for n, values in enumerate(found, start=1)]
+
+
+def _from_hub(source: DataSource, ask: Callable[[], Any]) -> Any:
+    # ValueError and RuntimeError: an unknown config or split, or a data set that needs a script to load.
+    try:
+        return ask()
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"{source.hub} (config {source.config})" if source.config else source.hub
+        raise DataError(
+            f"the data set {what} cannot be read: {error}. Check name, config and revision; without a network, "
+            f"give local files (data: {{train: ..., test: ...}})"
+        ) from error

@@ -1,0 +1,1 @@
+"""One file per engine: where a run's process lives."""

@@ -1,0 +1,120 @@
+"""Which of a study's planned runs count, and what each of them stands for.
+
+Pure: run records in, arms out. Not for numbers over several runs (`analyse.py`, `stats.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetrial.plugins import Metric, load
+from finetrial.records import MethodSpec, RunRecord, TaskSpec, canonical_json
+
+ENDED_WELL = ("done", "diverged")
+LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
+NOT_FINISHED = "not finished"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's runs, each stage by number, and which planned replicates have no valid score and why."""
+
+    task: TaskSpec
+    method: MethodSpec
+    metric: Metric
+    trials: Sequence[RunRecord]
+    replicates: Sequence[RunRecord]
+    probes: Mapping[int, RunRecord]  # by the replicate number that is measured
+    invalid: Mapping[int, str]
+
+    @property
+    def valid(self) -> list[RunRecord]:
+        return [r for r in self.replicates if r.spec.number not in self.invalid]
+
+
+def metric_of(task: TaskSpec) -> Metric:
+    """What a task is judged by; a plug-in whose metric depends on its parameters has `metric_for`.
+
+    Raises:
+        PluginError: the plug-in does not load.
+    """
+    plugin = load("tasks", task.use)
+    if hasattr(plugin, "metric_for"):
+        return plugin.metric_for(plugin.Params.model_validate_json(canonical_json(task.params)))
+    return plugin.metric
+
+
+def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:
+    """The finished trial with the best validation score; among equals the lowest number."""
+    sign = -1.0 if metric.higher_is_better else 1.0
+    scored = [(sign * score, r) for r in trials if (score := trial_score(r)) is not None]
+    return min(scored, key=lambda item: (item[0], item[1].spec.number), default=(0, None))[1]
+
+
+def trial_score(record: RunRecord) -> float | None:
+    """A finished trial's score on validation."""
+    if record.outcome != "done" or record.result is None or record.result.score is None:
+        return None
+    return record.result.score if math.isfinite(record.result.score) else None
+
+
+def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence[RunRecord], seeds: int) -> Arm:
+    """The arm's runs among `records` (in order of number), with `seeds` replicates planned."""
+    mine = [r for r in records if r.spec.method and r.spec.arm == f"{task.name}/{method.name}"]
+    replicates = [r for r in mine if r.spec.stage == "replicate"]
+    reasons: dict[int, str | None] = dict.fromkeys(range(seeds), NOT_FINISHED)
+    reasons |= {r.spec.number: _why_invalid(r, metric) for r in replicates}
+    return Arm(
+        task=task,
+        method=method,
+        metric=metric,
+        trials=[r for r in mine if r.spec.stage == "trial"],
+        replicates=replicates,
+        probes={r.spec.number: r for r in mine if r.spec.stage == "probe"},
+        invalid={number: why for number, why in reasons.items() if why},
+    )
+
+
+def _why_invalid(record: RunRecord, metric: Metric) -> str | None:
+    """Why a replicate has no valid score on test, or None."""
+    if record.outcome != "done" or record.result is None:
+        return (record.outcome or NOT_FINISHED).replace("_", " ")
+    if void := void_reason(record):
+        return f"void, {void}"
+    if metric.name not in record.result.scores.get("test", {}):
+        return f"no {metric.name} on test"
+    return None
+
+
+def void_reason(record: RunRecord) -> str | None:
+    """Why a finished run does not count as trained; a run without proof has proven nothing."""
+    if record.outcome != "done" or record.result is None:
+        return None
+    return record.result.proof.void if record.result.proof else "no proof of training"
+
+
+def run_of_task(ordered: Sequence[RunRecord], task: str, stage: str) -> RunRecord | None:
+    """The task's one run without a method: its baseline run, or its control probe."""
+    for r in ordered:
+        if r.spec.method is None and r.spec.task.name == task and r.spec.stage == stage:
+            return r
+    return None
+
+
+def drift_of(probe: RunRecord | None) -> dict[str, Any] | None:
+    """What the drift probe measured, if it did."""
+    return probe.result.measures.get("drift") if probe and probe.result else None
+
+
+def drift_values(arm: Arm) -> dict[int, tuple[RunRecord, dict[str, Any]]]:
+    """Replicate number -> its probe and what it measured; of valid replicates alone."""
+    found = {}
+    for replicate in arm.valid:
+        number = replicate.spec.number
+        drift = drift_of(arm.probes.get(number))
+        if drift and drift["cka_drift_mean"] is not None and drift["cosine_drift_mean"] is not None:
+            found[number] = (arm.probes[number], drift)
+    return found

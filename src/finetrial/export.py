@@ -1,0 +1,78 @@
+"""The exported optimum of an arm: `best/<task>.<method>.yaml`, written by the search, read by the training.
+
+Typed and versioned, with the range that was searched and a flag where the optimum lies on its edge.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from finetrial import files, strict_yaml
+from finetrial.errors import HomeError
+from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, Setting
+from finetrial.space import Space
+from finetrial.store import Home
+
+HEADER = """\
+# The optimum of this arm: the trial with the best validation score. Written by `finetrial run`; the training
+# phase reads `settings` from here. `edges` names settings within 5 % of the end of their range: the optimum
+# may lie outside it, so widen the range and search again.
+"""
+
+
+class Optimum(Frozen):
+    """What the search found for one arm."""
+
+    schema_version: int = SCHEMA_VERSION
+    study: str
+    task: str
+    method: str
+    settings: dict[str, Setting]
+    metric: str
+    score: float  # on validation
+    trial: int
+    run_id: str
+    trials: int
+    rows: int | None  # training rows per trial; None: all
+    searched: dict[str, Any]  # setting -> the range or choices it was drawn from
+    edges: dict[str, Literal["low", "high"]]
+
+
+def optimum(record: RunRecord, space: Space, *, metric: str, trials: int) -> Optimum:
+    """The export of an arm's best trial."""
+    assert record.result is not None
+    assert record.result.score is not None
+    assert record.spec.method is not None
+    spec = record.spec
+    edges = {name: edge for name in space if (edge := space[name].edge(spec.settings[name]))}
+    return Optimum(
+        study=spec.study, task=spec.task.name, method=record.spec.method.name, settings=spec.settings,
+        metric=metric, score=record.result.score, trial=spec.number, run_id=spec.run_id, trials=trials,
+        rows=spec.rows, edges=edges,
+        searched={name: space[name].model_dump(mode="json") for name in space if space[name].kind != "fixed"},
+    )  # fmt: skip
+
+
+def write(home: Home, found: Optimum) -> None:
+    body = yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    path = home.best_file(found.task, found.method)
+    if not path.exists() or path.read_text(encoding="utf-8") != HEADER + body:
+        files.write_text(path, HEADER + body)
+
+
+def read(home: Home, task: str, method: str) -> Optimum:
+    """The optimum that the training phase uses.
+
+    Raises:
+        HomeError: the file is not what the search wrote; the message says how to get it back.
+    """
+    path = home.best_file(task, method)
+    value, _, problems = strict_yaml.parse(path.read_text(encoding="utf-8"))
+    try:
+        return Optimum.model_validate(value)
+    except ValidationError as error:
+        first = problems[0] if problems else error.errors()[0]["msg"]
+        raise HomeError(f"{path} cannot be read: {first}; delete it and run again to export it anew") from None

@@ -1,0 +1,224 @@
+"""The fairness ledger: what every arm was given and used, which rules were broken, what failed.
+
+Pure: run records and summaries in, rows and sentences out. Not for verdicts (`claims.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from finetrial.evidence import ENDED_WELL, LEFT_WAITING
+from finetrial.records import MethodSpec, RunRecord, Setting, TaskSpec
+from finetrial.space import Choice, Dimension, Range
+from finetrial.study import Study
+from finetrial.summary import (
+    ArmSummary,
+    DimensionSummary,
+    FailureRow,
+    LedgerRow,
+    TaskSummary,
+)
+
+
+def ledger_row(
+    study: Study,
+    task: TaskSpec,
+    method: MethodSpec,
+    trials: Sequence[RunRecord],
+    replicates: Sequence[RunRecord],
+    task_replicates: Sequence[RunRecord],
+    dimensions: Sequence[DimensionSummary],
+) -> LedgerRow:
+    """One arm's row. `task_replicates` are those of all the task's arms, to compare their streams."""
+    seeds_of: dict[int, set[str]] = {}
+    for record in task_replicates:
+        seeds_of.setdefault(record.spec.number, set()).add(record.spec.seeds.model_dump_json())
+    return LedgerRow(
+        task=task.name,
+        method=method.name,
+        trials_planned=study.search.trials,
+        trials_done=_count(trials, "done"),
+        trials_diverged=_count(trials, "diverged"),
+        trials_failed=_failed(trials),
+        replicates_planned=study.train.seeds,
+        replicates_done=_count(replicates, "done"),
+        replicates_diverged=_count(replicates, "diverged"),
+        replicates_failed=_failed(replicates),
+        attempts=sum(len(record.attempts) for record in (*trials, *replicates)),
+        search_steps=_trained(trials, "steps"),
+        search_tokens=_trained(trials, "tokens"),
+        search_flops=_flops(trials),
+        train_steps=_trained(replicates, "steps"),
+        train_tokens=_trained(replicates, "tokens"),
+        train_flops=_flops(replicates),
+        train_rows=_rows(replicates, study.train.rows),
+        learning_rate_decades=decades(study.spaces[method.name].get("learning_rate")),
+        edge_flags=tuple(f"{d.name}: {d.edge}" for d in dimensions if d.edge),
+        shared_streams=all(len(seeds_of[record.spec.number]) == 1 for record in replicates),
+    )
+
+
+def failure_rows(records: Sequence[RunRecord]) -> tuple[FailureRow, ...]:
+    """Every run that ended and is not done, with its reason; in the order of the records."""
+    rows = []
+    for record in records:
+        if record.outcome in (None, "done"):
+            continue
+        reason = record.failure.reason if record.failure else None
+        if record.result:
+            reason = record.result.reason
+        rows.append(
+            FailureRow(
+                run_id=record.spec.run_id,
+                arm=record.spec.arm,
+                kind=record.outcome,
+                reason=reason or "no reason was recorded",
+                attempts=len(record.attempts),
+            )
+        )
+    return tuple(rows)
+
+
+def decades(dimension: Dimension | None) -> float | None:
+    """How many powers of ten a searched learning rate spans; None where it is not searched."""
+    if isinstance(dimension, Range):
+        return math.log10(dimension.high / dimension.low) if dimension.low > 0 else None
+    if isinstance(dimension, Choice):
+        numbers = [float(c) for c in dimension.choices if isinstance(c, int | float)]
+        if len(numbers) == len(dimension.choices) and min(numbers) > 0:
+            return math.log10(max(numbers) / min(numbers))
+    return None
+
+
+def fairness_notes(
+    study: Study,
+    tasks: Sequence[TaskSummary],
+    arms: Sequence[ArmSummary],
+    ledger: Sequence[LedgerRow],
+    best_possible: Mapping[str, float],
+) -> tuple[str, ...]:
+    """Rules that were broken and what a reader should know, one sentence each.
+
+    `best_possible`: task name -> the best value that its metric can take.
+    """
+    notes = _study_notes(study, ledger)
+    for task in tasks:
+        mine = [arm for arm in arms if arm.task == task.name]
+        rows = [row for row in ledger if row.task == task.name]
+        notes += _task_notes(task, rows)
+        for arm, row in zip(mine, rows, strict=True):
+            notes += _arm_notes(task, arm, row, best_possible[task.name])
+    return tuple(notes)
+
+
+def _study_notes(study: Study, ledger: Sequence[LedgerRow]) -> list[str]:
+    notes = []
+    widths = {row.method: row.learning_rate_decades for row in ledger}
+    known = [width for width in widths.values() if width is not None]
+    if known and (len(known) < len(widths) or max(known) - min(known) > 0.01):
+        said = ", ".join(
+            f"{name} {f'{width:.3g} decades' if width is not None else 'not searched'}"
+            for name, width in widths.items()
+        )
+        notes.append(f"learning-rate ranges are not equally wide: {said}")
+    if study.search.rows is not None and study.search.rows != study.train.rows:
+        full = "all" if study.train.rows is None else f"{study.train.rows:,}"
+        notes.append(
+            f"trials trained on {study.search.rows:,} rows and replicates on {full}; the best "
+            f"settings may differ between the two"
+        )
+    return notes
+
+
+def _task_notes(task: TaskSummary, rows: Sequence[LedgerRow]) -> list[str]:
+    notes = []
+    for what, counts, planned in (
+        ("trials", {row.method: row.trials_done for row in rows}, rows[0].trials_planned),
+        (
+            "replicates",
+            {row.method: row.replicates_done for row in rows},
+            rows[0].replicates_planned,
+        ),
+    ):
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{name} {count}" for name, count in counts.items())
+            notes.append(f"{task.name}: unequal numbers of {what} done, of {planned} each: {said}")
+    if not all(row.shared_streams for row in rows):
+        notes.append(
+            f"{task.name}: replicates of the same number did not share their random streams, so "
+            f"pairing removes less noise than it should"
+        )
+    drifted = [abs(value) for value in task.control_drift if value != 0]
+    if drifted:
+        notes.append(
+            f"{task.name}: the base measured against itself drifts by up to {max(drifted):.2g} "
+            f"instead of 0; differences of that size are numeric noise"
+        )
+    return notes
+
+
+def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible: float) -> list[str]:
+    name = f"{arm.task}/{arm.method}"
+    notes = [
+        f"{name}: the best {d.name}, {float(d.optimum):.3g}, lies within 5 % of the {d.edge} end "
+        f"of its range ({d.low:.3g} to {d.high:.3g}); widen the range and search again"
+        for d in arm.search.dimensions
+        if d.edge and d.low is not None and d.high is not None and d.optimum is not None
+    ]
+    if arm.search.best_score is not None and arm.search.best_score == best_possible:
+        notes.append(
+            f"{name}: the best trial reaches the best possible {task.metric} ({best_possible:g}); a "
+            f"saturated metric cannot tell settings or methods apart"
+        )
+    ignored = sorted(
+        {
+            key
+            for trial in arm.search.trials
+            for key in set(trial.settings) & set(trial.settings_used)
+            if not _same(trial.settings[key], trial.settings_used[key])
+        }
+    )
+    if ignored:
+        notes.append(f"{name}: trials did not use the proposed {', '.join(ignored)}")
+    void = [f"{point.number} ({point.void})" for point in arm.replicates if point.void]
+    if void:
+        notes.append(f"{name}: void replicates: {', '.join(void)}")
+    lost = row.replicates_diverged + row.replicates_failed
+    if lost:
+        notes.append(
+            f"{name}: {lost} of {row.replicates_planned} replicates gave no score "
+            f"({row.replicates_diverged} diverged, {row.replicates_failed} failed); means are over the rest"
+        )
+    return notes
+
+
+def _same(wanted: Setting, used: Setting) -> bool:
+    if isinstance(wanted, int | float) and isinstance(used, int | float):
+        return math.isclose(wanted, used, rel_tol=1e-6, abs_tol=1e-12)
+    return wanted == used
+
+
+def _count(records: Sequence[RunRecord], outcome: str) -> int:
+    return sum(record.outcome == outcome for record in records)
+
+
+def _failed(records: Sequence[RunRecord]) -> int:
+    return sum(record.outcome not in (*ENDED_WELL, *LEFT_WAITING) for record in records)
+
+
+def _trained(records: Sequence[RunRecord], field: str) -> int:
+    trainings = [record.result.training for record in records if record.result]
+    return sum(getattr(training, field) for training in trainings if training)
+
+
+def _flops(records: Sequence[RunRecord]) -> float:
+    return math.fsum(record.result.cost.flops for record in records if record.result)
+
+
+def _rows(replicates: Sequence[RunRecord], planned: int | None) -> int | None:
+    """Training rows of a replicate as counted in its run, or as planned (None: all)."""
+    for record in replicates:
+        if record.result and record.result.training:
+            return record.result.training.rows
+    return planned

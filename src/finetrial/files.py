@@ -1,0 +1,116 @@
+"""Durable writes: after a crash at any moment a file is the old one or the new one, whole.
+
+The order is the one that survives a power cut: temporary file in the same folder, fsync, `os.replace`,
+fsync of the folder. A folder of several files is committed by a manifest, written last, that holds every
+file's size and SHA-256, because a flipped bit loads silently from safetensors files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably; the folder is made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON; NaN and infinity are refused, never written as something else."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append one record and flush it to the operating system, so that a killed process loses none."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a torn last line (a kill in mid-write) is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Make a filled temporary folder the final one: sync its files, write the manifest, rename.
+
+    An existing final folder is replaced; a crash in between leaves the old one, none, or the new one, and
+    only a folder whose manifest holds is ever read.
+    """
+    manifest = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        name = path.relative_to(temporary).as_posix()
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(temporary / MANIFEST, manifest)
+    if final.exists():
+        aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
+        final.rename(aside)
+        temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a committed folder, in words, or None if its manifest holds."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "its manifest is missing"
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read: {error}"
+    for name, facts in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
+        if sha256_file(path) != facts["sha256"]:
+            return f"{name} does not have the SHA-256 that its manifest states"
+    return None

@@ -1,0 +1,1 @@
+"""How a kind of task meets a model: encoding, loss, predictions, scores. Tasks pick one."""

@@ -1,0 +1,120 @@
+"""Who works on a run: a lease with a heartbeat across machines, a lock that dies with its process on one.
+
+A lease on this host is stale as soon as its process is gone (process id and start time must both match, so
+that a recycled id is not taken for it); one of another host when its heartbeat is older than STALE_SECONDS.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+from pydantic import ValidationError
+
+from finetrial import files
+from finetrial.records import SCHEMA_VERSION, Frozen
+
+# A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
+STALE_SECONDS = 60.0
+
+
+class Lease(Frozen):
+    """Who holds a run, since when, and when it last said so (seconds since the epoch)."""
+
+    schema_version: int = SCHEMA_VERSION
+    token: str
+    host: str
+    pid: int
+    process_started_at: float
+    renewed_at: float
+
+
+def claim(path: Path) -> Lease | None:
+    """A new lease on the run, or None while another holder's is live."""
+    held = read(path)
+    if held is not None and not is_stale(held):
+        return None
+    lease = _mine(uuid.uuid4().hex)
+    files.write_text(path, lease.model_dump_json() + "\n")
+    return lease
+
+
+def renew(path: Path, lease: Lease) -> bool:
+    """Say that the holder is alive; False if the lease has been taken over."""
+    held = read(path)
+    if held is None or held.token != lease.token:
+        return False
+    files.write_text(path, _mine(lease.token).model_dump_json() + "\n")
+    return True
+
+
+def release(path: Path, lease: Lease) -> None:
+    held = read(path)
+    if held is not None and held.token == lease.token:
+        path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Lease | None:
+    """The lease in a file; None if there is none or it is unreadable (then nobody can renew it)."""
+    try:
+        return Lease.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def is_stale(lease: Lease) -> bool:
+    if lease.host == socket.gethostname():
+        try:
+            started_at = psutil.Process(lease.pid).create_time()
+        except psutil.NoSuchProcess:
+            return True
+        return abs(started_at - lease.process_started_at) > 1.0
+    return time.time() - lease.renewed_at > STALE_SECONDS
+
+
+def _mine(token: str) -> Lease:
+    me = psutil.Process()
+    return Lease(
+        token=token,
+        host=socket.gethostname(),
+        pid=me.pid,
+        process_started_at=me.create_time(),
+        renewed_at=time.time(),
+    )
+
+
+class FileLock:
+    """An exclusive lock on this machine that the kernel frees when its process dies, however it dies."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self, *, wait_seconds: float = 0.0) -> int | None:
+        """Take the lock: None when it is ours, else the process id that holds it."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    holder = os.pread(descriptor, 32, 0).decode().strip()
+                    os.close(descriptor)
+                    return int(holder) if holder.isdigit() else -1
+                time.sleep(0.05)
+            else:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                self._descriptor = descriptor
+                return None
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

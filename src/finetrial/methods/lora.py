@@ -1,0 +1,82 @@
+"""LoRA: low-rank adapters beside frozen linear layers, through PEFT; the task's head is trained whole.
+
+Source: Hu et al. 2021 (arXiv:2106.09685). alpha is 2 x rank by policy: both free would search the same
+direction twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from finetrial.plugins import AttachInput, Group
+from finetrial.records import Frozen, Setting
+from finetrial.space import Choice, Range, Space
+
+TASK_TYPES = {"question_answering": "QUESTION_ANS", "sequence_classification": "SEQ_CLS"}
+
+
+class Params(Frozen):
+    """Which linear layers of the blocks get an adapter."""
+
+    target: Literal["all-linear", "attention"] = "all-linear"
+
+
+class Lora:
+    """Inserts adapters with PEFT; what it saves loads with `PeftModel.from_pretrained`."""
+
+    Params = Params
+    space: Space = {
+        "learning_rate": Range(low=5e-5, high=5e-3, log=True),
+        "rank": Choice(choices=(4, 8, 16, 32)),
+        "dropout": Choice(choices=(0.0, 0.05, 0.1)),
+    }
+
+    def attach(self, given: AttachInput, settings: Mapping[str, Setting], params: Any) -> Any:
+        import peft
+
+        from finetrial.models import linear_names
+
+        rank = int(settings["rank"])
+        config = peft.LoraConfig(
+            task_type=TASK_TYPES[given.kind],
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=float(settings["dropout"]),
+            target_modules=linear_names(
+                given.model, given.head_names, attention_only=params.target == "attention"
+            ),
+            modules_to_save=list(given.head_names),
+        )
+        return peft.get_peft_model(given.model, config)
+
+    def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
+        return "adapter" if ".lora_" in parameter_name else "head"
+
+    def must_move(self) -> Sequence[Group]:
+        return ("head", "adapter")
+
+    def read_back(self, model: Any) -> dict[str, Setting]:
+        from peft.tuners.lora import LoraLayer
+
+        layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+        name = layer.active_adapters[0]
+        rank = layer.lora_A[name].weight.shape[0]
+        return {
+            "rank": rank,
+            "alpha": round(layer.scaling[name] * rank),
+            "dropout": float(getattr(layer.lora_dropout[name], "p", 0.0)),
+        }
+
+    def save(self, model: Any, folder: Path) -> None:
+        # The vocabulary does not change; "auto" would ask the Hub for the base model's config.
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, base: Any, folder: Path) -> Any:
+        import peft
+
+        return peft.PeftModel.from_pretrained(base, folder)
+
+
+PLUGIN = Lora()

@@ -1,0 +1,207 @@
+"""Base models with a task's head, built the same way for every method. Child side: imports torch.
+
+The head's initial weights come from their own seed; a weight that should have been in the checkpoint and
+was not is an error, not a random tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from finetrial import files
+from finetrial.errors import ModelError
+from finetrial.lease import FileLock
+from finetrial.records import ModelSource
+from finetrial.sources import Location, locate_model
+
+AUTO_CLASSES = {
+    "question_answering": AutoModelForQuestionAnswering,
+    "sequence_classification": AutoModelForSequenceClassification,
+}
+
+
+class Built(NamedTuple):
+    """A base model with a fresh head, its tokenizer, and the names of the modules made fresh."""
+
+    model: Any
+    tokenizer: Any
+    head_names: tuple[str, ...]
+    causal: bool  # a decoder: each position sees only what is before it
+
+
+def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
+    """Where the model can be loaded from; a GGUF file is dequantised once into `cache`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    location = locate_model(source, base)
+    if source.gguf_file is None:
+        return location
+    gguf = Path(location.name) / source.gguf_file if location.is_local else None
+    key = files.sha256_file(gguf)[:16] if gguf else f"{source.name.replace('/', '--')}-{source.revision}"
+    folder = cache / f"dequantised-{key}"
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache / f"{folder.name}.lock")
+    lock.acquire(wait_seconds=1800)
+    try:
+        if files.damage(folder) is not None:
+            temporary = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+            _dequantise(location, source.gguf_file, temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            files.commit_folder(temporary, folder)
+    finally:
+        lock.release()
+    return Location(str(folder), None, True)
+
+
+def _dequantise(location: Location, gguf_file: str, folder: Path) -> None:
+    try:
+        import gguf  # noqa: F401 - transformers reads GGUF files through it
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the gguf package: `pip install finetrial[gguf]`") from None
+    options = {"revision": location.revision, "gguf_file": gguf_file}
+    AutoTokenizer.from_pretrained(location.name, **options).save_pretrained(folder)
+    packed = AutoModelForCausalLM.from_pretrained(location.name, dtype=torch.float32, **options)
+    # transformers marks a model read from GGUF as quantised and refuses to save it, dequantised or not:
+    # its tensors go into a plain model of the same config, strictly.
+    config = type(packed.config).from_dict(
+        {k: v for k, v in packed.config.to_dict().items() if k != "quantization_config"}
+    )
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(packed.state_dict(), strict=True, assign=True)
+    plain.save_pretrained(folder)
+
+
+def load_tokenizer(location: Location, source: ModelSource) -> Any:
+    """The model's tokenizer, padding on the right, with a pad token.
+
+    A decoder without a pad token gets its unknown or end token for it: the attention mask, not the token,
+    says what is padding, and the head reads the last position that is not padding.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        location.name, revision=location.revision, trust_remote_code=source.trust_remote_code
+    )
+    if not tokenizer.is_fast:
+        raise ModelError(f"{source.name} has no fast tokenizer (tokenizer.json), which offsets need")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def build(
+    source: ModelSource, location: Location, kind: str, options: dict[str, Any], *, head_seed: int
+) -> Built:
+    """The base model with the head of that kind, in fp32 on the CPU, the head drawn from `head_seed`.
+
+    Raises:
+        ModelError: it does not load, or weights other than the head's are missing from it.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    common = {"revision": location.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        tokenizer = load_tokenizer(location, source)
+        config = AutoConfig.from_pretrained(location.name, **common, **options)
+        config.pad_token_id = tokenizer.pad_token_id
+        torch.manual_seed(head_seed)
+        load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
+        model, missing = load(AUTO_CLASSES[kind], location, config, common)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the model {source.name} does not load for {kind}: {reason}") from error
+    causal = bool(getattr(config, "is_decoder", False)) or not _is_bidirectional(model)
+    heads = tuple(sorted({name.rsplit(".", 1)[0] for name in missing}))
+    stray = [name for name in heads if _inside_layers(name)]
+    if stray:
+        raise ModelError(
+            f"the checkpoint {source.name} lacks weights of the model itself: {', '.join(stray[:3])}; "
+            f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"
+        )
+    return Built(model, tokenizer, heads, causal)
+
+
+def _load_whole(auto_class: Any, location: Location, config: Any, common: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model with its head, and the names of the weights that the checkpoint does not have."""
+    model, info = auto_class.from_pretrained(
+        location.name, config=config, dtype=torch.float32, output_loading_info=True,
+        use_safetensors=True, **common,
+    )  # fmt: skip
+    return model, set(info["missing_keys"])
+
+
+def _load_body_apart(
+    auto_class: Any, location: Location, config: Any, common: dict[str, Any]
+) -> tuple[Any, set[str]]:
+    """As `_load_whole`, the body loaded as a model of its own and put under the head.
+
+    `from_pretrained` with a `key_mapping` would load the same, but would save under the mapped-back names,
+    which the class with the head then does not find: a reloaded model would be random.
+    """
+    with torch.device("meta"):  # only the head is drawn: drawing a body to overwrite it takes seconds
+        model = auto_class.from_config(config, dtype=torch.float32)
+    body, missing = _load_whole(AutoModel, location, config, common)
+    prefix = model.base_model_prefix
+    setattr(model, prefix, body)
+    heads = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.is_meta}
+    for name in sorted(heads):
+        model._init_weights(model.get_submodule(name).to_empty(device="cpu"))
+    return model, {f"{name}.weight" for name in heads} | {f"{prefix}.{name}" for name in missing}
+
+
+def _prefixes_differ(config: Any, auto_class: Any) -> bool:
+    """Whether the class with the head calls its body otherwise than the checkpoint does.
+
+    A Llama checkpoint says `model.layers...` and LlamaForQuestionAnswering expects `transformer.layers...`:
+    loaded as it is, every weight of the body would silently be random.
+    """
+    with_head = auto_class._model_mapping.get(type(config), None)
+    as_saved = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return bool(with_head and as_saved) and with_head.base_model_prefix != as_saved.base_model_prefix
+
+
+def _inside_layers(name: str) -> bool:
+    """Whether a module belongs to the stack of blocks or the embeddings, not to a head or pooler."""
+    return any(part.isdigit() or "embed" in part for part in name.split("."))
+
+
+def _is_bidirectional(model: Any) -> bool:
+    """Encoders attend both ways; their attention modules say so with `is_causal = False`."""
+    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return not any(flags) if flags else model.config.model_type in ENCODERS
+
+
+# For architectures whose attention modules carry no flag.
+ENCODERS = frozenset(
+    {"bert", "roberta", "distilbert", "electra", "xlm-roberta", "deberta-v2", "albert", "mpnet"}
+)
+
+
+def linear_names(model: Any, head_names: tuple[str, ...], *, attention_only: bool) -> list[str]:
+    """The full names of the linear layers of the model's blocks: those that an adapter may adapt."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
+    ]
+    names = [name for name in names if not name.startswith(head_names)] if head_names else names
+    if attention_only:
+        names = [name for name in names if "attention" in name or "attn" in name]
+    if not names:
+        raise ModelError(f"no linear layers were found in {type(model).__name__} to adapt")
+    return names

@@ -1,0 +1,190 @@
+"""THE STORY: study -> search -> train -> measure -> analyse -> report, safe to call again after any crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetrial import analyse, export, plan, plugins, report, search
+from finetrial.opening import Opened, open_home, read_lock
+from finetrial.progress import Progress
+from finetrial.records import MethodSpec, Result, RunRecord, RunSpec, Stage, TaskSpec
+from finetrial.schedule import Lane, Scheduler
+from finetrial.store import Home
+from finetrial.study import Study
+from finetrial.summary import Summary
+from finetrial.tracking import Mirror
+
+
+def run_study(study: Study, home_path: Path, progress: Progress) -> Summary:
+    """Run every phase that is not yet done, in order, and write the report.
+
+    Raises:
+        FinetrialError: the study cannot go on; everything finished is kept and the message says what next.
+    """
+    opened = open_home(study, home_path)
+    with opened.home.coordinate():
+        story = Story(study, opened, progress)
+        story.phase("baseline", "baseline", story.baselines())
+        story.phase("search", "trial", story.trials())
+        story.export_optima()
+        story.phase("train", "replicate", story.replicates())
+        story.phase("measure", "probe", story.probes())
+        return _conclude(study, story, opened)
+
+
+def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, Result]:
+    """Resolve everything and score every task's baselines: task name -> the baseline run's result.
+
+    Uses the study's own folder, so `run` need not do it again. Raises FinetrialError like `run_study`.
+    """
+    opened = open_home(study, home_path)
+    with opened.home.coordinate():
+        story = Story(study, opened, progress)
+        story.phase("baseline", "baseline", story.baselines())
+        records = [record for record in story.planned() if record.spec.stage == "baseline"]
+        return {record.spec.task.name: record.result for record in records if record.result}
+
+
+def report_again(home_path: Path) -> Summary:
+    """Analyse what a study's folder holds and write its report, complete or not; nothing is started.
+
+    Raises:
+        HomeError: the folder is no study's.
+    """
+    home = Home(home_path)
+    lock = read_lock(home)
+    opened = Opened(home, lock.study, lock.inputs, lock.threads, None)
+    return _conclude(lock.study, Story(lock.study, opened, Progress()), opened)
+
+
+def _conclude(study: Study, story: Story, opened: Opened) -> Summary:
+    summary = analyse.summarise(study, story.planned(), opened.meta(), model_sha256=opened.model_sha256)
+    opened.home.write_summary(summary)
+    report.write(summary, opened.home.path)
+    return summary
+
+
+@dataclass
+class Story:
+    """One study under way: which runs each phase wants, given what the folders already hold."""
+
+    study: Study
+    opened: Opened
+    progress: Progress
+
+    def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
+        """Finish all runs of some lanes."""
+        study, home = self.study, self.opened.home
+        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage in ("baseline", "probe") else {}
+        if stage != "baseline":
+            each = study.search.trials if stage == "trial" else study.train.seeds
+            totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
+        metrics = {task.name: plugins.load("tasks", task.use).metric for task in study.tasks}
+        done = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
+        by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
+        self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
+        mirror = Mirror(home, study.track, self.progress.note)
+        engine = plugins.load("engines", study.run.engine)
+        Scheduler(home, engine, study.run.parallel, study.run.attempts, self.progress, mirror).run(lanes)
+
+    def baselines(self) -> list[Lane]:
+        """The trivial answers and the untrained model, once per task."""
+        return [iter([self._baseline(task)]) for task in self.study.tasks]
+
+    def trials(self) -> list[Lane]:
+        """One lane per arm: each proposal depends on all trials of that arm before it, and on no other."""
+        return [self._trial_lane(task, method) for task, method in self.study.arms]
+
+    def _trial_lane(self, task: TaskSpec, method: MethodSpec) -> Lane:
+        for number in range(self.study.search.trials):
+            yield self._trial(task, method, number)
+
+    def _trial(self, task: TaskSpec, method: MethodSpec, number: int) -> RunSpec:
+        begun = self.opened.home.find(f"trial.{task.name}.{method.name}.{number:03d}-")
+        if begun:  # its settings were proposed from a history that may have been longer or shorter
+            return begun[0].spec()
+        settings = search.propose(
+            [_past(record) for record in self._trials(task, method)],
+            self.study.spaces[method.name],
+            number=number,
+            seed=self.study.search.seed,
+            startup=self.study.search.startup_trials,
+            sampler=self.study.search.sampler,
+            metric=plugins.load("tasks", task.use).metric,
+        )
+        return plan.trial(self.study, task, method, number, settings, self.opened.inputs, self.opened.threads)
+
+    def export_optima(self) -> None:
+        """Write each arm's best trial to `best/`, where the training phase reads it."""
+        for task, method in self.study.arms:
+            metric = plugins.load("tasks", task.use).metric
+            records = {record.spec.number: record for record in self._trials(task, method)}
+            best = search.best([_past(record) for record in records.values()], metric)
+            if best is None:
+                self.progress.note(f"{task.name}/{method.name}: no trial has a score; nothing can be trained")
+                continue
+            found = export.optimum(
+                records[best.number], self.study.spaces[method.name], metric=metric.name, trials=len(records)
+            )
+            export.write(self.opened.home, found)
+
+    def replicates(self) -> list[Lane]:
+        """Every arm's optimum, once per replicate."""
+        return [iter([spec]) for spec in self._replicate_specs()]
+
+    def probes(self) -> list[Lane]:
+        """Every replicate that trained, measured against the base and its neighbour; the base as control."""
+        return [iter([spec]) for spec in self._probe_specs()]
+
+    def planned(self) -> list[RunRecord]:
+        """The records of exactly the runs that this study consists of, as far as they have begun."""
+        specs = [self._baseline(task) for task in self.study.tasks]
+        specs += [record.spec for task, method in self.study.arms for record in self._trials(task, method)]
+        specs += [*self._replicate_specs(), *self._probe_specs()]
+        folders = [self.opened.home.run(spec.run_id) for spec in specs]
+        return [folder.record() for folder in folders if folder.spec_file.exists()]
+
+    def _baseline(self, task: TaskSpec) -> RunSpec:
+        return plan.baseline(self.study, task, self.opened.inputs, self.opened.threads)
+
+    def _trials(self, task: TaskSpec, method: MethodSpec) -> list[RunRecord]:
+        folders = self.opened.home.find(f"trial.{task.name}.{method.name}.")
+        records = [folder.record() for folder in folders]
+        return [record for record in records if record.spec.number < self.study.search.trials]
+
+    def _replicate_specs(self) -> list[RunSpec]:
+        specs = []
+        for task, method in self.study.arms:
+            if not self.opened.home.best_file(task.name, method.name).exists():
+                continue
+            settings = export.read(self.opened.home, task.name, method.name).settings
+            specs += [
+                plan.replicate(
+                    self.study, task, method, number, settings, self.opened.inputs, self.opened.threads
+                )
+                for number in range(self.study.train.seeds)
+            ]
+        return specs
+
+    def _probe_specs(self) -> list[RunSpec]:
+        if not self.study.measure:
+            return []
+        specs = [plan.control(self._baseline(task), self.study) for task in self.study.tasks]
+        previous: RunSpec | None = None
+        for subject in self._replicate_specs():
+            result = self.opened.home.run(subject.run_id).result()
+            if result is None or result.outcome != "done":
+                previous = None
+                continue
+            neighbour = previous if previous is not None and previous.arm == subject.arm else None
+            specs.append(plan.probe(self.study, subject, neighbour))
+            previous = subject
+        return specs
+
+
+
+
+def _past(record: RunRecord) -> search.Past:
+    score = record.result.score if record.result else None
+    return search.Past(record.spec.number, record.spec.settings, record.outcome, score)

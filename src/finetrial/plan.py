@@ -1,0 +1,119 @@
+"""A study as the exact list of runs: pure functions from a study to run specs.
+
+Nothing is read, written or started here. What a trial's settings are is `search.py`'s; which run comes
+next is `pipeline.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from finetrial.records import How, LoopRules, MethodSpec, RunSpec, Seeds, Setting, TaskSpec, stream_seed
+from finetrial.study import Study
+
+Inputs = Mapping[str, Mapping[str, str]]  # task name -> input name -> SHA-256
+
+
+class PlannedArm(NamedTuple):
+    """How many runs an arm has in each phase."""
+
+    task: str
+    method: str
+    trials: int
+    replicates: int
+    probes: int
+
+
+def overview(study: Study) -> list[PlannedArm]:
+    """The runs of every arm; each task has one baseline run and one control probe besides."""
+    probes = study.train.seeds if study.measure else 0
+    return [
+        PlannedArm(task.name, method.name, study.search.trials, study.train.seeds, probes)
+        for task, method in study.arms
+    ]
+
+
+def seeds(study: Study, stage: str, task: str, number: int) -> Seeds:
+    """The random streams of one run: the same for every method, separate from each other.
+
+    All trials share the streams of number 0, so that settings and not luck tell them apart; final
+    replicates use streams that no trial has seen.
+    """
+    phase, number = ("search", 0) if stage == "trial" else ("train", number)
+    key = (study.search.seed, phase, task, number)
+    return Seeds(
+        data_order=stream_seed(*key, "data order"),
+        head=stream_seed(*key, "head"),
+        adapter=stream_seed(*key, "adapter"),
+        dropout=stream_seed(*key, "dropout"),
+    )
+
+
+def how(study: Study, threads: int) -> How:
+    run = study.run
+    return How(
+        base=study.base,
+        threads=threads,
+        limit_seconds=run.limit_seconds,
+        checkpoint_seconds=run.checkpoint_seconds,
+        checkpoint_steps=run.checkpoint_steps,
+        micro_batch=run.micro_batch,
+        log_steps=run.log_steps,
+    )
+
+
+def _rules(study: Study) -> LoopRules:
+    return LoopRules.model_validate(study.train.model_dump(exclude={"seeds", "rows"}))
+
+
+def baseline(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunSpec:
+    """The task's trivial baselines and the untrained model, scored on test."""
+    return RunSpec(
+        study=study.study, stage="baseline", task=task, number=0, model=study.model,
+        seeds=seeds(study, "baseline", task.name, 0), inputs=dict(inputs[task.name]),
+        how=how(study, threads),
+    )  # fmt: skip
+
+
+def trial(
+    study: Study, task: TaskSpec, method: MethodSpec, number: int, settings: Mapping[str, Setting],
+    inputs: Inputs, threads: int,
+) -> RunSpec:  # fmt: skip
+    """Phase 1: train with proposed settings on `search.rows`, score on validation."""
+    return RunSpec(
+        study=study.study, stage="trial", task=task, method=method, number=number, model=study.model,
+        settings=dict(settings), rows=study.search.rows, rules=_rules(study),
+        seeds=seeds(study, "trial", task.name, number), inputs=dict(inputs[task.name]),
+        how=how(study, threads),
+    )  # fmt: skip
+
+
+def replicate(
+    study: Study, task: TaskSpec, method: MethodSpec, number: int, settings: Mapping[str, Setting],
+    inputs: Inputs, threads: int,
+) -> RunSpec:  # fmt: skip
+    """Phase 2: train with the arm's optimum on `train.rows`, score once on test, keep the model."""
+    return RunSpec(
+        study=study.study, stage="replicate", task=task, method=method, number=number, model=study.model,
+        settings=dict(settings), rows=study.train.rows, rules=_rules(study),
+        seeds=seeds(study, "replicate", task.name, number), inputs=dict(inputs[task.name]),
+        how=how(study, threads),
+    )  # fmt: skip
+
+
+def probe(study: Study, subject: RunSpec, reference: RunSpec | None) -> RunSpec:
+    """Phase 3: measure one replicate against the base, and against its neighbour for seed-to-seed drift."""
+    return subject.model_copy(
+        update={
+            "stage": "probe",
+            "measures": study.measure,
+            "subject": subject.run_id,
+            "reference": reference.run_id if reference else None,
+        }
+    )
+
+
+def control(baseline_spec: RunSpec, study: Study) -> RunSpec:
+    """Phase 3's negative control: the base model measured against itself in a second pass."""
+    return baseline_spec.model_copy(update={"stage": "probe", "measures": study.measure})

@@ -1,0 +1,269 @@
+"""The five protocols on one page, and `load(kind, name)`.
+
+A plug-in is one file in `finetrial/<kind>/` whose name is its name in the study file and which defines
+`PLUGIN`; one from outside is written `module:object` (modules beside the study file are importable). There
+is no registry. Plug-ins import torch and their own libraries inside their functions: the parent process
+reads their parameters and must stay light.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from finetrial.errors import PluginError
+from finetrial.records import Frozen, Outcome, Result, RunSpec, Setting
+from finetrial.space import Space
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["tasks", "methods", "probes", "engines", "trackers"]
+Group = Literal["head", "body", "adapter"]
+Example = dict[str, Any]  # a row as read, with at least "id" (str, unique in its split)
+
+
+class Metric(NamedTuple):
+    """What a task is judged by. `worst` is what the search is told of a diverged trial."""
+
+    name: str
+    higher_is_better: bool
+    worst: float
+    best: float
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's rows. Validation selects, test reports; the three share no row (and, for QA, no article)."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass
+class Feature:
+    """One model input. QA makes several of one row (windows); classification one."""
+
+    input_ids: list[int]
+    row: int  # index of its example in the split
+    labels: dict[str, int]  # tensor name -> class or position
+    token_type_ids: list[int] | None = None
+    content: tuple[int, int] = (0, 0)  # token positions [start, end) of the text itself, for pooling
+    extra: dict[str, Any] = field(default_factory=dict)  # the head's own (offsets, ...)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one split: all metrics, what was calibrated, and one number per example."""
+
+    metrics: dict[str, float]
+    calibration: dict[str, float]
+    per_example: dict[str, float]  # example id -> the task's metric on it alone
+
+
+class Head(Protocol):
+    """How a kind of task meets a model: encoding, loss, predictions, scores. See `finetrial/heads/`."""
+
+    kind: Literal["question_answering", "sequence_classification"]
+
+    def model_options(self, splits: Splits, params: Any) -> dict[str, Any]:
+        """Options of the model's config, e.g. `num_labels`."""
+        ...
+
+    def encode(
+        self, examples: Sequence[Example], tokenizer: Any, params: Any, *, causal: bool
+    ) -> list[Feature]:
+        """Model inputs of the examples, labelled where the examples are."""
+        ...
+
+    def loss_sum(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The sum (not the mean) of the losses of the batch's inputs, in fp32: a scalar."""
+        ...
+
+    def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:
+        """One small NumPy record per input of the batch, on the CPU."""
+        ...
+
+    def score(
+        self,
+        predictions: Sequence[Any],
+        features: Sequence[Feature],
+        examples: Sequence[Example],
+        params: Any,
+        calibration: Mapping[str, float] | None = None,
+    ) -> Scored:
+        """Scores of one split. Without `calibration` (validation) it is chosen; with it (test) it is used."""
+        ...
+
+    def baselines(self, splits: Splits, params: Any) -> dict[str, dict[str, float]]:
+        """Test scores that need no model: name (majority, no_answer, ...) -> metric -> value."""
+        ...
+
+
+@runtime_checkable
+class Task(Protocol):
+    """tasks/<name>.py: where the rows come from, and which head and metric judge them."""
+
+    Params: type[Frozen]
+    metric: Metric
+    head: Head
+
+    def files(self, params: Any, base: Path) -> list[Path]:
+        """The local data files that the rows come from (hashed into every run's identity)."""
+        ...
+
+    def splits(self, params: Any, base: Path) -> Splits:
+        """The rows; a pure function of params and files. Raises DataError."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttachInput:
+    """What a method is attached to: the base model, the kind of its head, the names of its fresh modules."""
+
+    model: Any
+    kind: str
+    head_names: tuple[str, ...]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """methods/<name>.py: what is trained, and nothing else."""
+
+    Params: type[Frozen]
+    space: Space  # its own dimensions, learning_rate first
+
+    def attach(self, given: AttachInput, settings: Mapping[str, Setting], params: Any) -> Any:
+        """The model with the trained parameters marked (requires_grad) or inserted."""
+        ...
+
+    def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
+        """Which group a trained parameter belongs to."""
+        ...
+
+    def must_move(self) -> Sequence[Group]:
+        """The groups that have to move for the run to count."""
+        ...
+
+    def read_back(self, model: Any) -> dict[str, Setting]:
+        """The method's own settings as the modules now hold them."""
+        ...
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write what a user loads with transformers or PEFT."""
+        ...
+
+    def load(self, base: Any, folder: Path) -> Any:
+        """The tuned model, given the base model (with its freshly made head) and that folder."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProbeInput:
+    """What a probe measures: models in eval mode on one device, and the same inputs for all of them."""
+
+    base: Any
+    tuned: Any  # the base again (a second, separate forward pass) in the control
+    neighbour: Any | None  # the same method's neighbouring replicate
+    batches: Sequence[Mapping[str, Any]]  # collated tensors, with "pool_mask" (1 on content tokens)
+    input_sha256: str
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """probes/<name>.py: raw measurements of one trained model, as plain JSON."""
+
+    Params: type[Frozen]
+
+    def measure(self, given: ProbeInput, params: Any) -> dict[str, Any]: ...
+
+
+class Exit(NamedTuple):
+    """How a child ended: its exit code (negative: the signal), or an outcome that the engine knows."""
+
+    code: int | None
+    outcome: Outcome | None = None
+    reason: str | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """engines/<name>.py: start a run's process, see it end, end it."""
+
+    def start(self, run_folder: Path, spec: RunSpec) -> Any:
+        """A handle with `pid`. The child's output goes to the folder's log.txt."""
+        ...
+
+    def poll(self, handle: Any) -> Exit | None:
+        """How it ended, or None while it runs."""
+        ...
+
+    def stop(self, handle: Any, grace_seconds: float) -> None:
+        """Ask it to end, then end it and everything it started."""
+        ...
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """trackers/<name>.py: a mirror of finished runs. Its failure is a warning, never a run's failure."""
+
+    def replay(
+        self, folder: Path, spec: RunSpec, records: Iterable[Mapping[str, Any]], result: Result | None
+    ) -> None:
+        """Write one run under a stable id; calling it again gives the same run, not a second one."""
+        ...
+
+
+PROTOCOLS: dict[str, type] = {
+    "tasks": Task,
+    "methods": Method,
+    "probes": Probe,
+    "engines": Engine,
+    "trackers": Tracker,
+}
+
+
+def names(kind: Kind) -> list[str]:
+    """The built-in plug-ins of a kind, found by listing its folder."""
+    package = importlib.import_module(f"finetrial.{kind}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load(kind: Kind, name: str) -> Any:
+    """The plug-in of that name: built in, or `module:object`.
+
+    Raises:
+        PluginError: there is none of that name, it does not import, or it lacks part of the protocol.
+    """
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+    elif name in names(kind):
+        module_name, attribute = f"finetrial.{kind}.{name}", "PLUGIN"
+    else:
+        known = names(kind)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise PluginError(
+            f"there is no {kind[:-1]} called {name!r}.{hint} finetrial/{kind} has: {', '.join(known)}. "
+            f"For your own, put a file beside the study and write 'module:object'"
+        )
+    try:
+        plugin = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"the {kind[:-1]} {name!r} does not load: {error}") from error
+    wanted = PROTOCOLS[kind]
+    missing = [part for part in _parts(wanted) if not hasattr(plugin, part)]
+    if missing:
+        raise PluginError(f"the {kind[:-1]} {name!r} lacks {', '.join(missing)} (see finetrial/plugins.py)")
+    return plugin
+
+
+def _parts(protocol: type) -> list[str]:
+    names_ = set(getattr(protocol, "__annotations__", {})) | set(vars(protocol))
+    return sorted(n for n in names_ if not n.startswith("_"))

@@ -1,0 +1,1 @@
+"""One file per probe: raw measurements of one trained model."""

@@ -1,0 +1,270 @@
+"""What crosses a process or a disk: the frozen, versioned records of one run.
+
+`RunSpec` says what to run, `Result` what came out, `Failure` why nothing did, `Attempt` who tried.
+No behaviour lives here beyond canonical JSON and the run's identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+Stage = Literal["baseline", "trial", "replicate", "probe"]
+Outcome = Literal[
+    "done",
+    "diverged",
+    "out_of_memory",
+    "crashed",
+    "timed_out",
+    "lost",
+    "cancelled",
+    "refused",  # the study asks for what cannot be had (docs/decisions/0002)
+    "bug",
+]
+Setting = bool | int | float | str
+
+
+class Frozen(BaseModel):
+    """A strict record: unknown keys are refused, values are never changed after creation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN; equal values give equal text."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def short_hash(value: Any, length: int = 8) -> str:
+    """The first hexadecimal digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def stream_seed(*key: object) -> int:
+    """A 63-bit seed for one named random stream: a pure function of its key, on every machine."""
+    text = "|".join(str(part) for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Seeds(Frozen):
+    """The separate random streams of one run; equal for all methods of a task and number."""
+
+    data_order: int
+    head: int
+    adapter: int
+    dropout: int
+
+
+class ModelSource(Frozen):
+    """Where the base model comes from.
+
+    `name` is a Hub name (`org/name`, with `revision`), a folder (`./x`, `/x`, `~/x`), or
+    `package:NAME/folder`, a folder inside an installed Python package. `gguf_file` names a GGUF file in
+    it, which is dequantised once.
+    """
+
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+
+class TaskSpec(Frozen):
+    """A task of the study: which plug-in, and that plug-in's own parameters (validated by it)."""
+
+    name: str
+    use: str
+    params: dict[str, Any]
+
+
+class MethodSpec(Frozen):
+    """A method of the study: which plug-in, and that plug-in's own parameters (not its search space)."""
+
+    name: str
+    use: str
+    params: dict[str, Any]
+
+
+class EarlyStopping(Frozen):
+    """Stop when `patience` evaluations in a row did not beat the best by more than `min_delta`."""
+
+    patience: int = Field(ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class LoopRules(Frozen):
+    """The training loop's rules, the same for every method and for both phases."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    evaluations_per_epoch: int = Field(default=1, ge=1)
+    keep: Literal["best", "last"] = "best"
+    early_stopping: EarlyStopping | None = None
+
+
+class How(Frozen):
+    """Where and how a run is executed; never part of its identity."""
+
+    base: str = "."  # the study file's folder: relative paths are resolved against it
+    threads: int = 1
+    limit_seconds: float | None = None
+    checkpoint_seconds: float | None = 120.0
+    checkpoint_steps: int | None = None
+    micro_batch: int | None = None
+    log_steps: int = 10
+
+
+class RunSpec(Frozen):
+    """What one run does: pure data, written first. Its id is a readable name and a hash of the rest."""
+
+    schema_version: int = SCHEMA_VERSION
+    study: str
+    stage: Stage
+    task: TaskSpec
+    method: MethodSpec | None = None
+    number: int  # trial number, replicate number, or the replicate number that a probe measures
+    model: ModelSource
+    settings: dict[str, Setting] = {}
+    rows: int | None = None  # training rows; None means all
+    rules: LoopRules = LoopRules()
+    seeds: Seeds
+    inputs: dict[str, str] = {}  # SHA-256 of the model and data files, so that changed input is a new run
+    measures: dict[str, dict[str, Any]] = {}  # probes only: name -> the probe's own parameters
+    subject: str | None = None  # probes only: run id of the replicate measured; None is the base model
+    reference: str | None = None  # probes only: run id of the neighbour replicate, for seed-to-seed drift
+    how: How = How()
+
+    @property
+    def arm(self) -> str:
+        return f"{self.task.name}/{self.method.name}" if self.method else self.task.name
+
+    @property
+    def name(self) -> str:
+        """The readable part of the id, e.g. `trial.squad_v2.lora.007`."""
+        parts = [self.stage, self.task.name]
+        if self.method:
+            parts.append(self.method.name)
+        return ".".join([*parts, f"{self.number:03d}"])
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.name}-{short_hash(self.model_dump(mode='json', exclude={'how'}))}"
+
+
+class GroupProof(Frozen):
+    """How far one group of trained tensors (head, body, adapter) moved from its start."""
+
+    tensors: int
+    moved: int
+    relative_change: float | None  # ||W - W0|| / ||W0|| over the group; None when W0 is all zero
+    change_norm: float
+
+
+class Proof(Frozen):
+    """Proof of training: which groups moved, by how much, and why the run is void if one did not."""
+
+    groups: dict[str, GroupProof]
+    largest: dict[str, float]  # the five tensors that moved most: name -> ||W - W0||
+    void: str | None = None
+
+
+class Training(Frozen):
+    """What the loop did, counted where it happened."""
+
+    steps: int
+    planned_steps: int
+    epochs: float
+    rows: int
+    examples: int  # model inputs seen (windows for QA), over all epochs
+    tokens: int  # non-padding tokens seen in training
+    padded_tokens: int
+    best_step: int
+    stopped_early: bool
+    first_loss: float | None
+    last_loss: float | None
+    resumed_from: tuple[int, ...] = ()  # steps at which later attempts took over
+
+
+class Cost(Frozen):
+    """What the run cost. Times and memory are measured and vary; the rest is exact."""
+
+    wall_seconds: float
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    cpu_seconds: float
+    peak_memory_bytes: int
+    device: str
+    flops: float = 0.0
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    saved_bytes: int = 0
+
+
+class Result(Frozen):
+    """What came out of a run; written last, and its existence alone means that the run is done."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    outcome: Literal["done", "diverged"]
+    reason: str | None = None  # why it diverged
+    score: float | None = None  # the task's metric on validation
+    scores: dict[str, dict[str, float]] = {}  # split -> metric -> value
+    calibration: dict[str, float] = {}  # chosen on validation, used on test (e.g. no_answer_threshold)
+    settings_used: dict[str, Setting] = {}  # read back from the optimiser, schedule and modules
+    training: Training | None = None
+    proof: Proof | None = None
+    cost: Cost
+    weights_sha256: str | None = None
+    input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs
+    split_rows: dict[str, int] = {}
+    measures: dict[str, Any] = {}
+    environment: dict[str, str] = {}
+
+
+class Failure(Frozen):
+    """Why a run has no result: kind, one-line reason, the log's last lines."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    kind: Outcome
+    reason: str
+    log_tail: str = ""
+    attempt: int
+
+
+class Attempt(Frozen):
+    """One try at a run; one file each, never overwritten once ended."""
+
+    schema_version: int = SCHEMA_VERSION
+    number: int
+    host: str
+    pid: int
+    started_at: float  # seconds since the epoch
+    ended_at: float | None = None
+    outcome: Outcome | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+
+
+class RunRecord(NamedTuple):
+    """A run as its folder tells it: the spec, and what came of it so far."""
+
+    spec: RunSpec
+    result: Result | None
+    failure: Failure | None
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended for good, or None while it is unfinished."""
+        if self.result:
+            return self.result.outcome
+        return self.failure.kind if self.failure else None

@@ -1,0 +1,259 @@
+"""The report: a summary written as one HTML page, Markdown, LaTeX tables and figure files.
+
+Computes nothing: numbers come from `analysis/summary.json` (`analyse.py`), their wording from
+`report_text.py`, tables from `report_tables.py` and `report_checks.py`, figures from `report_figures.py`.
+This file escapes, fills the templates and writes the files, each of them atomically.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from finetrial import files, palette
+from finetrial import report_checks as checks
+from finetrial import report_tables as tables
+from finetrial import report_text as text
+from finetrial.report_tables import Badge, Table
+from finetrial.summary import ClaimResult, Summary
+
+# What a table cell may not hold raw, by format.
+MARKDOWN_SPECIAL = re.compile(r"([\\`*|\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+LATEX_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "−": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "∓": r"$\mp$",
+    "‖": r"$\Vert$",
+    "₀": r"$_0$",
+    "“": "``",
+    "”": "''",
+    "✓": "",
+    "✗": "",
+    "…": r"\ldots{}",
+    "\u00a0": "~",
+    **{power: f"$^{digit}$" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+}
+
+
+def write(summary: Summary, home: Path) -> Path:
+    """Write `home/report/`: index.html, report.md, tables/*.tex, figures/*.{svg,pdf,png,csv}.
+
+    Gives the path of index.html, which is written last: if it is there, the rest is.
+    """
+    from finetrial import (  # matplotlib takes most of a second; the terminal's rows need none
+        plots,
+        report_figures,
+    )
+
+    folder = home / "report"
+    charts: dict[str | None, list[dict[str, Any]]] = {}
+    for group, found in report_figures.charts(summary).items():
+        charts[group] = []
+        for chart in found:
+            svg = plots.save(chart.figure, chart.rows, folder / "figures", chart.name)
+            charts[group].append({"chart": chart, "svg": Markup(inline_svg(svg, chart.name))})
+    view = _view(summary, charts)
+    for table in [view["verdicts"], view["cost"], *(t["scores"] for t in view["tasks"]), *view["ledger"]]:
+        name = report_figures.file_name(table.key)
+        files.write_text(
+            folder / "tables" / f"{name}.tex", _latex().get_template("table.tex.j2").render(table=table)
+        )
+    files.write_text(folder / "report.md", _markdown().get_template("report.md.j2").render(view))
+    index = folder / "index.html"
+    files.write_text(index, _html().get_template("index.html.j2").render(view))
+    return index
+
+
+def verdict_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
+    """For the terminal, in ASCII: task, claim, difference (95 % interval), seeds, verdict."""
+    return [
+        (
+            claim.task,
+            claim.claim,
+            text.plain(text.difference(claim, text.claim_decimals(summary, claim))).replace(" to ", " .. "),
+            text.seeds(claim),
+            _short_verdict(claim),
+        )
+        for claim in summary.claims
+    ]
+
+
+def _short_verdict(claim: ClaimResult) -> str:
+    word = text.VERDICT_WORDS[claim.verdict]
+    if claim.verdict == "inconclusive" and claim.seeds_needed:
+        return f"{word}: {claim.seeds_needed} seeds would settle it"
+    return f"{word}: {text.plain(claim.reason)}" if claim.verdict == "not_assessable" else word
+
+
+def cost_rows(summary: Summary) -> list[tuple[str, ...]]:
+    """For the terminal, in ASCII: the column titles, then one row per arm; nothing if there are no arms."""
+    table = tables.costs(summary)
+    titles = tuple(column.title.lower() for column in table.columns)
+    return [titles, *(tuple(text.plain(str(cell)) for cell in row) for row in table.rows)] if table.rows else []
+
+
+def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Everything that the page and the Markdown show, in the order in which they show it."""
+    first = charts[None][0] if charts[None] else next((group[0] for group in charts.values() if group), None)
+    return {
+        "summary": summary,
+        "paragraph": text.paragraph(summary),
+        "verdicts": tables.verdicts(summary),
+        "cost": tables.costs(summary),
+        "first": first,
+        "tasks": [
+            {
+                "task": task,
+                "rows": text.mapping_text(task.split_rows),
+                "scores": tables.scores(summary, task),
+                "charts": [drawn for drawn in charts[task.name] if drawn is not first],
+                "search": tables.optima(summary, task),
+                "search_rows": _search_rows(summary, task.name),
+                "drift": tables.drift(summary, task),
+                "details": [
+                    tables.drift_layers(summary, task),
+                    tables.trials(summary, task),
+                    tables.replicates(summary, task),
+                ],
+            }
+            for task in summary.tasks
+        ],
+        "claims": checks.claim_details(summary),
+        "ledger": [checks.ledger(summary, task.name) for task in summary.tasks],
+        "failures": checks.failures(summary),
+        "controls": checks.controls(summary),
+        "environment": checks.environment(summary),
+        "citation": citation(summary),
+    }
+
+
+def _search_rows(summary: Summary, task: str) -> str:
+    """How many rows and trials each method searched with, in words."""
+    parts = [
+        f"{arm.method}: {text.counted(len(arm.search.trials), 'trial')}, "
+        + ("all training rows" if arm.search.rows is None else f"{arm.search.rows:,} training rows each")
+        for arm in text.arms_of(summary, task)
+    ]
+    return "; ".join(parts)
+
+
+def citation(summary: Summary) -> str:
+    """How to cite the study: plain text that names everything needed to find it again."""
+    revision = f", revision {summary.model_revision}" if summary.model_revision else ""
+    return (
+        f"{summary.study}: a fine-tuning study of {summary.model}{revision}. finetrial "
+        f"{summary.meta.finetrial_version}, study hash {summary.study_hash}, {summary.meta.created_at[:10]}."
+    )
+
+
+# ---- escaping, once per format ---------------------------------------------------------------------------
+
+
+def escape_markdown(value: object) -> str:
+    """Text for GitHub's Markdown, in a table cell or a paragraph: no markup, no HTML, one line."""
+    if isinstance(value, Markup):
+        return str(value)
+    line = " ".join(str(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return MARKDOWN_SPECIAL.sub(r"\\\1", line)
+
+
+def escape_latex(value: object) -> str:
+    """Text for LaTeX, one line. A badge is its word alone: reasons are too long for a printed cell."""
+    if isinstance(value, Markup):
+        return str(value)
+    line = " ".join((value.word if isinstance(value, Badge) else str(value)).split())
+    return "".join(LATEX_SPECIAL.get(character, character) for character in line)
+
+
+def _loader() -> PackageLoader:
+    return PackageLoader("finetrial", "templates")
+
+
+def _html() -> Environment:
+    environment = Environment(
+        loader=_loader(), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters["slug"] = _slug
+    environment.tests["badge"] = lambda value: isinstance(value, Badge)
+    return environment
+
+
+def _escaped_by(escape: Callable[[object], str], **delimiters: str) -> Environment:
+    """An environment whose every output goes through `escape`: HTML's own escaping would be wrong there."""
+    return Environment(
+        loader=_loader(),
+        finalize=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        **delimiters,
+    )
+
+
+def _markdown() -> Environment:
+    return _escaped_by(escape_markdown)
+
+
+def _latex() -> Environment:
+    environment = _escaped_by(
+        escape_latex,
+        variable_start_string="<<",
+        variable_end_string=">>",
+        block_start_string="<%",
+        block_end_string="%>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+    )
+    environment.globals["alignment"] = lambda table: Markup(_alignment(table))
+    return environment
+
+
+def _alignment(table: Table) -> str:
+    return "".join("r" if column.numeric else "l" for column in table.columns)
+
+
+def _slug(name: object) -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", str(name)).strip("-").lower() or "item"
+
+
+def inline_svg(svg: str, name: str) -> str:
+    """A figure's SVG for the page: no addresses, ids of its own, sized by the page, in the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    for pattern in (r"<metadata>.*?</metadata>", r"<!--.*?-->", r"<style[^>]*>.*?</style>"):
+        svg = re.sub(pattern, "", svg, flags=re.DOTALL)
+    head, _, body = svg.partition(">")
+    head = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
+    svg = f'{head} aria-hidden="true" focusable="false">{body}'
+    prefix = _slug(name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{prefix}-', svg).replace("url(#", f"url(#{prefix}-")
+    shades = {
+        palette.INK: "--ink",
+        palette.MUTED: "--muted",
+        palette.GRID: "--line",
+        palette.PAPER: "--card",
+        palette.BLUE: "--blue",
+    }
+    for shade, variable in shades.items():
+        svg = svg.replace(f": {shade}", f": var({variable})")
+    return re.sub(r"\n\s*", "\n", svg)

@@ -1,0 +1,161 @@
+"""The report's tables on whether to trust it: claims in detail, ledger, failures, controls, environment.
+
+The second half of `report_tables.py`, under the same rule: text from a summary's numbers, no statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finetrial import report_text as text
+from finetrial.report_tables import Badge, Cell, Table, columns_of
+from finetrial.summary import LedgerRow, Summary
+
+
+def claim_details(summary: Summary) -> Table:
+    rows = []
+    for claim in summary.claims:
+        places = 4 if claim.kind == "drifts_less" else text.claim_decimals(summary, claim) + 1
+        bound, least = claim.contrast_bound, claim.smallest_detectable
+        rows.append(
+            (
+                f"{claim.task}: {claim.claim}",
+                text.interval(claim.contrast, places, signed=True, reason="no pair of valid seeds"),
+                text.fixed(bound, places, signed=True) if bound is not None else text.missing("no test"),
+                text.p_value(claim.p_t),
+                text.p_value(claim.p_sign_flip),
+                text.p_value(claim.p_holm),
+                text.fixed(least, places) if least is not None else text.missing("too few seeds"),
+                str(claim.seeds_needed)
+                if claim.seeds_needed
+                else text.missing(
+                    "none needed" if claim.verdict in ("supported", "refuted") else "cannot be said"
+                ),
+                ", ".join(map(str, claim.missing)) or "none",
+            )
+        )
+    note = (
+        "Tested quantity, over paired seeds: method − (1 ∓ margin) × reference. Bound: one-sided 95 %. p: "
+        "one-sided t, exact sign-flip, and t after Holm over all claims. Detectable: with 80 % power at this n."
+    )
+    columns = columns_of(
+        "Claim",
+        "#Tested quantity",
+        "#Bound",
+        "#p (t)",
+        "#p (sign-flip)",
+        "#p (Holm)",
+        "#Detectable",
+        "#Seeds needed",
+        "Seeds missing",
+    )
+    return Table("claims", "The claims in detail", columns, tuple(rows), note)
+
+
+# What the ledger lists: a title, the value's text, and whether fairness asks for equal values.
+LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
+    ("trials planned", lambda r: str(r.trials_planned), True),
+    (
+        "trials done / diverged / failed",
+        lambda r: f"{r.trials_done} / {r.trials_diverged} / {r.trials_failed}",
+        False,
+    ),
+    ("replicates planned", lambda r: str(r.replicates_planned), True),
+    (
+        "replicates done / diverged / failed",
+        lambda r: f"{r.replicates_done} / {r.replicates_diverged} / {r.replicates_failed}",
+        False,
+    ),
+    ("training rows per replicate", lambda r: "all" if r.train_rows is None else f"{r.train_rows:,}", True),
+    ("replicate seeds shared with the other methods", lambda r: "yes" if r.shared_streams else "no", True),
+    (
+        "learning-rate range, decades",
+        lambda r: (
+            text.missing("not searched")
+            if r.learning_rate_decades is None
+            else f"{r.learning_rate_decades:.2g}"
+        ),
+        True,
+    ),
+    ("optima at a range's edge", lambda r: ", ".join(r.edge_flags) or "none", False),
+    ("attempts, all runs", lambda r: str(r.attempts), False),
+    ("search: optimiser steps", lambda r: text.count(r.search_steps), False),
+    ("search: tokens", lambda r: text.count(r.search_tokens), False),
+    ("search: FLOPs", lambda r: text.count(r.search_flops), False),
+    ("training: optimiser steps", lambda r: text.count(r.train_steps), False),
+    ("training: tokens", lambda r: text.count(r.train_tokens), False),
+    ("training: FLOPs", lambda r: text.count(r.train_flops), False),
+)
+
+
+def ledger(summary: Summary, task: str) -> Table:
+    """One task's ledger: what each arm was given and used, and whether what must be equal is equal."""
+    given = [row for row in summary.ledger if row.task == task]
+    rows: list[tuple[Cell, ...]] = []
+    for title, show, must_match in LEDGER:
+        values = [show(row) for row in given]
+        rows.append((title, *values, _equal(values, must_match)))
+    for title, read in (("search: wall time", "search_seconds"), ("training: wall time", "train_seconds")):
+        costs_ = [
+            next((a.cost for a in text.arms_of(summary, task) if a.method == r.method), None) for r in given
+        ]
+        rows.append((title, *(text.duration(getattr(cost, read) if cost else None) for cost in costs_), ""))
+    columns = columns_of("Given and used", *(f"#{row.method}" for row in given), "Equal?")
+    note = "Totals over all runs of the arm. k, M, G, T, P: 10³, 10⁶, 10⁹, 10¹², 10¹⁵."
+    return Table(f"ledger.{task}", f"Fairness ledger: {task}", columns, tuple(rows), note)
+
+
+def _equal(values: Sequence[str], must_match: bool) -> Cell:
+    if not must_match or len(values) < 2:
+        return ""
+    return Badge("good", "equal") if len(set(values)) == 1 else Badge("warning", "differs")
+
+
+def failures(summary: Summary) -> Table:
+    order = sorted(summary.failures, key=lambda row: (row.kind, row.arm, row.run_id))
+    rows = [(text.outcome_word(row.kind), row.arm, row.run_id, str(row.attempts), row.reason) for row in order]
+    return Table(
+        "failures", "Failures by kind", columns_of("Kind", "Arm", "Run", "#Attempts", "Reason"), tuple(rows)
+    )
+
+
+def controls(summary: Summary) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for task in summary.tasks:
+        if not task.control_drift:
+            rows.append(
+                (
+                    task.name,
+                    text.missing("not measured"),
+                    text.missing("not measured"),
+                    text.missing("not measured"),
+                )
+            )
+            continue
+        worst = max(task.control_drift, key=abs)
+        judged = (
+            Badge("good", "zero")
+            if worst == 0
+            else Badge("warning", "not zero", "drift below this size is noise")
+        )
+        rows.append((task.name, task.control_run or text.missing("no run"), text.significant(worst), judged))
+    note = "The base model measured against itself, in a second forward pass: every layer's drift must be 0."
+    columns = columns_of("Task", "Run", "#Largest drift of any layer", "Result")
+    return Table("controls", "Controls: base against base", columns, tuple(rows), note)
+
+
+def environment(summary: Summary) -> Table:
+    meta = summary.meta
+    rows = [
+        ("study hash", summary.study_hash),
+        ("model", summary.model),
+        ("model revision", summary.model_revision or text.missing("none given")),
+        ("model SHA-256", summary.model_sha256 or text.missing("not hashed")),
+        ("finetrial", meta.finetrial_version),
+        ("analysed at", meta.created_at),
+        ("wall time", text.duration(meta.wall_seconds, "not recorded")),
+        ("home", meta.home),
+        *((name, value) for name, value in meta.environment.items()),
+        *((f"run.{name}", str(value)) for name, value in meta.run_rules.items()),
+    ]
+    return Table("environment", "Environment", columns_of("What", "Value"), tuple(rows))

@@ -1,0 +1,270 @@
+"""Which figures the report has: a summary's numbers as tidy rows, each with its caption and description.
+
+Not for drawing (`plots.py`). The rows are what lands in the CSV beside each figure, so they hold every
+point that is drawn and the run that it came from.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from finetrial import plots
+from finetrial import report_text as text
+from finetrial.summary import ArmSummary, ClaimResult, Summary, TaskSummary
+
+Rows = list[dict[str, Any]]
+
+
+class Chart(NamedTuple):
+    """A figure with what stands under it and what is read out instead of it."""
+
+    name: str  # of its files
+    title: str
+    caption: str
+    description: str
+    rows: Rows
+    figure: plots.Figure
+
+
+def file_name(name: str) -> str:
+    """A name that is safe as a file name and as an HTML id."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-") or "_"
+
+
+def charts(summary: Summary) -> dict[str | None, list[Chart]]:
+    """The study's own figures (under None) and each task's, without those that have nothing to show."""
+    found: dict[str | None, list[Chart]] = {None: [c for c in [_claims(summary)] if c]}
+    for task in summary.tasks:
+        made = (_scores(summary, task), _search(summary, task), _drift(summary, task), _cost(summary, task))
+        found[task.name] = [chart for chart in made if chart]
+    return found
+
+
+def _claims(summary: Summary) -> Chart | None:
+    rows: Rows = []
+    for claim in summary.claims:
+        task = next((task for task in summary.tasks if task.name == claim.task), None)
+        rows.append(_claim_row(claim, task.higher_is_better if task else True))
+    if not any(row["estimate"] is not None for row in rows):
+        return None
+    rows.sort(key=lambda row: row["panel"], reverse=True)
+    said = "; ".join(f"{c.task}: {c.claim}, {text.VERDICT_WORDS[c.verdict]}" for c in summary.claims)
+    return Chart(
+        "claims",
+        "Every claim, its difference and its margin",
+        "Mark: mean difference over paired replicate seeds (number of seeds: in the table above). Bar: "
+        "95 % t-interval. Tick: the margin; shaded: the side on which the claim holds.",
+        f"Forest plot. {said}.",
+        rows,
+        plots.claims_figure(rows),
+    )
+
+
+def _claim_row(claim: ClaimResult, higher_is_better: bool) -> dict[str, Any]:
+    value, drifts = claim.difference, claim.kind == "drifts_less"
+    scale = 100.0 if drifts else 1.0
+    margin = None
+    if drifts:
+        margin = -100.0 * claim.margin
+    elif value and claim.contrast:  # contrast = difference ± margin × reference, so this is the border
+        margin = value.estimate - claim.contrast.estimate
+    return {
+        "panel": "relative change of drift, %" if drifts else "score difference",
+        "task": claim.task,
+        "claim": claim.claim,
+        "label": f"{claim.task}: {claim.claim}",
+        "verdict": claim.verdict,
+        "verdict_text": text.VERDICT_WORDS[claim.verdict],
+        "estimate": value.estimate * scale if value else None,
+        "low": value.low * scale if value and value.low is not None else None,
+        "high": value.high * scale if value and value.high is not None else None,
+        "n": value.n if value else 0,
+        "margin": margin,
+        "holds": "left" if drifts or not higher_is_better else "right",
+    }
+
+
+def _scores(summary: Summary, task: TaskSummary) -> Chart | None:
+    rows: Rows = []
+    said, counts = [], []
+    places = text.metric_decimals(summary, task, task.metric)
+    for arm in text.arms_of(summary, task.name):
+        for run in arm.replicates:
+            rows.append(_score_row("replicate", arm.method, run.score, replicate=run.number, run_id=run.run_id))
+        mean = arm.test.get(task.metric)
+        if mean:
+            rows.append(_score_row("mean", arm.method, mean.estimate, low=mean.low, high=mean.high))
+        said.append(f"{arm.method} {text.interval(mean, places)}")
+        counts.append(f"{arm.method} n = {arm.planned - arm.failed} of {arm.planned}")
+    for name, base in task.baselines.items():
+        if task.metric in base:
+            rows.append(_score_row("baseline", name, base[task.metric]))
+            said.append(f"baseline {name} {text.fixed(base[task.metric], places)}")
+    if not any(row["score"] is not None for row in rows):
+        return None
+    return Chart(
+        file_name(f"{task.name}.scores"),
+        f"Score of every replicate on {task.name}",
+        f"Small marks: one replicate each ({', '.join(counts)}); grey lines join the same seed. Large marks: "
+        f"mean with its 95 % t-interval over replicates. Horizontal lines: baselines (far ones at the edge).",
+        f"Test {task.metric} by method: {', '.join(said)}.",
+        rows,
+        plots.score_figure(rows, metric=task.metric, methods=text.methods_of(summary)),
+    )
+
+
+def _score_row(series: str, method: str, score: float | None, **more: Any) -> dict[str, Any]:
+    row = {
+        "series": series,
+        "method": method,
+        "replicate": None,
+        "score": score,
+        "low": None,
+        "high": None,
+        "run_id": None,
+    }
+    return row | more
+
+
+def _drift(summary: Summary, task: TaskSummary) -> Chart | None:
+    rows: Rows = []
+    counts, said = [], []
+    for arm in text.arms_of(summary, task.name):
+        if arm.drift is None:
+            continue
+        for layer in arm.drift.layers:
+            base = {"method": arm.method, "layer": layer.layer}
+            rows.append(base | {"series": "mean", "replicate": None, "drift": layer.cka_mean})
+            for number, value in zip(arm.drift.replicates, layer.cka, strict=False):
+                rows.append(base | {"series": "seed", "replicate": number, "drift": value})
+            for value in layer.seed_to_seed:
+                rows.append(base | {"series": "seed_to_seed", "replicate": None, "drift": value})
+        counts.append(f"{arm.method} n = {len(arm.drift.replicates)}")
+        said.append(f"{arm.method} {text.interval(arm.drift.cka, 3)}")
+    if not rows:
+        return None
+    for layer, value in enumerate(task.control_drift):
+        rows.append({"method": "base", "layer": layer, "series": "control", "replicate": None, "drift": value})
+    return Chart(
+        file_name(f"{task.name}.drift"),
+        f"Drift from the base model by layer on {task.name}",
+        f"Thick lines: mean over seeds ({', '.join(counts)}). Thin lines: single seeds. Shaded: the range of "
+        f"seed-to-seed differences. Dotted: base against base, which must be 0.",
+        f"Drift (1 − CKA) by layer. Mean over blocks: {', '.join(said)}.",
+        rows,
+        plots.drift_figure(rows, methods=text.methods_of(summary)),
+    )
+
+
+def _search(summary: Summary, task: TaskSummary) -> Chart | None:
+    rows: Rows = []
+    said, counts = [], []
+    places = text.metric_decimals(summary, task, task.metric)
+    for arm in text.arms_of(summary, task.name):
+        rows += _trial_rows(arm)
+        failed = sum(trial.score is None for trial in arm.search.trials)
+        counts.append(
+            f"{arm.method} n = {len(arm.search.trials)}" + (f", {failed} without a score" if failed else "")
+        )
+        if arm.search.best_score is not None:
+            said.append(f"{arm.method} best {text.fixed(arm.search.best_score, places)}")
+    if not rows:
+        return None
+    return Chart(
+        file_name(f"{task.name}.search"),
+        f"Learning rate against validation score on {task.name}",
+        f"One mark a trial ({'; '.join(counts)}). Shaded: the range searched. Hollow: random start-up trials; "
+        f"filled: guided by TPE. Ring: the optimum. Crosses at the bottom: trials without a score.",
+        f"Validation {task.metric} by learning rate: {', '.join(said) or 'no trial gave a score'}.",
+        rows,
+        plots.search_figure(rows, metric=task.metric, methods=text.methods_of(summary)),
+    )
+
+
+def _trial_rows(arm: ArmSummary) -> Rows:
+    """Trials with a learning rate: the one the optimiser used, else the one asked for."""
+    searched = next((d for d in arm.search.dimensions if d.name == "learning_rate" and d.kind == "range"), None)
+    rows: Rows = []
+    for trial in arm.search.trials:
+        rate = trial.settings_used.get("learning_rate", trial.settings.get("learning_rate"))
+        if isinstance(rate, bool | str) or rate is None or rate <= 0:
+            continue
+        rows.append(
+            {
+                "method": arm.method,
+                "trial": trial.number,
+                "run_id": trial.run_id,
+                "outcome": trial.outcome,
+                "learning_rate": float(rate),
+                "score": trial.score,
+                "startup": trial.startup,
+                "optimum": trial.run_id == arm.search.best,
+                "low": searched.low if searched else None,
+                "high": searched.high if searched else None,
+            }
+        )
+    return rows
+
+
+def _cost(summary: Summary, task: TaskSummary) -> Chart | None:
+    arms = text.arms_of(summary, task.name)
+    rows: Rows = []
+    seconds = {arm.method: arm.cost.train_seconds_each if arm.cost else None for arm in arms}
+    longest = max((each.estimate for each in seconds.values() if each), default=0.0)
+    _, unit = text.scaled(longest, text.TIMES)
+    per = text.SECONDS_PER[unit]
+    for method, each in seconds.items():
+        rows.append(
+            {
+                "quantity": "training time",
+                "unit": f"{unit} per replicate",
+                "log": False,
+                "method": method,
+                "value": each.estimate / per if each else None,
+                "low": each.low / per if each and each.low is not None else None,
+                "high": each.high / per if each and each.high is not None else None,
+                "text": text.duration(each.estimate) if each else "",
+            }
+        )
+    memory = {arm.method: arm.cost.peak_memory_bytes if arm.cost else None for arm in arms}
+    rows += _quantity("peak memory", memory, text.BYTES, text.size)
+    rows += _quantity(
+        "trainable parameters", {a.method: a.trainable_parameters for a in arms}, None, text.count
+    )
+    rows += _quantity("saved size", {a.method: a.saved_bytes for a in arms}, text.BYTES, text.size)
+    if all(row["value"] is None for row in rows):
+        return None
+    counts = ", ".join(f"{arm.method} n = {arm.cost.train_seconds_each.n}" for arm in arms if arm.cost)
+    said = ", ".join(f"{row['method']} {row['quantity']} {row['text']}" for row in rows if row["text"])
+    return Chart(
+        file_name(f"{task.name}.cost"),
+        f"What each method costs on {task.name}",
+        f"Time: mean over replicates ({counts or 'not measured'}), line: 95 % t-interval. Memory: highest of "
+        f"any replicate. Bars start at 0; dots are on a log scale, used where values differ more than tenfold.",
+        f"Cost by method: {said}.",
+        rows,
+        plots.cost_figure(rows, methods=text.methods_of(summary)),
+    )
+
+
+def _quantity(title: str, values: dict[str, int | None], steps: Any, show: Any) -> Rows:
+    """Rows of one quantity: in one unit with bars, or as dots where they span more than tenfold."""
+    known = [value for value in values.values() if value is not None]
+    log = bool(known) and min(known) > 0 and max(known) / min(known) > 10
+    factor, unit = (1.0, "") if not steps else text.scaled(max(known, default=0.0), steps)
+    if log and steps:
+        factor, unit = text.scaled(min(known), steps)
+    return [
+        {
+            "quantity": title,
+            "unit": unit,
+            "log": log,
+            "method": method,
+            "value": value / factor if value is not None else None,
+            "low": None,
+            "high": None,
+            "text": show(value) if value is not None else "",
+        }
+        for method, value in values.items()
+    ]

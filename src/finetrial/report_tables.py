@@ -1,0 +1,311 @@
+"""The report's tables: a summary turned into titled rows of text, the same for HTML, Markdown and LaTeX.
+
+Not for layout (the templates) and not for numbers (`analyse.py`): the only arithmetic is the ratio to the
+reference method and the largest of a few values that stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from finetrial import report_text as text
+from finetrial.records import Setting
+from finetrial.summary import ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
+
+ICONS = {
+    "supported": "✓",
+    "refuted": "✗",
+    "inconclusive": "?",
+    "not_assessable": "–",
+    "warning": "!",
+    "good": "✓",
+}
+
+
+class Badge(NamedTuple):
+    """A cell that carries a judgement: shown as icon, word and colour, then a sentence."""
+
+    kind: str  # a verdict, "warning" or "good"
+    word: str
+    sentence: str = ""
+
+    @property
+    def icon(self) -> str:
+        return ICONS[self.kind]
+
+    def __str__(self) -> str:
+        return f"{self.icon} {self.word}" + (f": {self.sentence}" if self.sentence else "")
+
+
+Cell = str | Badge
+
+
+class Column(NamedTuple):
+    title: str
+    numeric: bool = False
+
+
+class Table(NamedTuple):
+    """Rows of text under titled columns; the first column names the row."""
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def columns_of(*titles: str) -> tuple[Column, ...]:
+    """Columns from their titles; a leading `#` marks a numeric one."""
+    return tuple(Column(title.removeprefix("#"), title.startswith("#")) for title in titles)
+
+
+def verdict_badge(claim: ClaimResult) -> Badge:
+    return Badge(claim.verdict, text.VERDICT_WORDS[claim.verdict], claim.reason)
+
+
+def verdicts(summary: Summary) -> Table:
+    rows = [
+        (
+            claim.task,
+            claim.claim,
+            text.difference(claim, text.claim_decimals(summary, claim)),
+            text.seeds(claim),
+            verdict_badge(claim),
+        )
+        for claim in summary.claims
+    ]
+    note = (
+        "Difference: method minus reference on test, over paired replicate seeds; for drift, the relative "
+        "change. Brackets: two-sided 95 % t-interval over replicates."
+    )
+    columns = columns_of("Task", "Claim", "#Difference (95 % interval)", "#Seeds", "Verdict")
+    return Table("verdicts", "Verdicts", columns, tuple(rows), note)
+
+
+def costs(summary: Summary) -> Table:
+    rows = []
+    for task in summary.tasks:
+        arms = text.arms_of(summary, task.name)
+        reference = text.reference_of(summary, task.name)
+        base = next((arm for arm in arms if arm.method == reference), None)
+        for arm in arms:
+            seconds = _seconds(arm)
+            rows.append(
+                (
+                    arm.task,
+                    arm.method,
+                    _against(_memory(arm), base and _memory(base), arm is base, text.size),
+                    _against(seconds, base and _seconds(base), arm is base, text.duration),
+                    _against(
+                        arm.trainable_parameters, base and base.trainable_parameters, arm is base, text.count
+                    ),
+                    _against(arm.saved_bytes, base and base.saved_bytes, arm is base, text.size),
+                )
+            )
+    note = (
+        "Brackets: relative to the task's reference method. Memory: highest of any replicate. Time: mean "
+        "training time of one replicate. 1 GB is 10⁹ bytes."
+    )
+    columns = columns_of(
+        "Task", "Method", "#Peak memory", "#Training time", "#Trainable parameters", "#Saved size"
+    )
+    return Table("cost", "What each method costs", columns, tuple(rows), note)
+
+
+def _memory(arm: ArmSummary) -> int | None:
+    return arm.cost.peak_memory_bytes if arm.cost else None
+
+
+def _seconds(arm: ArmSummary) -> float | None:
+    return arm.cost.train_seconds_each.estimate if arm.cost else None
+
+
+def _against(
+    value: float | None, base: float | None, is_base: bool, show: Callable[[float | None], str]
+) -> str:
+    if value is None or not base:
+        return show(value)
+    return f"{show(value)} ({'reference' if is_base else text.times(value / base)})"
+
+
+def scores(summary: Summary, task: TaskSummary) -> Table:
+    arms = text.arms_of(summary, task.name)
+    named = [metric for base in task.baselines.values() for metric in base]
+    named += [metric for arm in arms for metric in arm.test]
+    counts = {metric for metric in named if metric.endswith("rows")}  # sizes of groups, not scores
+    metrics = [task.metric, *sorted(set(named) - {task.metric} - counts)]
+    places = {metric: text.metric_decimals(summary, task, metric) for metric in metrics}
+    rows: list[tuple[Cell, ...]] = [
+        (
+            arm.method,
+            f"{arm.planned - arm.failed} of {arm.planned}" if arm.failed else str(arm.planned),
+            *(text.interval(arm.test.get(m), places[m], reason=_why_no_score(arm)) for m in metrics),
+        )
+        for arm in arms
+    ]
+    for name, base in task.baselines.items():
+        cells = (text.fixed(base[m], places[m]) if m in base else text.missing("not defined") for m in metrics)
+        rows.append((f"{name} (baseline)", text.missing("no seeds"), *cells))
+    note = (
+        f"Mean over replicates with its 95 % t-interval; failed replicates are left out of the mean and "
+        f"counted under Seeds. {task.metric} is the task's metric "
+        f"({'higher' if task.higher_is_better else 'lower'} is better)."
+    )
+    base = next(iter(task.baselines.values()), {})
+    if sizes := {metric: int(base[metric]) for metric in sorted(counts) if metric in base}:
+        note += f" Groups of the test split: {text.mapping_text(sizes)}."
+    columns = columns_of("Method", "#Seeds", *(f"#{metric}" for metric in metrics))
+    return Table(f"scores.{task.name}", f"Test scores on {task.name}", columns, tuple(rows), note)
+
+
+def _why_no_score(arm: ArmSummary) -> str:
+    return "no valid replicate" if arm.failed == arm.planned else "not reported"
+
+
+def replicates(summary: Summary, task: TaskSummary) -> Table:
+    places = text.metric_decimals(summary, task, task.metric)
+    rows = []
+    for arm in text.arms_of(summary, task.name):
+        for run in arm.replicates:
+            outcome: Cell = text.outcome_word(run.outcome)
+            if run.void:
+                outcome = Badge("warning", "void", run.void)
+            elif run.outcome != "done":
+                outcome = Badge("warning", text.outcome_word(run.outcome))
+            absent = text.missing("void" if run.void else "no score")
+            rows.append(
+                (
+                    run.run_id,
+                    text.fixed(run.score, places) if run.score is not None else absent,
+                    text.fixed(run.validation_score, places) if run.validation_score is not None else absent,
+                    ", ".join(f"{group} {text.percent(change)}" for group, change in run.moved.items())
+                    or text.missing("not recorded"),
+                    run.weights_sha256[:12] if run.weights_sha256 else text.missing("no weights"),
+                    outcome,
+                )
+            )
+    columns = columns_of("Run", f"#{task.metric}, test", "#validation", "Moved", "Weights (SHA-256)", "Outcome")
+    note = "Moved: relative change of each group of trained parameters, ‖W − W₀‖ / ‖W₀‖."
+    return Table(f"replicates.{task.name}", f"Every replicate on {task.name}", columns, tuple(rows), note)
+
+
+def optima(summary: Summary, task: TaskSummary) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for arm in text.arms_of(summary, task.name):
+        best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
+        for dimension in arm.search.dimensions:
+            used = best.settings_used.get(dimension.name) if best else None
+            rows.append(
+                (
+                    arm.method,
+                    dimension.name,
+                    _searched(dimension),
+                    text.setting(dimension.optimum) if best else text.missing("no trial gave a score"),
+                    _used(dimension.optimum, used),
+                    _edge(dimension),
+                )
+            )
+    note = "Used: the value read back from the optimiser, the schedule or the modules during the best trial."
+    columns = columns_of("Method", "Setting", "Searched", "#Optimum", "Used", "Edge")
+    return Table(f"search.{task.name}", f"Search optimum on {task.name}", columns, tuple(rows), note)
+
+
+def _searched(dimension: DimensionSummary) -> str:
+    if dimension.kind == "choice":
+        return "one of " + ", ".join(text.setting(choice) for choice in dimension.choices)
+    if dimension.kind == "range" and dimension.low is not None and dimension.high is not None:
+        scale = ", log" if dimension.log else ""
+        return f"{text.significant(dimension.low)} to {text.significant(dimension.high)}{scale}"
+    return "fixed"
+
+
+def _used(asked: Setting | None, used: Setting | None) -> Cell:
+    if used is None:
+        return text.missing("not read back")
+    if asked is None or _same(asked, used):
+        return Badge("good", "as asked")
+    return Badge("warning", f"used {text.setting(used)}", f"asked {text.setting(asked)}")
+
+
+def _same(asked: Setting, used: Setting) -> bool:
+    if isinstance(asked, str) or isinstance(used, str):
+        return str(asked) == str(used)
+    return math.isclose(asked, used, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def _edge(dimension: DimensionSummary) -> Cell:
+    if dimension.kind != "range":
+        return text.missing("no range")
+    if dimension.edge is None:
+        return "inside" if dimension.optimum is not None else text.missing("no optimum")
+    return Badge("warning", f"at the {dimension.edge} end", "the true optimum may lie outside; widen the range")
+
+
+def trials(summary: Summary, task: TaskSummary) -> Table:
+    places = text.metric_decimals(summary, task, task.metric)
+    arms = text.arms_of(summary, task.name)
+    names = list(dict.fromkeys(d.name for arm in arms for d in arm.search.dimensions if d.kind != "fixed"))
+    rows: list[tuple[Cell, ...]] = []
+    for arm in arms:
+        for trial in arm.search.trials:
+            outcome: Cell = "best" if trial.run_id == arm.search.best else text.outcome_word(trial.outcome)
+            if trial.outcome != "done":
+                outcome = Badge("warning", text.outcome_word(trial.outcome))
+            score = text.missing("no score") if trial.score is None else text.fixed(trial.score, places)
+            shown = (
+                text.setting(trial.settings[n]) if n in trial.settings else text.missing("no such setting")
+                for n in names
+            )
+            kind = "start-up" if trial.startup else "guided"
+            rows.append((f"{arm.method} trial_{trial.number}", score, kind, *shown, outcome))
+    columns = columns_of(
+        "Trial", f"#{task.metric}, validation", "Drawn", *(f"#{name}" for name in names), "Outcome"
+    )
+    return Table(f"trials.{task.name}", f"Every trial on {task.name}", columns, tuple(rows))
+
+
+def drift(summary: Summary, task: TaskSummary) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for arm in text.arms_of(summary, task.name):
+        if arm.drift is None:
+            rows.append((arm.method, *[text.missing("not measured")] * 4))
+            continue
+        rows.append(
+            (
+                arm.method,
+                str(arm.drift.cka.n),
+                text.interval(arm.drift.cka, 3),
+                text.interval(arm.drift.cosine, 3),
+                text.interval(arm.drift.seed_to_seed, 3, reason="needs two seeds"),
+            )
+        )
+    note = (
+        "Drift: 1 − debiased linear CKA, and 1 − mean-subtracted cosine, between base and tuned hidden "
+        "states, averaged over blocks; brackets: 95 % t-interval over seeds. Seed to seed: the same between "
+        "two replicates."
+    )
+    columns = columns_of("Method", "#Seeds", "#1 − CKA", "#1 − cosine", "#Seed to seed (1 − CKA)")
+    return Table(f"drift.{task.name}", f"Drift from the base model on {task.name}", columns, tuple(rows), note)
+
+
+def drift_layers(summary: Summary, task: TaskSummary) -> Table:
+    arms = [arm for arm in text.arms_of(summary, task.name) if arm.drift]
+    layers = sorted({layer.layer for arm in arms if arm.drift for layer in arm.drift.layers})
+    rows: list[tuple[Cell, ...]] = []
+    for number in layers:
+        cells: list[Cell] = [str(number)]
+        for arm in arms:
+            layer = next((x for x in arm.drift.layers if x.layer == number), None) if arm.drift else None
+            cells += (
+                [text.fixed(layer.cka_mean, 3), text.fixed(layer.cosine_mean, 3)]
+                if layer
+                else [text.missing("no such layer")] * 2
+            )
+        rows.append(tuple(cells))
+    titles = [title for arm in arms for title in (f"#{arm.method}, 1 − CKA", f"#{arm.method}, 1 − cosine")]
+    return Table(
+        f"layers.{task.name}", f"Drift by layer on {task.name}", columns_of("Layer", *titles), tuple(rows)
+    )

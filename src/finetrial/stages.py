@@ -1,0 +1,292 @@
+"""What a worker does for each stage: baseline, trial, replicate, probe. Child side; each gives a Result."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetrial import checkpoint, files, plugins
+from finetrial.assemble import Workbench, input_hash, open_workbench, pick_device
+from finetrial.batching import collate, evaluation_batches
+from finetrial.data import cap_rows
+from finetrial.errors import Diverged
+from finetrial.plugins import ProbeInput
+from finetrial.records import Cost, GroupProof, Proof, Result, RunSpec, Training, canonical_json
+from finetrial.store import RunFolder
+from finetrial.train import Trained, evaluate, make_accelerator, train
+
+ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")
+
+
+def run(spec: RunSpec, folder: RunFolder) -> Result:
+    """Do what a spec says and give its result; resumes by itself from what the folder holds."""
+    stages = {"baseline": _baseline, "trial": _training, "replicate": _training, "probe": _probe}
+    return stages[spec.stage](spec, folder)
+
+
+def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
+    """Scores that need no training: the task's trivial answers and the model with a fresh head."""
+    started = time.perf_counter()
+    bench = open_workbench(spec, folder.home)
+    built = bench.build_base()
+    accelerator = make_accelerator(spec.rules)
+    model = accelerator.prepare(built.model)
+    scores, hashes, calibration = {}, {}, None
+    for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
+        features = bench.encode(examples, built)
+        scored = evaluate(accelerator, model, bench, built.tokenizer, features, examples, calibration)
+        calibration = calibration or scored.calibration
+        scores[split], hashes[split] = scored.metrics, input_hash(features)
+    return Result(
+        run_id=spec.run_id,
+        outcome="done",
+        scores=scores,
+        calibration=calibration or {},
+        cost=_cost(started, model),
+        input_sha256=hashes,
+        split_rows=_split_rows(bench),
+        measures={"baselines": bench.task.head.baselines(bench.splits, bench.task_params)},
+        environment=environment(),
+    )
+
+
+def _training(spec: RunSpec, folder: RunFolder) -> Result:
+    """A trial or a replicate: train, score on validation, and for a replicate on test; keep its model."""
+    started = time.perf_counter()
+    bench = open_workbench(spec, folder.home)
+    model, built = bench.build_tuned()
+    features = bench.encode(bench.splits.train, built)
+    validation = bench.encode(bench.splits.validation, built)
+    hashes = {"train": input_hash(features), "validation": input_hash(validation)}
+    try:
+        trained = train(bench, folder, model, built.tokenizer, features, validation)
+    except Diverged as diverged:
+        return Result(
+            run_id=spec.run_id, outcome="diverged", reason=str(diverged), cost=_cost(started, model),
+            input_sha256=hashes, split_rows=_split_rows(bench), environment=environment(),
+        )  # fmt: skip
+    progress = trained.progress
+    scores = {"validation": progress.best_metrics}
+    per_example = {"validation": progress.best_per_example}
+    saved_bytes, weights = 0, None
+    if spec.stage == "replicate":
+        accelerator = make_accelerator(spec.rules)
+        test = bench.encode(bench.splits.test, built)
+        hashes["test"] = input_hash(test)
+        scored = evaluate(
+            accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
+            progress.best_calibration,
+        )  # fmt: skip
+        scores["test"], per_example["test"] = scored.metrics, scored.per_example
+        saved_bytes = _save_model(bench, folder, trained.model, built.tokenizer)
+    weights = weights_hash(checkpoint.trained_tensors(trained.model))
+    files.write_json(folder.examples_file, per_example)
+    return Result(
+        run_id=spec.run_id,
+        outcome="done",
+        score=progress.best_score,
+        scores=scores,
+        calibration=progress.best_calibration,
+        settings_used=trained.settings_used,
+        training=_training_facts(bench, trained),
+        proof=prove(bench, trained.model),
+        cost=_cost(started, trained.model, trained, saved_bytes),
+        weights_sha256=weights,
+        input_sha256=hashes,
+        split_rows=_split_rows(bench),
+        environment=environment(),
+    )
+
+
+def _probe(spec: RunSpec, folder: RunFolder) -> Result:
+    """Measure one replicate's model (or, as the control, the base itself) against the base."""
+    started = time.perf_counter()
+    bench = open_workbench(spec, folder.home)
+    device = pick_device()
+    built = bench.build_base()
+    base = built.model.to(device).eval()
+    tuned, neighbour = bench.build_base().model, None
+    if spec.subject is not None:
+        tuned = _load_replicate(bench, folder, spec.subject)
+        neighbour = _load_replicate(bench, folder, spec.reference) if spec.reference else None
+    tuned = tuned.to(device).eval()
+    neighbour = neighbour.to(device).eval() if neighbour is not None else None
+    measures = {}
+    for name, asked in spec.measures.items():
+        plugin = plugins.load("probes", asked["use"])
+        params = plugin.Params.model_validate(asked["params"])
+        rows = cap_rows(bench.splits.validation, getattr(params, "rows", None))
+        features = bench.encode(rows, built)
+        batches = [
+            collate([features[i] for i in indices], built.tokenizer.pad_token_id, device)
+            for indices in evaluation_batches([len(feature.input_ids) for feature in features])
+        ]
+        given = ProbeInput(base, tuned, neighbour, batches, input_hash(features))
+        measures[name] = plugin.measure(given, params)
+    return Result(
+        run_id=spec.run_id, outcome="done", cost=_cost(started, tuned), measures=measures,
+        split_rows=_split_rows(bench), environment=environment(),
+    )  # fmt: skip
+
+
+def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
+    spec = folder.home.run(run_id).spec()
+    subject = Workbench(spec, bench.task, bench.task_params, bench.splits, bench.location, bench.home)
+    saved = folder.home.model_folder(spec)
+    broken = files.damage(saved)
+    if broken is not None:
+        raise OSError(f"the trained model {saved} is damaged: {broken}; remove its run folder to redo it")
+    plugin, _ = subject.method()
+    return plugin.load(subject.build_base().model, saved)
+
+
+def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any) -> int:
+    """Commit the model in the format that a user loads; the bytes it takes without the tokenizer."""
+    final = folder.home.model_folder(bench.spec)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        plugin, _ = bench.method()
+        plugin.save(model, temporary)
+        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        tokenizer.save_pretrained(temporary)
+        files.commit_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return size
+
+
+def prove(bench: Workbench, model: Any) -> Proof:
+    """Which trained tensors moved from their start, and by how much.
+
+    The start is built again from the spec, which is exact and needs no copy during training. A group that
+    had to move and did not makes the run void.
+    """
+    plugin, _ = bench.method()
+    start, built = bench.build_tuned()
+    before = checkpoint.trained_tensors(start)
+    groups: dict[str, list[tuple[str, float, float]]] = {}
+    for name, tensor in checkpoint.trained_tensors(model).items():
+        old = before[name].detach().double()
+        change = float(torch.linalg.vector_norm(tensor.detach().cpu().double() - old))
+        group = plugin.group(_plain_name(name), built.head_names)
+        groups.setdefault(group, []).append((name, change, float(torch.linalg.vector_norm(old))))
+    proofs = {}
+    for group, rows in groups.items():
+        change = sum(row[1] ** 2 for row in rows) ** 0.5
+        size = sum(row[2] ** 2 for row in rows) ** 0.5
+        proofs[group] = GroupProof(
+            tensors=len(rows), moved=sum(row[1] > 0 for row in rows), change_norm=change,
+            relative_change=change / size if size > 0 else None,
+        )  # fmt: skip
+    still = [group for group in plugin.must_move() if group not in proofs or proofs[group].moved == 0]
+    largest = sorted((row for rows in groups.values() for row in rows), key=lambda row: -row[1])[:5]
+    return Proof(
+        groups=proofs,
+        largest={name: change for name, change, _ in largest},
+        void=f"nothing moved in: {', '.join(still)}" if still else None,
+    )
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what PEFT wraps around it."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def _training_facts(bench: Workbench, trained: Trained) -> Training:
+    progress = trained.progress
+    return Training(
+        steps=progress.step,
+        planned_steps=trained.planned_steps,
+        epochs=progress.step / trained.steps_per_epoch,
+        rows=len(bench.splits.train),
+        examples=progress.examples,
+        tokens=progress.tokens,
+        padded_tokens=progress.padded_tokens,
+        best_step=progress.best_step or 0,
+        stopped_early=progress.stopped_early,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        resumed_from=tuple(progress.resumed_from),
+    )
+
+
+def _cost(started: float, model: Any, trained: Trained | None = None, saved_bytes: int = 0) -> Cost:
+    seconds = time.perf_counter() - started
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    progress = trained.progress if trained else None
+    device = pick_device()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    return Cost(
+        wall_seconds=round(seconds, 3),
+        train_seconds=round(progress.train_seconds, 3) if progress else 0.0,
+        evaluate_seconds=round(progress.evaluate_seconds, 3) if progress else 0.0,
+        cpu_seconds=round(time.process_time(), 3),
+        peak_memory_bytes=peak,
+        device=name,
+        flops=_flops(model, trainable, progress.tokens) if progress else 0.0,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        saved_bytes=saved_bytes,
+    )
+
+
+def _flops(model: Any, trainable: int, tokens: int) -> float:
+    """Floating-point operations of training by the usual count (Kaplan et al. 2020, arXiv:2001.08361).
+
+    2 per weight and token forward, 2 backward to the inputs, and 2 more for every weight that is trained;
+    embedding tables are looked up, not multiplied.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    multiplied = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in embeddings)
+    return float((4 * multiplied + 2 * trained) * tokens)
+
+
+def _split_rows(bench: Workbench) -> dict[str, int]:
+    splits = bench.splits
+    return {
+        "train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test),
+    }  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine of this process."""
+    from importlib.metadata import version
+
+    facts = {name: version(name) for name in ENVIRONMENT_PACKAGES}
+    return facts | {
+        "finetrial": version("finetrial"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def describe(spec: RunSpec, folder: Path) -> str:
+    """One line for the log: what this process is about to do."""
+    return f"{spec.run_id} in {folder}: {canonical_json(spec.settings)}"

@@ -1,0 +1,185 @@
+"""A study's folder: every path in it, its records read and written. State is derived, never stored.
+
+A run is done when `result.json` exists, given up when `failure.json` does, and unfinished otherwise. This
+file decides nothing and starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from finetrial import files
+from finetrial.errors import HomeError
+from finetrial.lease import FileLock
+from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec
+from finetrial.summary import Summary
+
+M = TypeVar("M", bound=BaseModel)
+LOG_TAIL_LINES = 40
+
+
+class RunFolder:
+    """One run's folder: the only place that knows its file names."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.spec_file = path / "spec.json"
+        self.lease_file = path / "lease.json"
+        self.attempts = path / "attempts"
+        self.metrics_file = path / "metrics.jsonl"
+        self.examples_file = path / "examples.json"
+        self.log_file = path / "log.txt"
+        self.checkpoint = path / "checkpoint"
+        self.result_file = path / "result.json"
+        self.failure_file = path / "failure.json"
+        self.lock_file = path / "worker.lock"
+
+    @property
+    def home(self) -> Home:
+        return Home(self.path.parent.parent)
+
+    def create(self, spec: RunSpec) -> None:
+        """Write the spec first; a folder that already has one keeps it (its id is its content)."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        if not self.spec_file.exists():
+            files.write_text(self.spec_file, spec.model_dump_json(indent=1) + "\n")
+
+    def spec(self) -> RunSpec:
+        return _read(self.spec_file, RunSpec)
+
+    def result(self) -> Result | None:
+        return _read(self.result_file, Result) if self.result_file.exists() else None
+
+    def failure(self) -> Failure | None:
+        return _read(self.failure_file, Failure) if self.failure_file.exists() else None
+
+    def attempt_records(self) -> tuple[Attempt, ...]:
+        paths = sorted(self.attempts.glob("[0-9]*.json"), key=lambda path: int(path.stem))
+        return tuple(_read(path, Attempt) for path in paths)
+
+    def record(self) -> RunRecord:
+        return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())
+
+    def write_result(self, result: Result) -> None:
+        files.write_text(self.result_file, result.model_dump_json(indent=1) + "\n")
+
+    def write_failure(self, failure: Failure) -> None:
+        files.write_text(self.failure_file, failure.model_dump_json(indent=1) + "\n")
+
+    def write_attempt(self, attempt: Attempt) -> None:
+        files.write_text(self.attempts / f"{attempt.number}.json", attempt.model_dump_json(indent=1) + "\n")
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The newest whole record of metrics.jsonl, read from its end."""
+        if not self.metrics_file.exists():
+            return None
+        with self.metrics_file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 8192))
+            lines = stream.read().split(b"\n")[:-1]
+        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+
+    def keep_metrics_up_to(self, step: int) -> None:
+        """Drop records after a checkpoint's step: the resumed run writes them again, the same."""
+        kept = [record for record in files.json_lines(self.metrics_file) if record["step"] <= step]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        files.write_text(self.metrics_file, text)
+
+    def log_tail(self) -> str:
+        if not self.log_file.exists():
+            return ""
+        with self.log_file.open("rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 16384))
+            text = stream.read().decode("utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+
+    def drop_checkpoint(self) -> None:
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+
+class Home:
+    """A study's folder, `runs/<study>`: the only place that knows what lies where in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.study_file = path / "study.yaml"
+        self.lock_file = path / "study.lock.json"
+        self.runs = path / "runs"
+        self.best = path / "best"
+        self.models = path / "models"
+        self.analysis = path / "analysis"
+        self.summary_file = path / "analysis" / "summary.json"
+        self.report = path / "report"
+        self.cache = path / "cache"
+        self.tracking = path / "tracking"
+        self.log_file = path / "study.log"
+
+    def run(self, run_id: str) -> RunFolder:
+        return RunFolder(self.runs / run_id)
+
+    def find(self, prefix: str) -> list[RunFolder]:
+        """The runs whose id starts with a prefix, in order of their names."""
+        if not self.runs.is_dir():
+            return []
+        paths = sorted(p for p in self.runs.iterdir() if p.name.startswith(prefix) and p.is_dir())
+        return [RunFolder(path) for path in paths if (path / "spec.json").exists()]
+
+    def best_file(self, task: str, method: str) -> Path:
+        return self.best / f"{task}.{method}.yaml"
+
+    def model_folder(self, spec: RunSpec) -> Path:
+        """Where a replicate's trained model lies: `models/<task>.<method>.seed<number>`."""
+        method = spec.method.name if spec.method else "base"
+        return self.models / f"{spec.task.name}.{method}.seed{spec.number}"
+
+    def write_summary(self, summary: Summary) -> None:
+        files.write_text(self.summary_file, summary.model_dump_json(indent=1) + "\n")
+
+    def summary(self) -> Summary:
+        """Every number of the report.
+
+        Raises:
+            HomeError: the study has none yet, or it is damaged.
+        """
+        if not self.summary_file.exists():
+            raise HomeError(f"{self.path} has no analysis yet; `finetrial report {self.path}` makes one")
+        return _read(self.summary_file, Summary)
+
+    @contextmanager
+    def coordinate(self) -> Iterator[None]:
+        """Be the only coordinator of this folder on this machine.
+
+        Raises:
+            HomeError: another process is; the message names it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "coordinator.lock")
+        holder = lock.acquire()
+        if holder is not None:
+            raise HomeError(
+                f"{self.path} is being worked on by process {holder}; wait for it, or stop it and run again"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _read(path: Path, model: type[M]) -> M:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise HomeError(
+            f"{path} cannot be read: {where}: {first['msg']}. It was damaged or written by another version; "
+            f"move that run's folder away and run again to redo this run alone"
+        ) from None

@@ -1,0 +1,100 @@
+"""A study: the frozen models of what is wanted, complete with defaults and checked.
+
+Not for reading the file (`study_file.py` turns YAML into this and reports all mistakes at once) and not
+for deciding what runs (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finetrial.records import (
+    Frozen,
+    LoopRules,
+    MethodSpec,
+    ModelSource,
+    TaskSpec,
+    short_hash,
+)
+from finetrial.space import Dimension
+
+# What a name may look like: it becomes part of a folder's name.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class SearchRules(Frozen):
+    """Phase 1: the same number of trials, rows and start-up draws for every method."""
+
+    trials: int = Field(default=15, ge=1, le=1000)
+    rows: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    sampler: Literal["tpe", "random"] = "tpe"
+    startup: int | None = Field(default=None, ge=1)
+
+    @property
+    def startup_trials(self) -> int:
+        """Trials drawn at random before TPE is guided: a third of the budget unless stated."""
+        return self.startup if self.startup is not None else max(1, -(-self.trials // 3))
+
+
+class TrainRules(LoopRules):
+    """Phase 2: how many replicates, on how many rows. The loop's rules hold for trials too."""
+
+    seeds: int = Field(default=5, ge=1, le=1000)
+    rows: int | None = Field(default=None, ge=1)
+
+
+class Claim(Frozen):
+    """One declared claim: `method` compared with `reference`, with a relative margin."""
+
+    text: str
+    kind: Literal["within", "drifts_less"]
+    method: str
+    reference: str
+    margin: float = Field(gt=0, lt=1)
+
+
+class RunRules(Frozen):
+    """Where and how; not part of the study's identity."""
+
+    engine: str = "local"
+    parallel: int = Field(default=1, ge=1, le=256)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    memory_bytes: int | None = Field(default=None, gt=0)
+    limit_seconds: float | None = Field(default=None, gt=0)
+    attempts: int = Field(default=3, ge=1, le=100)
+    checkpoint_seconds: float | None = Field(default=120.0, gt=0)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1)
+    log_steps: int = Field(default=10, ge=1)
+
+
+class Study(Frozen):
+    """What the study file says, resolved: every default filled in, every plug-in's parameters checked."""
+
+    study: str
+    model: ModelSource
+    tasks: tuple[TaskSpec, ...]
+    methods: tuple[MethodSpec, ...]
+    spaces: dict[str, dict[str, Dimension]]  # method name -> its whole search space
+    search: SearchRules
+    train: TrainRules
+    measure: dict[str, dict[str, Any]]
+    claims: tuple[Claim, ...]
+    run: RunRules
+    track: tuple[str, ...]
+    file: str
+    base: str  # the file's folder
+
+    @property
+    def arms(self) -> list[tuple[TaskSpec, MethodSpec]]:
+        return [(task, method) for task in self.tasks for method in self.methods]
+
+    def identity(self) -> str:
+        """A hash of what is asked, not of where it runs; trials and seeds may be raised later."""
+        data = self.model_dump(mode="json", exclude={"run", "track", "file", "base"})
+        del data["search"]["trials"], data["train"]["seeds"]
+        return short_hash(data, 16)

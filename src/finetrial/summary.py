@@ -1,0 +1,212 @@
+"""The shape of `analysis/summary.json`: every number of the report, with the run ids it came from.
+
+Written by `analyse.py`, read by `report.py` and `plots.py`, which compute nothing. Whatever varies between
+two equal studies (times, memory) lives under `cost` and `meta` alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from finetrial.records import Frozen, Outcome, Setting
+
+SUMMARY_VERSION = 1
+
+Verdict = Literal["supported", "refuted", "inconclusive", "not_assessable"]
+
+
+class Interval(Frozen):
+    """An estimate with a two-sided 95 % t-interval over replicates; None where n is too small."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    sd: float | None  # ddof = 1
+    n: int
+
+
+class TrialPoint(Frozen):
+    run_id: str
+    number: int
+    outcome: Outcome
+    score: float | None
+    settings: dict[str, Setting]
+    settings_used: dict[str, Setting]
+    startup: bool  # drawn at random, before TPE is guided
+
+
+class DimensionSummary(Frozen):
+    """One searched dimension: its range or choices, the optimum, and the edge it lies on, if any."""
+
+    name: str
+    kind: Literal["range", "choice", "fixed"]
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Setting, ...] = ()
+    optimum: Setting | None = None
+    edge: Literal["low", "high"] | None = None
+
+
+class SearchSummary(Frozen):
+    trials: tuple[TrialPoint, ...]
+    best: str | None  # run id
+    best_score: float | None
+    dimensions: tuple[DimensionSummary, ...]
+    rows: int | None  # training rows per trial; None: all
+
+
+class ReplicatePoint(Frozen):
+    run_id: str
+    number: int
+    outcome: Outcome
+    void: str | None  # why it does not count: something that should have trained did not move
+    score: float | None  # the task's metric on test
+    validation_score: float | None
+    test: dict[str, float]  # every test metric
+    weights_sha256: str | None
+    moved: dict[str, float]  # group -> relative change
+
+
+class LayerDrift(Frozen):
+    """Drift of one layer over replicates; layer 0 is the embeddings, 1..L the blocks."""
+
+    layer: int
+    cka: tuple[float | None, ...]  # 1 - debiased linear CKA against the base, one per replicate
+    cosine: tuple[float | None, ...]  # 1 - mean-subtracted cosine, one per replicate
+    cka_mean: float
+    cosine_mean: float
+    seed_to_seed: tuple[float, ...] = ()  # 1 - CKA of neighbouring replicates: the noise band
+
+
+class DriftSummary(Frozen):
+    probe_runs: tuple[str, ...]
+    replicates: tuple[int, ...]
+    layers: tuple[LayerDrift, ...]
+    cka: Interval  # mean over blocks 1..L, one value per replicate
+    cosine: Interval
+    seed_to_seed: Interval | None
+    per_replicate: dict[str, float]  # replicate number -> mean CKA drift over blocks
+
+
+class ArmCost(Frozen):
+    """Measured cost of the arm's runs; varies from run to run."""
+
+    search_seconds: float
+    train_seconds: float  # of all replicates, wall clock
+    train_seconds_each: Interval
+    peak_memory_bytes: int
+    cpu_seconds: float
+    device: str
+
+
+class ArmSummary(Frozen):
+    task: str
+    method: str
+    search: SearchSummary
+    replicates: tuple[ReplicatePoint, ...]
+    test: dict[str, Interval]  # metric -> over replicates
+    failed: int  # replicates without a valid score (diverged, void, crashed...), of `planned`
+    planned: int
+    drift: DriftSummary | None
+    trainable_parameters: int | None
+    total_parameters: int | None
+    saved_bytes: int | None
+    cost: ArmCost | None
+
+
+class TaskSummary(Frozen):
+    name: str
+    metric: str
+    higher_is_better: bool
+    split_rows: dict[str, int]
+    baselines: dict[str, dict[str, float]]  # majority, no_answer, untrained ... -> metric -> test value
+    baseline_run: str | None
+    control_drift: tuple[float, ...]  # base against base, per layer: must be 0
+    control_run: str | None
+
+
+class ClaimResult(Frozen):
+    """One claim on one task, judged over paired replicates."""
+
+    claim: str  # as written in the study file
+    task: str
+    kind: Literal["within", "drifts_less"]
+    method: str
+    reference: str
+    margin: float  # 0.03 for 3 %
+    verdict: Verdict
+    reason: str  # one sentence in words
+    difference: Interval | None  # method - reference: test score, or drift as a share of the reference's
+    contrast: Interval | None  # D_i, the tested quantity: method - (1 -/+ margin) * reference
+    contrast_bound: float | None  # one-sided 95 % bound that the verdict rests on
+    p_t: float | None  # one-sided t
+    p_sign_flip: float | None  # one-sided exact sign-flip
+    p_holm: float | None = None  # p_t after Holm over the study's claims
+    smallest_detectable: float | None = None  # difference detectable with 80 % power at this n
+    seeds_needed: int | None = None  # to settle it at the observed effect and spread (80 % power)
+    pairs: tuple[int, ...] = ()  # replicate numbers used
+    missing: tuple[int, ...] = ()  # replicate numbers without a valid pair
+    run_ids: tuple[str, ...] = ()
+
+
+class LedgerRow(Frozen):
+    """What an arm was given and used, so that equal budgets can be seen."""
+
+    task: str
+    method: str
+    trials_planned: int
+    trials_done: int
+    trials_diverged: int
+    trials_failed: int
+    replicates_planned: int
+    replicates_done: int
+    replicates_diverged: int
+    replicates_failed: int
+    attempts: int
+    search_steps: int
+    search_tokens: int
+    search_flops: float
+    train_steps: int
+    train_tokens: int
+    train_flops: float
+    train_rows: int | None
+    learning_rate_decades: float | None
+    edge_flags: tuple[str, ...]  # "learning_rate: high"
+    shared_streams: bool  # replicate seeds equal those of the other arms of the task
+
+
+class FailureRow(Frozen):
+    run_id: str
+    arm: str
+    kind: Outcome
+    reason: str
+    attempts: int
+
+
+class Meta(Frozen):
+    """Where, when and with what; varies."""
+
+    finetrial_version: str
+    created_at: str
+    home: str
+    wall_seconds: float | None
+    environment: dict[str, str]  # versions, device, platform
+    run_rules: dict[str, Any]
+
+
+class Summary(Frozen):
+    schema_version: int = SUMMARY_VERSION
+    study: str
+    study_hash: str
+    model: str
+    model_revision: str | None
+    model_sha256: str | None
+    complete: bool  # False: written from an unfinished study
+    tasks: tuple[TaskSummary, ...]
+    arms: tuple[ArmSummary, ...]
+    claims: tuple[ClaimResult, ...]
+    ledger: tuple[LedgerRow, ...]
+    fairness_notes: tuple[str, ...]  # rules broken or worth knowing, in words
+    failures: tuple[FailureRow, ...]
+    meta: Meta

@@ -1,0 +1,1 @@
+"""One file per task: where its rows come from, and which head and metric judge them."""

@@ -1,0 +1,193 @@
+"""What a person sees in the terminal: tables in, text out. Decides and computes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
+from finetrial.plan import overview
+from finetrial.records import Result, RunRecord
+from finetrial.store import Home, RunFolder
+from finetrial.study import Study
+
+if TYPE_CHECKING:
+    from finetrial.progress import Progress
+    from finetrial.summary import Summary
+
+# A pipe or a log file has no width of its own; eighty columns would break words in every table.
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=160)
+
+
+def progress() -> Progress:
+    """A live table in a terminal, plain lines elsewhere."""
+    from finetrial.progress import make_progress
+
+    return make_progress(console, console.is_terminal)
+
+
+def show_title(study: Study, home: Path) -> None:
+    arms, search = len(study.arms), study.search.trials
+    console.print(
+        f"[bold]{study.study}[/bold]   {study.model.name}   {arms} arms   {arms * search} trials   "
+        f"{arms * study.train.seeds} replicates   {home}",
+        soft_wrap=True,
+    )
+
+
+def show_plan(study: Study, *, as_json: bool = False) -> None:
+    """The runs of every arm, and the search space they share or do not."""
+    arms = overview(study)
+    if as_json:
+        print_json({"study": study.study, "arms": [arm._asdict() for arm in arms]})
+        return
+    table = _table("arm", "trials", "replicates", "probes", "rows per trial", "rows per replicate", "searched")
+    for arm in arms:
+        space = study.spaces[arm.method]
+        searched = ", ".join(name for name in space if space[name].kind != "fixed")
+        table.add_row(
+            f"{arm.task}/{arm.method}", str(arm.trials), str(arm.replicates), str(arm.probes),
+            str(study.search.rows or "all"), str(study.train.rows or "all"), searched,
+        )  # fmt: skip
+    console.print(table)
+    runs = sum(arm.trials + arm.replicates + arm.probes for arm in arms)
+    extra = len(study.tasks) * (2 if study.measure else 1)
+    controls = "baselines and controls" if study.measure else "baselines"
+    console.print(f"{runs} runs of arms, {extra} {controls}")
+
+
+def show_check(study: Study, results: Mapping[str, Result]) -> None:
+    """Splits and baselines of every task."""
+    table = _table("task", "train", "validation", "test", "baseline", "test scores")
+    for task, result in results.items():
+        rows = [str(result.split_rows[name]) for name in ("train", "validation", "test")]
+        baselines = {**result.measures["baselines"], "untrained": result.scores["test"]}
+        for name, scores in baselines.items():
+            parts = [f"{metric} {value:.1f}" for metric, value in scores.items() if "rows" not in metric]
+            shown = ", ".join(parts)
+            table.add_row(task, *rows, name, shown)
+            task, rows = "", ["", "", ""]
+    console.print(table)
+
+
+def show_verdicts(summary: Summary, home: Path) -> None:
+    """The verdict table, the cost table, and where the report is."""
+    from finetrial import report
+
+    if summary.claims:
+        table = _table("task", "verdict on", "difference (95 % interval)", "seeds", "verdict")
+        for row in report.verdict_rows(summary):
+            table.add_row(*row)
+        console.print(table)
+    costs = report.cost_rows(summary)
+    if costs:
+        table = _table(*costs[0])
+        for row in costs[1:]:
+            table.add_row(*row)
+        console.print(table)
+    for note in summary.fairness_notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for failure in summary.failures:
+        console.print(f"{failure.kind}: {failure.run_id}: {failure.reason}", soft_wrap=True)
+    console.print(f"report  {home / 'report' / 'index.html'}", soft_wrap=True)
+
+
+def exit_code(summary: Summary) -> int:
+    """0 done, 3 some runs failed for good, 4 incomplete."""
+    if not summary.complete:
+        return EXIT_RUNS_FAILED if summary.failures else EXIT_INCOMPLETE
+    failed = [row for row in summary.failures if row.kind != "diverged"]
+    return EXIT_RUNS_FAILED if failed else EXIT_DONE
+
+
+def show_status(home_path: Path, *, as_json: bool) -> None:
+    """How many runs of each stage and arm have ended how."""
+    from finetrial.opening import read_lock
+
+    home = Home(home_path)
+    study = read_lock(home).study
+    planned = {
+        (stage, f"{arm.task}/{arm.method}"): count
+        for arm in overview(study)
+        for stage, count in (("trial", arm.trials), ("replicate", arm.replicates), ("probe", arm.probes))
+    }
+    counts: dict[tuple[str, str], dict[str, int]] = {key: {} for key in planned}
+    for folder in home.find(""):
+        record = folder.record()
+        outcome = record.outcome or ("running" if folder.lease_file.exists() else "unfinished")
+        key = (record.spec.stage, record.spec.arm)
+        counts.setdefault(key, {})
+        counts[key][outcome] = counts[key].get(outcome, 0) + 1
+    rows = [
+        {"stage": stage, "arm": arm, "planned": planned.get((stage, arm), 1), "runs": ended}
+        for (stage, arm), ended in counts.items()
+    ]
+    if as_json:
+        print_json({"study": study.study, "home": str(home_path), "stages": rows})
+        return
+    table = _table("stage", "arm", "done", "planned", "other")
+    for row in rows:
+        other = ", ".join(f"{count} {name}" for name, count in sorted(row["runs"].items()) if name != "done")
+        table.add_row(row["stage"], row["arm"], str(row["runs"].get("done", 0)), str(row["planned"]), other)
+    console.print(table)
+
+
+def show_run(path: Path, *, as_json: bool) -> None:
+    """One run in full."""
+    folder = RunFolder(path)
+    record = folder.record()
+    if as_json:
+        print_json(_run_json(record))
+        return
+    table = _table("", record.spec.run_id)
+    table.add_row("outcome", record.outcome or "unfinished")
+    if record.failure:
+        table.add_row("reason", record.failure.reason)
+    for name, value in record.spec.settings.items():
+        used = record.result.settings_used.get(name) if record.result else None
+        table.add_row(name, f"{value}" if used in (None, value) else f"{value} (used {used:.6g})")
+    if record.result:
+        for split, scores in record.result.scores.items():
+            table.add_row(split, ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+        if record.result.proof:
+            for group, proof in record.result.proof.groups.items():
+                relative = f", {proof.relative_change:.2%}" if proof.relative_change is not None else ""
+                table.add_row(f"moved: {group}", f"{proof.moved} of {proof.tensors} tensors{relative}")
+        cost = record.result.cost
+        table.add_row("cost", f"{cost.wall_seconds:.1f} s, peak {cost.peak_memory_bytes / 1e9:.2f} GB")
+    for attempt in record.attempts:
+        ended = f"{attempt.outcome or 'not ended'}{': ' + attempt.reason if attempt.reason else ''}"
+        table.add_row(f"attempt {attempt.number}", f"{attempt.host}, process {attempt.pid}: {ended}")
+    table.add_row("folder", str(path))
+    console.print(table)
+    if record.failure and record.failure.log_tail:
+        console.print(record.failure.log_tail, markup=False, soft_wrap=True)
+
+
+def _run_json(record: RunRecord) -> dict[str, Any]:
+    return {
+        "spec": record.spec.model_dump(mode="json"),
+        "outcome": record.outcome,
+        "result": record.result.model_dump(mode="json") if record.result else None,
+        "failure": record.failure.model_dump(mode="json") if record.failure else None,
+        "attempts": [attempt.model_dump(mode="json") for attempt in record.attempts],
+    }
+
+
+def print_json(value: Any) -> None:
+    """JSON for programs: no colours, no wrapping."""
+    console.print(json.dumps(value, indent=1, ensure_ascii=False), markup=False, soft_wrap=True)
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table

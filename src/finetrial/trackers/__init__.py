@@ -1,0 +1,1 @@
+"""One file per tracker: a mirror of finished runs."""

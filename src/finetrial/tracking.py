@@ -1,0 +1,41 @@
+"""Mirroring finished runs into trackers. `metrics.jsonl` is the record; a tracker can lose and fail nothing.
+
+The parent replays a run after it has ended, once per tracker (a marker file says so); whatever a tracker
+raises becomes one warning for the whole study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finetrial import files, plugins
+from finetrial.records import RunRecord
+from finetrial.store import Home
+
+
+class Mirror:
+    """Replays runs into the study's trackers; a tracker that fails is left alone for the rest of this call."""
+
+    def __init__(self, home: Home, trackers: Sequence[str], warn: Callable[[str], None]):
+        self.home = home
+        self.trackers = list(trackers)
+        self.warn = warn
+
+    def __call__(self, record: RunRecord) -> None:
+        for name in list(self.trackers):
+            folder = self.home.tracking / name.replace(":", ".")
+            marker = folder / "replayed" / record.spec.run_id
+            if marker.exists():
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                records = files.json_lines(self.home.run(record.spec.run_id).metrics_file)
+                plugins.load("trackers", name).replay(folder, record.spec, records, record.result)
+                files.write_text(marker, "")
+            except Exception as error:  # noqa: BLE001 - foreign code; its fault must never fail a run
+                self.trackers.remove(name)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.warn(
+                    f"the tracker {name} failed and is left out from here on: {reason}. No run is affected; "
+                    f"the records are in each run's metrics.jsonl, and running again replays them"
+                )

@@ -1,0 +1,341 @@
+"""THE training loop, one for every method, and the evaluation that goes with it. Child side.
+
+A difference between two methods here is a difference between methods: data order, batches, schedule,
+clipping, precision, evaluation and stopping are this code, and the random streams are the replicate's. The
+loss is normalised over the whole effective batch, so the micro-batch changes no result beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import get_scheduler
+
+from finetrial import checkpoint
+from finetrial.assemble import Workbench
+from finetrial.batching import collate, epoch_batches, evaluation_batches, model_inputs
+from finetrial.errors import Diverged
+from finetrial.files import append_json_line
+from finetrial.plugins import Feature, Scored
+from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
+from finetrial.store import RunFolder
+
+
+@dataclass
+class Progress:
+    """Where a training run is: everything a checkpoint must hold besides tensors. Plain JSON."""
+
+    step: int = 0
+    examples: int = 0
+    largest_batch: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    best_step: int | None = None
+    best_score: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    best_calibration: dict[str, float] = field(default_factory=dict)
+    best_per_example: dict[str, float] = field(default_factory=dict)
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    resumed_from: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Trained:
+    """A trained model (its kept weights in place), what the loop did, and what was really set."""
+
+    model: Any
+    progress: Progress
+    planned_steps: int
+    steps_per_epoch: int
+    settings_used: dict[str, Setting]
+
+
+def train(
+    bench: Workbench,
+    folder: RunFolder,
+    model: Any,
+    tokenizer: Any,
+    features: Sequence[Feature],
+    validation: Sequence[Feature],
+) -> Trained:
+    """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
+
+    Raises:
+        Diverged: a loss or gradient norm was not finite; nothing is skipped or filtered.
+    """
+    spec, rules = bench.spec, bench.spec.rules
+    accelerator = make_accelerator(rules)
+    lengths = [len(feature.input_ids) for feature in features]
+    batch_size = int(spec.settings["batch_size"])
+    steps_per_epoch = math.ceil(len(features) / batch_size)
+    planned_steps = max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch))
+    model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, planned_steps)
+    evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, rules.evaluations_per_epoch)
+
+    progress = Progress()
+    found = checkpoint.newest(folder.checkpoint)
+    if found is not None:
+        step, state = checkpoint.restore(found, model, optimizer, scheduler)
+        progress = Progress(**state)
+        progress.resumed_from.append(step)
+        folder.keep_metrics_up_to(step)
+    else:
+        folder.keep_metrics_up_to(0)
+    clock = _Clock(progress)
+    due = _checkpoint_rule(spec, progress.step)
+    window: list[float] = []
+
+    for indices in _remaining(lengths, batch_size, spec.seeds.data_order, planned_steps, progress.step):
+        progress.step += 1
+        batch = [features[i] for i in indices]
+        model.train()
+        loss, norm = _step(accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress)
+        window.append(loss)
+        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        progress.last_loss = loss
+        last = progress.step == planned_steps
+        if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
+            record = {
+                "kind": "train", "step": progress.step, "planned_steps": planned_steps,
+                "loss": sum(window) / len(window), "gradient_norm": norm,
+                "learning_rate": scheduler.get_last_lr()[0], "tokens": progress.tokens,
+                "seconds": round(clock.train(), 3),
+            }  # fmt: skip
+            append_json_line(folder.metrics_file, record)
+            window.clear()
+        if progress.step in evaluate_at:
+            clock.train()
+            scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
+            clock.evaluate()
+            _judge(bench, folder, model, scored, progress, rules)
+        if progress.stopped_early:
+            break
+        if due(progress.step) and not last:
+            clock.train()
+            checkpoint.save(folder.checkpoint, progress.step, model, optimizer, scheduler, asdict(progress))
+    clock.train()
+
+    trained = accelerator.unwrap_model(model)
+    used = settings_used(bench, trained, optimizer, scheduler, progress, planned_steps, steps_per_epoch)
+    if _keeps_best(spec) and progress.best_step != progress.step:
+        checkpoint.load_best(folder.checkpoint, progress.best_step or 0, model)
+    return Trained(trained, progress, planned_steps, steps_per_epoch, used)
+
+
+def make_accelerator(rules: LoopRules) -> Accelerator:
+    """Accelerate with the precision of the rules; `auto` is bf16 autocast on a GPU that has it, else fp32."""
+    precision = rules.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def prepare_optimisation(
+    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
+) -> tuple[Any, Any, Any]:
+    """AdamW over the trained parameters (fp32 master weights) with warm-up and decay.
+
+    Biases and norm weights (one-dimensional tensors) get no weight decay, as is usual for transformers.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = float(spec.settings["weight_decay"])
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=float(spec.settings["learning_rate"])
+    )
+    warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
+    name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps
+    )
+    model, prepared = accelerator.prepare(model, optimizer)
+    return model, prepared, scheduler
+
+
+def evaluation_steps(planned_steps: int, steps_per_epoch: int, per_epoch: int) -> set[int]:
+    """After which steps to evaluate: evenly within each epoch, and always after the last."""
+    count = math.ceil(planned_steps / steps_per_epoch * per_epoch)
+    steps = {round(k * steps_per_epoch / per_epoch) for k in range(1, count + 1)}
+    return {step for step in steps if 0 < step < planned_steps} | {planned_steps}
+
+
+def _remaining(
+    lengths: Sequence[int], batch_size: int, seed: int, planned_steps: int, done: int
+) -> Iterator[list[int]]:
+    """The batches from step `done` + 1 to the last; a position in the data is a step number."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    for epoch in range(done // per_epoch, math.ceil(planned_steps / per_epoch)):
+        batches = epoch_batches(lengths, batch_size, seed=seed, epoch=epoch)
+        first = max(0, done - epoch * per_epoch)
+        yield from batches[first : planned_steps - epoch * per_epoch]
+
+
+def _step(
+    accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, bench: Workbench,
+    tokenizer: Any, batch: Sequence[Feature], progress: Progress,
+) -> tuple[float, float]:  # fmt: skip
+    """One optimiser step over one effective batch: its mean loss and the gradient norm before clipping."""
+    spec = bench.spec
+    micro = spec.how.micro_batch or len(batch)
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for index, start in enumerate(range(0, len(batch), micro)):
+        tensors = collate(batch[start : start + micro], tokenizer.pad_token_id, accelerator.device)
+        # Dropout is a function of (replicate, step): no method's use of random numbers shifts another's.
+        torch.manual_seed(stream_seed(spec.seeds.dropout, progress.step, index))
+        outputs = model(**model_inputs(tensors))
+        loss = bench.task.head.loss_sum(outputs, tensors) / len(batch)
+        accelerator.backward(loss)
+        total += float(loss.detach())
+        progress.padded_tokens += tensors["input_ids"].numel()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = float(accelerator.clip_grad_norm_(trained, spec.rules.max_grad_norm))
+    if not math.isfinite(total):
+        raise Diverged(progress.step, f"the loss is {total}")
+    if not math.isfinite(norm):
+        raise Diverged(progress.step, f"the gradient norm is {norm}")
+    optimizer.step()
+    scheduler.step()
+    progress.examples += len(batch)
+    progress.largest_batch = max(progress.largest_batch, len(batch))
+    progress.tokens += sum(len(feature.input_ids) for feature in batch)
+    return total, norm
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: Any,
+    bench: Workbench,
+    tokenizer: Any,
+    features: Sequence[Feature],
+    examples: Sequence[dict[str, Any]],
+    calibration: dict[str, float] | None = None,
+) -> Scored:
+    """Scores of a split. Validation chooses the calibration; test is given it."""
+    model.eval()
+    predictions: list[Any] = [None] * len(features)
+    with torch.no_grad():
+        for indices in evaluation_batches([len(feature.input_ids) for feature in features]):
+            batch = [features[i] for i in indices]
+            tensors = collate(batch, tokenizer.pad_token_id, accelerator.device)
+            outputs = model(**model_inputs(tensors))
+            made = bench.task.head.predictions(outputs, tensors)
+            for index, prediction in zip(indices, made, strict=True):
+                predictions[index] = prediction
+    return bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
+
+
+def _judge(
+    bench: Workbench, folder: RunFolder, model: Any, scored: Scored, progress: Progress, rules: LoopRules
+) -> None:
+    """Record an evaluation, keep the weights if it is the best, and apply the stopping rule."""
+    metric = bench.task.metric
+    score = scored.metrics[metric.name]
+    record = {"kind": "eval", "step": progress.step, "score": score, **scored.metrics, **scored.calibration}
+    append_json_line(folder.metrics_file, record)
+    if not math.isfinite(score):
+        raise Diverged(progress.step, f"the score is {score}")
+    gain = math.inf
+    if progress.best_score is not None:
+        gain = (score - progress.best_score) * (1 if metric.higher_is_better else -1)
+    if gain > 0 or rules.keep == "last":
+        progress.best_step, progress.best_score = progress.step, score
+        progress.best_metrics = dict(scored.metrics)
+        progress.best_calibration = dict(scored.calibration)
+        progress.best_per_example = dict(scored.per_example)
+        if _keeps_best(bench.spec):
+            checkpoint.save_best(folder.checkpoint, progress.step, model)
+    stopping = rules.early_stopping
+    if stopping is not None:
+        enough = gain > stopping.min_delta
+        progress.evaluations_without_gain = 0 if enough else progress.evaluations_without_gain + 1
+        progress.stopped_early = progress.evaluations_without_gain >= stopping.patience
+
+
+def _keeps_best(spec: RunSpec) -> bool:
+    """A trial's weights are never used again; a replicate's best are what is tested and saved."""
+    return spec.stage == "replicate" and spec.rules.keep == "best"
+
+
+def settings_used(
+    bench: Workbench, model: Any, optimizer: Any, scheduler: Any, progress: Progress,
+    planned_steps: int, steps_per_epoch: int,
+) -> dict[str, Setting]:  # fmt: skip
+    """The settings as the optimiser, the schedule, the batches and the modules had them.
+
+    Read back, not copied from the spec: a setting that was searched and did not arrive shows here. Warm-up
+    and epochs become whole steps; they are confirmed when the steps found are those that they round to.
+    """
+    asked = bench.spec.settings
+    shape = scheduler.lr_lambdas[0]
+    warmup_steps = next((step for step in range(planned_steps) if shape(step) == 1.0), planned_steps)
+    plugin, _ = bench.method()
+    return {
+        "learning_rate": float(max(group["initial_lr"] for group in optimizer.param_groups)),
+        "weight_decay": float(max(group["weight_decay"] for group in optimizer.param_groups)),
+        "warmup_steps": warmup_steps,
+        "warmup_ratio": asked["warmup_ratio"]
+        if warmup_steps == round(float(asked["warmup_ratio"]) * planned_steps)
+        else warmup_steps / planned_steps,
+        "batch_size": progress.largest_batch,
+        "epochs": asked["epochs"]
+        if planned_steps == max(1, math.ceil(float(asked["epochs"]) * steps_per_epoch))
+        else planned_steps / steps_per_epoch,
+        **plugin.read_back(model),
+    }
+
+
+def _checkpoint_rule(spec: RunSpec, start: int) -> Callable[[int], bool]:
+    """When to write a checkpoint: every so many steps, or every so many seconds. It changes no result."""
+    last = {"step": start, "time": time.monotonic()}
+
+    def due(step: int) -> bool:
+        every_steps, every_seconds = spec.how.checkpoint_steps, spec.how.checkpoint_seconds
+        by_steps = every_steps is not None and step - last["step"] >= every_steps
+        by_time = every_seconds is not None and time.monotonic() - last["time"] >= every_seconds
+        if by_steps or by_time:
+            last.update(step=step, time=time.monotonic())
+        return by_steps or by_time
+
+    return due
+
+
+class _Clock:
+    """Adds up seconds by what they were spent on, over all attempts of a run."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.last = time.perf_counter()
+        self.last_cpu = time.process_time()
+
+    def _lap(self) -> float:
+        now, cpu = time.perf_counter(), time.process_time()
+        passed = now - self.last
+        self.progress.cpu_seconds += cpu - self.last_cpu
+        self.progress.wall_seconds += passed
+        self.last, self.last_cpu = now, cpu
+        return passed
+
+    def train(self) -> float:
+        """Book the time since the last lap as training; all training seconds so far."""
+        self.progress.train_seconds += self._lap()
+        return self.progress.train_seconds
+
+    def evaluate(self) -> None:
+        self.progress.evaluate_seconds += self._lap()

@@ -1,0 +1,97 @@
+"""`python -m finetrial.worker RUN_FOLDER`: one isolated process per run.
+
+Reads the spec, does it, writes the result or the failure; knows nothing of searches, reports or other runs.
+Exit code 0 when a result was written, 1 when a failure was; anything else is a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from finetrial.errors import FinetrialError, OutOfMemory
+from finetrial.records import Failure, Outcome
+from finetrial.store import RunFolder
+
+PARENT_VARIABLE = "FINETRIAL_PARENT"
+PR_SET_PDEATHSIG = 1
+
+
+def main(argument: str) -> int:
+    """Do the run in a folder; the process's exit code."""
+    follow_parent()
+    return work(RunFolder(Path(argument).resolve()))
+
+
+def follow_parent() -> None:
+    """End when the coordinator does: no orphan may go on writing into a run that is started again."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(1)
+
+
+def work(folder: RunFolder) -> int:
+    """Do the run under its lock. Also called by the inline engine, in the coordinator's own process."""
+    from finetrial.lease import FileLock
+
+    lock = FileLock(folder.lock_file)
+    holder = lock.acquire(wait_seconds=10.0)
+    if holder is not None:
+        sys.stderr.write(f"another process ({holder}) is still working in {folder.path}\n")
+        return 1
+    try:
+        return _do(folder)
+    finally:
+        lock.release()
+
+
+def _do(folder: RunFolder) -> int:
+    spec = folder.spec()
+    if folder.result_file.exists():
+        return 0
+    attempt = max((a.number for a in folder.attempt_records()), default=1)
+    if spec.how.base not in sys.path:
+        sys.path.insert(0, spec.how.base)  # plug-ins beside the study file
+    try:
+        import torch
+
+        torch.set_num_threads(spec.how.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        from finetrial import stages
+
+        sys.stderr.write(f"attempt {attempt}: {stages.describe(spec, folder.path)}\n")
+        folder.write_result(stages.run(spec, folder))
+    except Exception as error:  # noqa: BLE001 - the one place: whatever happened becomes a typed failure
+        kind, reason = classify(error)
+        if kind in ("bug", "out_of_memory"):
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"{kind}: {reason}\n")
+        failure = Failure(
+            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=attempt
+        )
+        folder.write_failure(failure)
+        return 1
+    folder.drop_checkpoint()
+    return 0
+
+
+def classify(error: Exception) -> tuple[Outcome, str]:
+    """Which outcome an exception is, and one line of reason."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory", f"out of memory: {line}"
+    if isinstance(error, FinetrialError):
+        return "refused", str(error)
+    return "bug", f"{type(error).__name__}: {line}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

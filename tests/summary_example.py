@@ -1,0 +1,373 @@
+"""A realistic summary for tests of the report: two tasks, two methods, five seeds, failures, all four verdicts.
+
+Not a result of anything: scores are drawn from a seeded generator, intervals computed with scipy. It has a
+diverged trial, a void replicate, a missing pair, an optimum on a range's edge and a setting that was not
+used as asked, so that every branch of the report has something to show.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import stats
+
+from finetrial.records import Setting
+from finetrial.summary import (
+    ArmCost,
+    ArmSummary,
+    ClaimResult,
+    DimensionSummary,
+    DriftSummary,
+    FailureRow,
+    Interval,
+    LayerDrift,
+    LedgerRow,
+    Meta,
+    ReplicatePoint,
+    SearchSummary,
+    Summary,
+    TaskSummary,
+    TrialPoint,
+    Verdict,
+)
+
+SEEDS = 5
+LAYERS = 7
+TRIALS = 9
+RANGES = {"full": (5e-6, 5e-4), "lora": (5e-5, 5e-3)}
+MEANS = {("squad_v2", "full"): 58.9, ("squad_v2", "lora"): 58.1, ("sst2", "full"): 88.4, ("sst2", "lora"): 86.0}
+DRIFTS = {
+    ("squad_v2", "full"): 0.24,
+    ("squad_v2", "lora"): 0.13,
+    ("sst2", "full"): 0.15,
+    ("sst2", "lora"): 0.17,
+}
+
+
+def interval_of(values: list[float]) -> Interval:
+    """The two-sided 95 % t-interval of the mean."""
+    array = np.asarray(values)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Interval(estimate=mean, low=None, high=None, sd=None, n=len(array))
+    sd = float(array.std(ddof=1))
+    half = float(stats.t.ppf(0.975, len(array) - 1)) * sd / len(array) ** 0.5
+    return Interval(estimate=mean, low=mean - half, high=mean + half, sd=sd, n=len(array))
+
+
+def _search(task: str, method: str, rng: np.random.Generator) -> SearchSummary:
+    low, high = RANGES[method]
+    peak = MEANS[task, method] - 1.5
+    trials = []
+    for number in range(TRIALS):
+        share = float(rng.uniform(0, 1)) if number < 3 else float(rng.uniform(0.45, 0.9))
+        rate = low * (high / low) ** share
+        outcome = "done"
+        if method == "full" and number == 1:
+            outcome, share, rate = "diverged", 0.995, high * 0.97
+        if (task, method, number) == ("squad_v2", "lora", 2):
+            outcome = "out_of_memory"
+        score = float(peak - 30 * (share - 0.7) ** 2 + rng.normal(0, 0.3)) if outcome == "done" else None
+        asked: dict[str, Setting] = {"learning_rate": rate, "epochs": 1 + number % 3, "batch_size": 16}
+        if method == "lora":
+            asked["rank"] = (4, 8, 16)[number % 3]
+        trials.append(
+            TrialPoint(
+                run_id=f"trial.{task}.{method}.{number:03d}-0a1b2c3d",
+                number=number,
+                outcome=outcome,
+                score=score,
+                settings=asked,
+                settings_used=asked if outcome == "done" else {},
+                startup=number < 3,
+            )
+        )
+    best = max((t for t in trials if t.score is not None), key=lambda t: t.score or 0.0)
+    if (task, method) == ("sst2", "full"):
+        trials[trials.index(best)] = best = best.model_copy(
+            update={"settings_used": {**best.settings, "epochs": 9}}
+        )
+    edge = "high" if (task, method) == ("sst2", "lora") else None
+    dimensions = [
+        DimensionSummary(
+            name="learning_rate",
+            kind="range",
+            low=low,
+            high=high,
+            log=True,
+            optimum=best.settings["learning_rate"],
+            edge=edge,
+        ),
+        DimensionSummary(name="epochs", kind="choice", choices=(1, 2, 3), optimum=best.settings["epochs"]),
+        DimensionSummary(name="batch_size", kind="fixed", optimum=16),
+    ]
+    if method == "lora":
+        dimensions.append(
+            DimensionSummary(name="rank", kind="choice", choices=(4, 8, 16), optimum=best.settings["rank"])
+        )
+    return SearchSummary(
+        trials=tuple(trials), best=best.run_id, best_score=best.score, dimensions=tuple(dimensions), rows=2000
+    )
+
+
+def _arm(task: str, method: str, rng: np.random.Generator) -> ArmSummary:
+    metric = "f1" if task == "squad_v2" else "accuracy"
+    other = "exact" if task == "squad_v2" else "matthews"
+    replicates, scores, others = [], [], []
+    for number in range(SEEDS):
+        void = "the head did not move" if (task, method, number) == ("squad_v2", "full", 3) else None
+        diverged = (task, method, number) == ("sst2", "lora", 4)
+        score = None if diverged or void else float(MEANS[task, method] + rng.normal(0, 0.5))
+        if score is not None:
+            scores.append(score)
+            others.append(score - 4.2)
+        replicates.append(
+            ReplicatePoint(
+                run_id=f"replicate.{task}.{method}.{number:03d}-4d5e6f70",
+                number=number,
+                outcome="diverged" if diverged else "done",
+                void=void,
+                score=score,
+                validation_score=score + 0.4 if score is not None else None,
+                test={metric: score, other: score - 4.2} if score is not None else {},
+                weights_sha256=None if diverged else f"{number}f" * 32,
+                moved={} if diverged else {"head": 0.31, "body": 0.021},
+            )
+        )
+    lora = method == "lora"
+    seconds = [(61.0 if lora else 95.0) + float(rng.normal(0, 3)) for _ in range(len(scores))]
+    return ArmSummary(
+        task=task,
+        method=method,
+        search=_search(task, method, rng),
+        replicates=tuple(replicates),
+        test={metric: interval_of(scores), other: interval_of(others)},
+        failed=SEEDS - len(scores),
+        planned=SEEDS,
+        drift=_drift(task, method, len(scores), rng),
+        trainable_parameters=147_456 if lora else 22_565_378,
+        total_parameters=22_713_986,
+        saved_bytes=612_345 if lora else 90_272_656,
+        cost=ArmCost(
+            search_seconds=310.0 if lora else 402.0,
+            train_seconds=sum(seconds),
+            train_seconds_each=interval_of(seconds),
+            peak_memory_bytes=710_000_000 if lora else 1_240_000_000,
+            cpu_seconds=sum(seconds) * 1.9,
+            device="cpu",
+        ),
+    )
+
+
+def _drift(task: str, method: str, seeds: int, rng: np.random.Generator) -> DriftSummary:
+    layers = []
+    for layer in range(LAYERS):
+        level = DRIFTS[task, method] * (layer / (LAYERS - 1)) ** 2
+        cka = [float(level + abs(rng.normal(0, 0.012))) for _ in range(seeds)]
+        cosine = [value * 1.3 for value in cka]
+        layers.append(
+            LayerDrift(
+                layer=layer,
+                cka=tuple(cka),
+                cosine=tuple(cosine),
+                cka_mean=float(np.mean(cka)),
+                cosine_mean=float(np.mean(cosine)),
+                seed_to_seed=tuple(0.4 * value for value in cka[1:]),
+            )
+        )
+    blocks = [float(np.mean([layer.cka[i] for layer in layers[1:]])) for i in range(seeds)]
+    return DriftSummary(
+        probe_runs=tuple(f"probe.{task}.{method}.{i:03d}-99aabbcc" for i in range(seeds)),
+        replicates=tuple(range(seeds)),
+        layers=tuple(layers),
+        cka=interval_of(blocks),
+        cosine=interval_of([1.3 * b for b in blocks]),
+        seed_to_seed=interval_of([0.4 * b for b in blocks[1:]]),
+        per_replicate={str(i): b for i, b in enumerate(blocks)},
+    )
+
+
+def _claim(
+    task: str,
+    kind: str,
+    verdict: Verdict,
+    reason: str,
+    values: list[float],
+    contrast: list[float],
+    **more: object,
+) -> ClaimResult:
+    within = kind == "within"
+    fields = {
+        "claim": "lora within 3% of full" if within else "lora drifts 20% less than full",
+        "task": task,
+        "kind": kind,
+        "method": "lora",
+        "reference": "full",
+        "margin": 0.03 if within else 0.2,
+        "verdict": verdict,
+        "reason": reason,
+        "difference": interval_of(values),
+        "contrast": interval_of(contrast),
+        "contrast_bound": 0.21,
+        "p_t": 0.0004,
+        "p_sign_flip": 0.03125,
+        "p_holm": 0.0016,
+        "smallest_detectable": 1.1,
+        "pairs": tuple(range(len(values))),
+        "run_ids": (f"replicate.{task}.lora.000-4d5e6f70",),
+        **more,
+    }
+    return ClaimResult.model_validate(fields)
+
+
+def _claims() -> tuple[ClaimResult, ...]:
+    return (
+        _claim(
+            "squad_v2",
+            "within",
+            "not_assessable",
+            "full beats the no_answer baseline by 2.2 points, less than twice the margin of 1.8",
+            [-0.9, -0.5, -1.1, -0.7],
+            [0.9, 1.3, 0.6, 1.1],
+            missing=(3,),
+        ),
+        _claim(
+            "squad_v2",
+            "drifts_less",
+            "supported",
+            "the upper bound of the change is below the margin",
+            [-0.44, -0.47, -0.41, -0.46],
+            [-0.06, -0.07, -0.05, -0.06],
+            missing=(3,),
+        ),
+        _claim(
+            "sst2",
+            "within",
+            "inconclusive",
+            "the interval holds the margin",
+            [-2.4, -3.1, -1.6, -2.7],
+            [0.2, -0.5, 1.0, -0.1],
+            missing=(4,),
+            seeds_needed=9,
+            p_t=0.31,
+            p_holm=0.62,
+        ),
+        _claim(
+            "sst2",
+            "drifts_less",
+            "refuted",
+            "the whole interval lies above the margin",
+            [0.12, 0.15, 0.10, 0.16],
+            [0.05, 0.06, 0.04, 0.06],
+            missing=(4,),
+            p_t=0.999,
+            p_holm=1.0,
+        ),
+    )
+
+
+def _ledger(arm: ArmSummary) -> LedgerRow:
+    ends = [trial.outcome for trial in arm.search.trials]
+    runs = [run.outcome for run in arm.replicates]
+    return LedgerRow(
+        task=arm.task,
+        method=arm.method,
+        trials_planned=TRIALS,
+        trials_done=ends.count("done"),
+        trials_diverged=ends.count("diverged"),
+        trials_failed=ends.count("out_of_memory"),
+        replicates_planned=SEEDS,
+        replicates_done=runs.count("done"),
+        replicates_diverged=runs.count("diverged"),
+        replicates_failed=0,
+        attempts=TRIALS + SEEDS + 1,
+        search_steps=2250,
+        search_tokens=4_812_345,
+        search_flops=6.5e14,
+        train_steps=1360,
+        train_tokens=3_412_000,
+        train_flops=4.6e14,
+        train_rows=4350,
+        learning_rate_decades=2.0,
+        shared_streams=True,
+        edge_flags=("learning_rate: high",) if (arm.task, arm.method) == ("sst2", "lora") else (),
+    )
+
+
+def example_summary() -> Summary:
+    """The summary, the same on every call."""
+    rng = np.random.default_rng(20261101)
+    arms = tuple(_arm(task, method, rng) for task in ("squad_v2", "sst2") for method in ("full", "lora"))
+    baselines = {
+        "squad_v2": {"no_answer": {"f1": 56.7, "exact": 56.7}, "untrained": {"f1": 50.3, "exact": 50.1}},
+        "sst2": {
+            "majority": {"accuracy": 50.9, "matthews": 0.0},
+            "untrained": {"accuracy": 49.1, "matthews": -1.8},
+        },
+    }
+    tasks = tuple(
+        TaskSummary(
+            name=name,
+            metric=metric,
+            higher_is_better=True,
+            split_rows={"train": 4350, "validation": 400, "test": 872},
+            baselines=baselines[name],
+            baseline_run=f"baseline.{name}.000-12345678",
+            control_drift=(0.0,) * LAYERS,
+            control_run=f"probe.{name}.000-87654321",
+        )
+        for name, metric in (("squad_v2", "f1"), ("sst2", "accuracy"))
+    )
+    return Summary(
+        study="squad-and-sst2-minilm",
+        study_hash="3f9c21aa7be04d11",
+        model="sentence-transformers/all-MiniLM-L6-v2",
+        model_revision="c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+        model_sha256="ab" * 32,
+        complete=True,
+        tasks=tasks,
+        arms=arms,
+        claims=_claims(),
+        ledger=tuple(_ledger(arm) for arm in arms),
+        fairness_notes=(
+            "sst2/lora: the best learning rate lies at the high end of its range; widen it and search again.",
+            "squad_v2/full: one replicate is void, so its pair is left out of the claims.",
+        ),
+        failures=(
+            FailureRow(
+                run_id="trial.squad_v2.full.001-0a1b2c3d",
+                arm="squad_v2/full",
+                kind="diverged",
+                reason="loss is not finite at step 41",
+                attempts=1,
+            ),
+            FailureRow(
+                run_id="trial.sst2.full.001-0a1b2c3d",
+                arm="sst2/full",
+                kind="diverged",
+                reason="loss above its start for 50 steps",
+                attempts=1,
+            ),
+            FailureRow(
+                run_id="trial.squad_v2.lora.002-0a1b2c3d",
+                arm="squad_v2/lora",
+                kind="out_of_memory",
+                reason="does not fit at micro-batch 1",
+                attempts=3,
+            ),
+            FailureRow(
+                run_id="replicate.sst2.lora.004-4d5e6f70",
+                arm="sst2/lora",
+                kind="diverged",
+                reason="gradient norm is not finite at step 12",
+                attempts=1,
+            ),
+        ),
+        meta=Meta(
+            finetrial_version="0.1.0",
+            created_at="2026-11-01T12:00:00+00:00",
+            home="runs/squad-and-sst2-minilm",
+            wall_seconds=7512.0,
+            environment={"python": "3.11.9", "torch": "2.13.0", "device": "cpu, 2 threads"},
+            run_rules={"engine": "local", "parallel": 1},
+        ),
+    )

@@ -1,0 +1,730 @@
+"""Records in, summary out: which runs count, verdicts, the ledger, what is said of failures."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import scipy.stats
+
+from finetrial import claims
+from finetrial.analyse import summarise
+from finetrial.evidence import metric_of
+from finetrial.plugins import Metric
+from finetrial.records import (
+    Attempt,
+    Cost,
+    Failure,
+    Frozen,
+    GroupProof,
+    MethodSpec,
+    ModelSource,
+    Proof,
+    Result,
+    RunRecord,
+    RunSpec,
+    Seeds,
+    TaskSpec,
+    Training,
+)
+from finetrial.space import COMMON_SPACE, Choice, Fixed, Range
+from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
+from finetrial.summary import Meta, Summary
+
+LORA = [0.80, 0.81, 0.79, 0.805, 0.795]
+FULL = [0.81, 0.80, 0.805, 0.815, 0.80]
+LORA_DRIFT = [0.10, 0.11, 0.09, 0.105, 0.095]
+FULL_DRIFT = [0.15, 0.16, 0.14, 0.155, 0.145]
+
+WITHIN = Claim(text="lora within 3% of full", kind="within", method="lora", reference="full", margin=0.03)
+LESS = Claim(
+    text="lora drifts 20% less than full",
+    kind="drifts_less",
+    method="lora",
+    reference="full",
+    margin=0.2,
+)
+TASK = TaskSpec(name="toy", use="toy_tasks:TOY", params={})
+METHODS = {name: MethodSpec(name=name, use=name, params={}) for name in ("full", "lora")}
+META = Meta(
+    finetrial_version="0",
+    created_at="now",
+    home="h",
+    wall_seconds=1.0,
+    environment={},
+    run_rules={},
+)
+
+
+class ToyParams(Frozen):
+    metric: str = "f1"
+
+
+def toy_task(higher_is_better=True):
+    return SimpleNamespace(
+        Params=ToyParams,
+        metric=Metric(
+            "f1",
+            higher_is_better,
+            0.0 if higher_is_better else 9.0,
+            1.0 if higher_is_better else 0.0,
+        ),
+        head=None,
+        files=lambda params, base: [],
+        splits=lambda params, base: None,
+    )
+
+
+@pytest.fixture(autouse=True)
+def toy_tasks(monkeypatch):
+    module = ModuleType("toy_tasks")
+    module.TOY = toy_task()
+    module.LOSS = toy_task(higher_is_better=False)
+    module.CHOSEN = SimpleNamespace(
+        **vars(toy_task()), metric_for=lambda params: Metric(params.metric, True, 0.0, 1.0)
+    )
+    monkeypatch.setitem(sys.modules, "toy_tasks", module)
+
+
+def study(
+    claims_=(WITHIN, LESS),
+    *,
+    trials=3,
+    seeds=5,
+    spaces=None,
+    tasks=(TASK,),
+    measure=("drift",),
+    **search,
+):
+    space = {"learning_rate": Range(low=5e-7, high=5e-5, log=True), **COMMON_SPACE}
+    lora = {
+        **space,
+        "learning_rate": Range(low=5e-5, high=5e-3, log=True),
+        "rank": Choice(choices=(4, 8)),
+    }
+    return Study(
+        study="s",
+        model=ModelSource(name="m"),
+        tasks=tuple(tasks),
+        methods=tuple(METHODS.values()),
+        spaces=spaces or {"full": space, "lora": lora},
+        search=SearchRules(trials=trials, **search),
+        train=TrainRules(seeds=seeds),
+        measure={name: {} for name in measure},
+        claims=tuple(claims_),
+        run=RunRules(),
+        track=(),
+        file="f",
+        base=".",
+    )
+
+
+def cost(seconds=1.0):
+    return Cost(
+        wall_seconds=seconds,
+        cpu_seconds=seconds,
+        peak_memory_bytes=10,
+        device="cpu",
+        flops=100.0,
+        trainable_parameters=7,
+        total_parameters=70,
+        saved_bytes=28,
+    )
+
+
+TRAINED = Training(
+    steps=10,
+    planned_steps=10,
+    epochs=1.0,
+    rows=40,
+    examples=40,
+    tokens=400,
+    padded_tokens=500,
+    best_step=10,
+    stopped_early=False,
+    first_loss=1.0,
+    last_loss=0.5,
+)
+
+
+def proof(void=None):
+    return Proof(
+        groups={"body": GroupProof(tensors=2, moved=2, relative_change=0.1, change_norm=1.0)},
+        largest={},
+        void=void,
+    )
+
+
+def spec(stage, number, method=None, task=TASK, **more):
+    stream = 1000 + number
+    return RunSpec(
+        study="s",
+        stage=stage,
+        task=task,
+        method=METHODS[method] if method else None,
+        number=number,
+        model=ModelSource(name="m"),
+        seeds=Seeds(data_order=stream, head=stream, adapter=stream, dropout=stream),
+        **more,
+    )
+
+
+def ended(spec_, *, attempts=1, **fields):
+    fields = {"outcome": "done", "cost": cost(), "training": TRAINED, **fields}
+    return RunRecord(
+        spec_,
+        Result(run_id=spec_.run_id, **fields),
+        None,
+        tuple(Attempt(number=i + 1, host="h", pid=1, started_at=0.0) for i in range(attempts)),
+    )
+
+
+def failed(spec_, kind="crashed", reason="signal 9", attempts=3):
+    record = ended(spec_, attempts=attempts)
+    return RunRecord(
+        spec_,
+        None,
+        Failure(run_id=spec_.run_id, kind=kind, reason=reason, attempt=attempts),
+        record.attempts,
+    )
+
+
+def drift_json(drift, neighbour=None):
+    layers = [
+        {
+            "layer": i,
+            "cka": value,
+            "cosine": value,
+            "cka_biased": value,
+            "cosine_raw": value,
+            "relative_change": 0.0,
+        }
+        for i, value in enumerate([1.0, 1 - drift, 1 - drift])
+    ]
+    return {
+        "layers": layers,
+        "cka_drift_mean": drift,
+        "cosine_drift_mean": drift,
+        "rows": 8,
+        "input_sha256": "x",
+        "neighbour": None if neighbour is None else drift_json(neighbour),
+    }
+
+
+def control(drift=0.0, task=TASK):
+    return ended(spec("probe", 0, task=task), measures={"drift": drift_json(drift)})
+
+
+def baseline(trivial=0.5, task=TASK):
+    return ended(
+        spec("baseline", 0, task=task),
+        scores={"test": {"f1": 0.1}},
+        split_rows={"train": 40, "validation": 8, "test": 9},
+        measures={"baselines": {"majority": {"f1": trivial}, "no_answer": {"f1": trivial - 0.1}}},
+    )
+
+
+def trial(method, number, score, rate, task=TASK, **fields):
+    settings = {"learning_rate": rate, "batch_size": 16}
+    return ended(
+        spec("trial", number, method, task, settings=settings),
+        score=score,
+        **{"settings_used": settings, **fields},
+    )
+
+
+def trials(method, scores=(0.6, 0.7, 0.65), task=TASK):
+    rate = {"full": 5e-6, "lora": 5e-4}[method]
+    return [trial(method, n, score, rate, task) for n, score in enumerate(scores)]
+
+
+def replicate(method, number, score, task=TASK, **fields):
+    fields = {
+        "proof": proof(),
+        "scores": {"test": {"f1": score, "em": score / 2}},
+        "score": score,
+        **fields,
+    }
+    return ended(spec("replicate", number, method, task), **fields)
+
+
+def probe(method, number, drift, task=TASK, neighbour=0.01):
+    subject = spec("replicate", number, method, task).run_id
+    return ended(
+        spec("probe", number, method, task, subject=subject),
+        measures={"drift": drift_json(drift, neighbour)},
+    )
+
+
+def records(lora=LORA, full=FULL, lora_drift=LORA_DRIFT, full_drift=FULL_DRIFT, **more):
+    task = more.get("task", TASK)
+    found = [baseline(more.get("trivial", 0.5), task), control(more.get("noise", 0.0), task)]
+    for method, scores, drifts in (("lora", lora, lora_drift), ("full", full, full_drift)):
+        found += trials(method, task=task)
+        found += [replicate(method, n, score, task) for n, score in enumerate(scores)]
+        found += [probe(method, n, drift, task) for n, drift in enumerate(drifts)]
+    return found
+
+
+def replaced(found, *news):
+    """The records with those of the same stage, arm and number as `news` taken out for them."""
+    key = lambda r: (r.spec.stage, r.spec.arm, r.spec.number)  # noqa: E731 - used twice, right here
+    return [r for r in found if key(r) not in {key(new) for new in news}] + list(news)
+
+
+def without(found, stage, method, number):
+    gone = (stage, f"toy/{method}", number)
+    return [r for r in found if (r.spec.stage, r.spec.arm, r.spec.number) != gone]
+
+
+def claim_of(summary, kind):
+    return next(c for c in summary.claims if c.kind == kind)
+
+
+def arm_of(summary, method):
+    return next(a for a in summary.arms if a.method == method)
+
+
+# ---- verdicts ------------------------------------------------------------------------------------------
+
+
+def test_both_worked_examples_are_supported_with_their_published_numbers():
+    summary = summarise(study(), records(), META, model_sha256="abc")
+    within, less = summary.claims
+    assert within.verdict == less.verdict == "supported"
+    assert within.p_t == pytest.approx(0.00644, abs=5e-6)
+    assert within.contrast.estimate == pytest.approx(0.01818, abs=1e-8)
+    assert within.contrast_bound > 0
+    assert within.p_sign_flip == less.p_sign_flip == 1 / 32
+    assert less.p_t == pytest.approx(4.6e-6, rel=0.02)
+    assert (within.p_holm, less.p_holm) == pytest.approx((within.p_t, 2 * less.p_t))
+    assert within.difference.estimate == pytest.approx(-0.006)
+    by_hand = -0.33408  # mean of L / F - 1
+    assert less.difference.estimate == pytest.approx(by_hand, abs=5e-6)
+    assert within.pairs == (0, 1, 2, 3, 4)
+    assert within.missing == ()
+    # 80 % power: the noncentral t's tail beyond the critical value, by scipy.stats
+    noncentrality = within.smallest_detectable / within.contrast.sd * 5**0.5
+    critical = scipy.stats.t.ppf(0.95, 4)
+    assert scipy.stats.nct.sf(critical, 4, noncentrality) == pytest.approx(0.80, abs=1e-6)
+    assert "scores within 3 % of full" in within.reason
+    assert summary.complete
+    assert summary.model_sha256 == "abc"
+
+
+def test_run_ids_of_a_claim_are_the_replicates_or_the_probes_it_was_judged_by():
+    summary = summarise(study(), records(), META)
+    known = {r.spec.run_id for r in records()}
+    within, less = summary.claims
+    assert len(within.run_ids) == len(less.run_ids) == 10
+    assert all(i.startswith("replicate.toy") for i in within.run_ids)
+    assert all(i.startswith("probe.toy") for i in less.run_ids)
+    assert set(within.run_ids) | set(less.run_ids) <= known
+
+
+def test_a_method_clearly_below_the_margin_is_refuted():
+    summary = summarise(study([WITHIN]), records(lora=[0.70, 0.71, 0.69, 0.705, 0.695]), META)
+    claim = summary.claims[0]
+    assert claim.verdict == "refuted"
+    assert claim.contrast_bound < 0
+    assert claim.seeds_needed is None
+
+
+def test_more_drift_than_claimed_is_refuted():
+    summary = summarise(study([LESS]), records(lora_drift=FULL_DRIFT), META)
+    assert summary.claims[0].verdict == "refuted"
+    assert summary.claims[0].contrast_bound > 0
+
+
+def test_between_the_two_it_is_inconclusive_and_says_what_would_settle_it():
+    summary = summarise(study([WITHIN]), records(lora=[0.70, 0.85, 0.76, 0.86, 0.79]), META)
+    claim = summary.claims[0]
+    assert claim.verdict == "inconclusive"
+    assert claim.seeds_needed > 5
+    assert f"about {claim.seeds_needed} replicates would settle it" in claim.reason
+
+
+def test_a_claim_that_holds_alone_but_not_after_holm_is_inconclusive():
+    alone = records(lora=[0.785, 0.80, 0.79, 0.80, 0.815])
+    single = summarise(study([WITHIN]), alone, META).claims[0]
+    assert single.verdict == "supported"
+    assert 0.025 < single.p_t < 0.05
+    many = [WITHIN.model_copy(update={"text": f"{i}"}) for i in range(2)]
+    for claim in summarise(study(many), alone, META).claims:
+        assert claim.verdict == "inconclusive"
+        assert claim.p_holm == pytest.approx(2 * single.p_t)
+        assert "Holm over 2 claims" in claim.reason
+        assert claim.seeds_needed > 5
+
+
+def test_a_lower_is_better_metric_is_judged_the_other_way_round():
+    task = TaskSpec(name="toy", use="toy_tasks:LOSS", params={})
+    good = {"lora": [0.51, 0.50, 0.505, 0.5, 0.51], "full": [0.5, 0.505, 0.5, 0.51, 0.50]}
+    summary = summarise(study([WITHIN], tasks=[task]), records(**good, trivial=0.9, task=task), META)
+    assert summary.claims[0].verdict == "supported"
+    assert summary.claims[0].contrast_bound < 0
+    bad = summarise(
+        study([WITHIN], tasks=[task]),
+        records(**good | {"lora": [0.6, 0.61, 0.6, 0.62, 0.6]}, trivial=0.9, task=task),
+        META,
+    )
+    assert bad.claims[0].verdict == "refuted"
+    assert arm_of(bad, "lora").search.best_score == 0.6  # the lowest of 0.6, 0.7, 0.65
+
+
+def test_a_reference_that_hardly_beats_the_majority_makes_the_claim_not_assessable():
+    """Gain of 0.006 over 0.8 is less than twice 3 % of 0.806."""
+    summary = summarise(study([WITHIN]), records(trivial=0.80), META)
+    claim = summary.claims[0]
+    assert claim.verdict == "not_assessable"
+    assert "majority" in claim.reason
+    assert "twice the margin" in claim.reason
+    assert claim.p_t is claim.p_holm is claim.contrast_bound is None
+    assert claim.difference.estimate == pytest.approx(-0.006)  # described all the same
+
+
+@pytest.mark.parametrize(("trivial", "verdict"), [(0.77, "not_assessable"), (0.75, "supported")])
+def test_the_reference_must_gain_two_margins_over_the_trivial_baseline(trivial, verdict):
+    """Two margins are 2 x 3 % of 0.806 = 0.0484; the gains are 0.036 and 0.056."""
+    assert summarise(study([WITHIN]), records(trivial=trivial), META).claims[0].verdict == verdict
+
+
+def test_the_untrained_model_is_shown_and_is_not_the_trivial_baseline():
+    found = records()
+    high = found[0].result.model_copy(update={"scores": {"test": {"f1": 0.80}}})
+    found[0] = found[0]._replace(result=high)
+    summary = summarise(study([WITHIN]), found, META)
+    assert summary.tasks[0].baselines["untrained"] == {"f1": 0.80}
+    assert summary.claims[0].verdict == "supported"
+
+
+def test_without_a_baseline_the_margin_has_no_proportion():
+    found = replaced(records(), failed(spec("baseline", 0)))
+    claim = summarise(study([WITHIN]), found, META).claims[0]
+    assert claim.verdict == "not_assessable"
+    assert "no baseline" in claim.reason
+
+
+def test_drift_within_the_numeric_noise_is_not_assessable():
+    small = {"lora_drift": [1e-7] * 5, "full_drift": [2e-7, 2.1e-7, 2e-7, 1.9e-7, 2e-7]}
+    claim = summarise(study([LESS]), records(**small, noise=1e-7), META).claims[0]
+    assert claim.verdict == "not_assessable"
+    assert "numeric noise" in claim.reason
+    assert summarise(study([LESS]), records(**small, noise=1e-9), META).claims[0].verdict == "supported"
+
+
+def test_a_family_is_the_claims_that_can_be_assessed():
+    summary = summarise(study(), records(trivial=0.80), META)
+    less = claim_of(summary, "drifts_less")
+    assert less.p_holm == less.p_t
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_with_three_pairs_or_fewer_the_report_describes_and_gives_no_verdict(seeds):
+    summary = summarise(
+        study(seeds=seeds),
+        records(LORA[:seeds], FULL[:seeds], LORA_DRIFT[:seeds], FULL_DRIFT[:seeds]),
+        META,
+    )
+    for claim in summary.claims:
+        assert claim.verdict == "not_assessable"
+        assert "at least 4" in claim.reason
+        assert claim.difference.n == seeds
+        assert claim.p_t is None
+    assert summary.complete
+
+
+def test_five_equal_contrasts_have_no_t_and_rest_on_the_sign_flip():
+    claim = summarise(study([WITHIN]), records(lora=[0.8] * 5, full=[0.8] * 5), META).claims[0]
+    assert claim.p_t is None
+    assert claim.p_holm == claim.p_sign_flip == 1 / 32
+    assert claim.verdict == "supported"
+
+
+# ---- what failed ---------------------------------------------------------------------------------------
+
+
+def test_failed_diverged_and_void_replicates_are_counted_named_and_not_averaged():
+    found = replaced(
+        records(),
+        failed(spec("replicate", 1, "lora")),
+        replicate("full", 3, 0.0, outcome="diverged", reason="loss is not finite", scores={}),
+        replicate("lora", 4, 0.99, proof=proof(void="adapter did not move")),
+    )
+    found = without(without(found, "probe", "lora", 1), "probe", "full", 3)
+    summary = summarise(study(), found, META)
+    within = claim_of(summary, "within")
+    assert within.pairs == (0, 2)
+    assert within.missing == (1, 3, 4)
+    assert within.verdict == "not_assessable"
+    assert "lora 1: crashed" in within.reason
+    assert "lora 4: void, adapter did not move" in within.reason
+    assert "full 3: diverged" in within.reason
+    lora = arm_of(summary, "lora")
+    assert lora.failed == 2
+    assert lora.planned == 5
+    assert lora.test["f1"].n == 3
+    assert lora.test["f1"].estimate == pytest.approx((0.80 + 0.79 + 0.805) / 3)
+    assert lora.drift.replicates == (0, 2, 3)  # a void replicate's drift does not count either
+    assert [(f.kind, f.reason, f.attempts) for f in summary.failures] == [
+        ("diverged", "loss is not finite", 1),
+        ("crashed", "signal 9", 3),
+    ]
+    row = next(r for r in summary.ledger if r.method == "lora")
+    assert (row.replicates_done, row.replicates_failed, row.replicates_diverged) == (4, 1, 0)
+    assert any("toy/lora: void replicates: 4 (adapter did not move)" in n for n in summary.fairness_notes)
+    assert summary.complete
+
+
+def test_one_missing_pair_is_said_in_the_reason_of_a_verdict():
+    found = without(replaced(records(), failed(spec("replicate", 2, "lora"))), "probe", "lora", 2)
+    claim = summarise(study([WITHIN]), found, META).claims[0]
+    assert claim.verdict == "supported"
+    assert claim.missing == (2,)
+    assert "1 of 5 pairs is missing (lora 2: crashed)" in claim.reason
+
+
+def test_a_replicate_without_proof_of_training_is_void():
+    summary = summarise(study(), replaced(records(), replicate("lora", 0, 0.9, proof=None)), META)
+    assert arm_of(summary, "lora").replicates[0].void == "no proof of training"
+    assert claim_of(summary, "within").missing == (0,)
+
+
+def test_drift_that_was_not_measured_leaves_scores_alone():
+    found = [r for r in records() if r.spec.stage != "probe"]
+    summary = summarise(study(measure=()), found, META)
+    assert claim_of(summary, "within").verdict == "supported"
+    less = claim_of(summary, "drifts_less")
+    assert less.verdict == "not_assessable"
+    assert "drift not measured" in less.reason
+    assert less.difference is None
+    assert arm_of(summary, "lora").drift is None
+    assert summary.tasks[0].control_drift == ()
+    assert summary.complete
+
+
+def test_a_failed_probe_is_named():
+    found = replaced(records(), failed(spec("probe", 2, "lora"), "out_of_memory", "12 GB"))
+    less = claim_of(summarise(study(), found, META), "drifts_less")
+    assert less.missing == (2,)
+    assert "lora 2: probe out of memory" in less.reason
+
+
+# ---- unfinished studies --------------------------------------------------------------------------------
+
+
+def test_an_unfinished_study_is_summarised_and_said_to_be_incomplete():
+    waiting = RunRecord(spec("replicate", 4, "lora"), None, None, ())
+    summary = summarise(study(), replaced(records(), waiting), META)
+    assert not summary.complete
+    assert len(arm_of(summary, "lora").replicates) == 4
+    assert arm_of(summary, "lora").failed == 0
+    assert claim_of(summary, "within").verdict == "supported"
+    assert claim_of(summary, "within").missing == (4,)
+    assert "lora 4: not finished" in claim_of(summary, "within").reason
+
+
+def test_a_cancelled_run_is_left_waiting_and_is_no_failure_of_its_arm():
+    found = replaced(records(), failed(spec("replicate", 4, "lora"), "cancelled", "interrupted"))
+    summary = summarise(study(), found, META)
+    assert not summary.complete
+    assert arm_of(summary, "lora").failed == 0
+
+
+@pytest.mark.parametrize("stages", [(), ("baseline",), ("baseline", "trial")])
+def test_a_study_that_has_only_begun_has_a_summary(stages):
+    found = [r for r in records() if r.spec.stage in stages]
+    summary = summarise(study(), found, META)
+    assert not summary.complete
+    for claim in summary.claims:
+        assert claim.verdict == "not_assessable"
+        assert claim.missing == (0, 1, 2, 3, 4)
+        assert "0 of 5 pairs" in claim.reason
+        assert "(lora 0 to 4: not finished; full 0 to 4: not finished)" in claim.reason
+    assert all(a.cost is None and a.test == {} for a in summary.arms)
+    assert Summary.model_validate_json(summary.model_dump_json()) == summary
+
+
+def test_an_arm_whose_trials_all_failed_ends_there():
+    found = [r for r in records() if r.spec.method is None or r.spec.method.name == "full"]
+    found += [failed(spec("trial", n, "lora"), "diverged", "loss") for n in range(3)]
+    summary = summarise(study(), found, META)
+    assert summary.complete
+    assert arm_of(summary, "lora").search.best is None
+    assert next(r for r in summary.ledger if r.method == "lora").trials_diverged == 3
+
+
+# ---- search, drift, cost, ledger -----------------------------------------------------------------------
+
+
+def test_the_best_trial_is_the_highest_and_among_equals_the_first():
+    found = replaced(records(), *trials("lora", (0.7, 0.6, 0.7)))
+    search = arm_of(summarise(study(), found, META), "lora").search
+    assert search.best.startswith("trial.toy.lora.000-")
+    assert search.best_score == 0.7
+    assert [t.startup for t in search.trials] == [True, False, False]
+
+
+def test_a_diverged_trial_is_never_the_best():
+    found = replaced(records(), trial("lora", 1, 0.99, 5e-4, outcome="diverged", reason="loss"))
+    search = arm_of(summarise(study(), found, META), "lora").search
+    assert search.best.startswith("trial.toy.lora.002-")
+    assert search.trials[1].score is None
+
+
+def test_an_optimum_at_the_end_of_its_range_is_flagged_everywhere():
+    found = replaced(records(), trial("lora", 1, 0.9, 4.9e-3))
+    summary = summarise(study(), found, META)
+    rate = next(d for d in arm_of(summary, "lora").search.dimensions if d.name == "learning_rate")
+    assert (rate.edge, rate.optimum, rate.low, rate.high, rate.log) == (
+        "high",
+        4.9e-3,
+        5e-5,
+        5e-3,
+        True,
+    )
+    assert next(r for r in summary.ledger if r.method == "lora").edge_flags == ("learning_rate: high",)
+    assert any("toy/lora: the best learning_rate, 0.0049" in note for note in summary.fairness_notes)
+
+
+def test_drift_per_layer_and_replicate_with_the_seed_to_seed_band_and_the_control():
+    summary = summarise(study(), records(), META)
+    drift = arm_of(summary, "lora").drift
+    assert [layer.layer for layer in drift.layers] == [0, 1, 2]
+    assert drift.layers[0].cka == (0.0,) * 5
+    assert drift.layers[1].cka == pytest.approx(LORA_DRIFT)
+    assert drift.layers[1].cka_mean == pytest.approx(0.10)
+    assert drift.layers[2].seed_to_seed == pytest.approx([0.01] * 5)
+    assert drift.cka.estimate == pytest.approx(0.10)
+    assert drift.seed_to_seed.estimate == pytest.approx(0.01)
+    assert drift.per_replicate["3"] == 0.105
+    assert summary.tasks[0].control_drift == (0.0, 0.0, 0.0)
+    assert summary.tasks[0].control_run.startswith("probe.toy.000-")
+
+
+def test_the_ledger_adds_up_what_the_arm_used():
+    row = summarise(study(), records(), META).ledger[1]
+    assert row.method == "lora"
+    assert (row.trials_planned, row.trials_done, row.attempts) == (3, 3, 8)
+    assert (row.search_steps, row.search_tokens, row.search_flops) == (30, 1200, 300.0)
+    assert (row.train_steps, row.train_tokens, row.train_flops) == (50, 2000, 500.0)
+    assert row.train_rows == 40
+    assert row.learning_rate_decades == pytest.approx(2)
+    assert row.shared_streams
+
+
+def test_cost_is_that_of_all_runs_and_the_interval_that_of_finished_replicates():
+    found = replaced(records(), replicate("lora", 0, 0.8, cost=cost(6.0)))
+    found = replaced(found, replicate("lora", 1, 0.8, cost=cost(100.0), outcome="diverged", reason="loss"))
+    measured = arm_of(summarise(study(), found, META), "lora").cost
+    assert measured.search_seconds == 3
+    assert measured.train_seconds == 109
+    assert measured.train_seconds_each.estimate == 9 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda r: replaced(r, failed(spec("trial", 0, "lora"))),
+            "toy: unequal numbers of trials done, of 3 each: full 3, lora 2",
+        ),
+        (lambda r: replaced(r, control(1e-4)), "toy: the base measured against itself drifts by up to 0.0001"),
+        (
+            lambda r: replaced(r, trial("full", 1, 1.0, 5e-6)),
+            "toy/full: the best trial reaches the best possible f1 (1)",
+        ),
+        (
+            lambda r: replaced(
+                r, trial("full", 1, 0.9, 5e-6, settings_used={"learning_rate": 5e-5, "batch_size": 16})
+            ),
+            "toy/full: trials did not use the proposed learning_rate",
+        ),
+        (
+            lambda r: replaced(r, failed(spec("replicate", 1, "lora"))),
+            "toy/lora: 1 of 5 replicates gave no score (0 diverged, 1 failed); means are over the rest",
+        ),
+    ],
+)
+def test_a_broken_fairness_rule_is_a_note_and_an_even_study_has_none(change, words):
+    assert summarise(study(), records(), META).fairness_notes == ()
+    notes = summarise(study(), change(records()), META).fairness_notes
+    assert any(note.startswith(words) for note in notes), notes
+
+
+def test_replicates_with_streams_of_their_own_are_noted():
+    other = spec("replicate", 2, "lora")
+    other = other.model_copy(update={"seeds": Seeds(data_order=1, head=1, adapter=1, dropout=1)})
+    found = [r for r in records() if r.spec.run_id != spec("replicate", 2, "lora").run_id]
+    found.append(ended(other, proof=proof(), scores={"test": {"f1": 0.79}}, score=0.79))
+    summary = summarise(study(), found, META)
+    assert not any(row.shared_streams for row in summary.ledger)
+    assert any("did not share their random streams" in note for note in summary.fairness_notes)
+
+
+def test_unequal_learning_rate_widths_and_capped_rows_are_noted():
+    spaces = {
+        "full": {"learning_rate": Fixed(value=1e-5)},
+        "lora": {"learning_rate": Range(low=1e-5, high=1e-2, log=True)},
+    }
+    notes = summarise(study(spaces=spaces, rows=20), records(), META).fairness_notes
+    assert "learning-rate ranges are not equally wide: full not searched, lora 3 decades" in notes
+    assert any(note.startswith("trials trained on 20 rows and replicates on all") for note in notes)
+
+
+# ---- the whole -----------------------------------------------------------------------------------------
+
+
+def test_equal_studies_give_equal_summaries_whatever_the_order_and_the_times():
+    slower = [
+        r._replace(
+            result=r.result.model_copy(
+                update={"cost": r.result.cost.model_copy(update={"wall_seconds": 9.0, "peak_memory_bytes": 99})}
+            )
+        )
+        for r in records()
+    ]
+    random.Random(3).shuffle(slower)
+    later = META.model_copy(update={"created_at": "later"})
+    first, second = summarise(study(), records(), META), summarise(study(), slower, later)
+    assert first != second
+
+    def lasting(summary):
+        data = summary.model_dump(mode="json", exclude={"meta"})
+        for arm in data["arms"]:
+            del arm["cost"]
+        return data
+
+    assert lasting(first) == lasting(second)
+
+
+def test_a_summary_goes_through_json_unchanged():
+    summary = summarise(study(), records(), META)
+    assert Summary.model_validate_json(summary.model_dump_json()) == summary
+
+
+def test_each_claim_is_judged_on_each_task_by_its_own_runs():
+    other = TaskSpec(name="other", use="toy_tasks:TOY", params={})
+    found = records() + records(lora=[0.5] * 5, task=other)
+    summary = summarise(study([WITHIN], tasks=[TASK, other]), found, META)
+    assert [(c.task, c.verdict) for c in summary.claims] == [
+        ("toy", "supported"),
+        ("other", "refuted"),
+    ]
+    assert [a.task for a in summary.arms] == ["toy", "toy", "other", "other"]
+
+
+def test_a_metric_may_depend_on_the_task_s_parameters():
+    chosen = TaskSpec(name="t", use="toy_tasks:CHOSEN", params={"metric": "matthews"})
+    assert metric_of(chosen).name == "matthews"
+    assert metric_of(TASK).name == "f1"
+
+
+def test_a_verdict_needs_no_fewer_pairs_than_documented():
+    side = lambda name, values: claims.Side(  # noqa: E731
+        name, dict(enumerate(values)), {i: (f"{name}{i}",) for i in range(len(values))}, {}
+    )
+    case = claims.Case(WITHIN, "t", side("lora", LORA[:4]), side("full", FULL[:4]), trivial=("majority", 0.5))
+    assert claims.judge([case])[0].verdict == "supported"

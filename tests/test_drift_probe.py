@@ -1,0 +1,114 @@
+"""The drift probe: what it measures, as plain JSON, and that it keeps the probe protocol."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import BertConfig, BertForSequenceClassification  # noqa: E402
+
+from finetrial.plugins import ProbeInput, load, names  # noqa: E402
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                   intermediate_size=24, max_position_embeddings=32)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(0)
+    ids = torch.tensor(rng.integers(3, 40, (20, 9)))
+    mask = torch.ones_like(ids)
+    pool = mask.clone()
+    pool[:, 0] = 0
+    return [
+        {
+            "input_ids": ids[i : i + 5],
+            "attention_mask": mask[i : i + 5],
+            "pool_mask": pool[i : i + 5],
+        }
+        for i in range(0, 20, 5)
+    ]
+
+
+def measure(given):
+    probe = load("probes", "drift")
+    measured = probe.measure(given, probe.Params())
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    return measured
+
+
+def test_it_is_found_by_name_and_refuses_unknown_parameters():
+    assert "drift" in names("probes")
+    probe = load("probes", "drift")
+    assert probe.Params().rows == 512
+    with pytest.raises(ValueError, match="rowz"):
+        probe.Params(rowz=3)
+
+
+def test_the_control_is_exactly_zero_in_every_layer(batches):
+    base = model()
+    measured = measure(ProbeInput(base, base, None, batches, "abc"))
+    assert [layer["layer"] for layer in measured["layers"]] == [0, 1, 2]
+    assert [layer["cka"] for layer in measured["layers"]] == [1.0, 1.0, 1.0]
+    assert measured["cka_drift_mean"] == 0.0
+    assert measured["cosine_drift_mean"] == 0.0
+    assert measured["rows"] == 20
+    assert measured["input_sha256"] == "abc"
+    assert measured["neighbour"] is None
+
+
+def test_the_means_are_over_the_blocks_and_leave_the_embeddings_out(batches):
+    measured = measure(ProbeInput(model(), model(1), None, batches, "abc"))
+    blocks = measured["layers"][1:]
+    for key in ("cka", "cosine"):
+        expected = np.mean([1 - layer[key] for layer in blocks])
+        assert measured[f"{key}_drift_mean"] == pytest.approx(expected, abs=1e-12)
+    assert measured["cka_drift_mean"] > 0.05
+    assert set(blocks[0]) == {
+        "layer",
+        "cka",
+        "cosine",
+        "cka_biased",
+        "cosine_raw",
+        "relative_change",
+    }
+
+
+def test_the_neighbour_is_compared_with_the_tuned_model_and_not_with_the_base(batches):
+    base, tuned = model(), model(1)
+    same = measure(ProbeInput(base, tuned, model(1), batches, "abc"))
+    assert same["neighbour"]["cka_drift_mean"] == 0.0
+    assert same["cka_drift_mean"] > 0.05
+    apart = measure(ProbeInput(base, tuned, model(2), batches, "abc"))
+    alone = measure(ProbeInput(tuned, model(2), None, batches, "abc"))
+    assert apart["neighbour"]["layers"] == alone["layers"]
+
+
+def test_a_layer_that_does_not_vary_is_absent_and_so_is_the_mean(batches):
+    collapsed = model()
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(collapsed.bert.encoder.layer[1].output.LayerNorm, name).zero_()
+    measured = measure(ProbeInput(model(), collapsed, None, batches, "abc"))
+    assert measured["layers"][2]["cka"] is None
+    assert measured["layers"][1]["cka"] == 1.0
+    assert measured["cka_drift_mean"] is None
+
+
+def test_reading_its_parameters_does_not_import_torch():
+    code = (
+        "import sys; from finetrial.plugins import load; load('probes', 'drift').Params(); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,207 @@
+"""Figures: the same rows give the same bytes, the CSV behind them is safe, and no meaning rests on colour."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+from matplotlib.figure import Figure
+
+from finetrial import palette, plots, report_figures
+from finetrial.tidy_csv import csv_text
+from summary_example import example_summary
+
+METHODS = ["full", "lora"]
+
+
+def search_rows() -> list[dict]:
+    common = {
+        "method": "full",
+        "low": 1e-5,
+        "high": 1e-3,
+        "startup": False,
+        "optimum": False,
+        "outcome": "done",
+    }
+    return [
+        common | {"trial": 0, "learning_rate": 1e-4, "score": 70.0, "startup": True},
+        common | {"trial": 1, "learning_rate": 2e-4, "score": 80.0, "optimum": True},
+        common | {"trial": 2, "learning_rate": 9e-4, "score": None, "outcome": "diverged"},
+    ]
+
+
+def figures() -> dict[str, report_figures.Chart]:
+    groups = report_figures.charts(example_summary())
+    return {chart.name: chart for group in groups.values() for chart in group}
+
+
+def test_the_study_has_its_claims_and_each_task_its_four_figures() -> None:
+    kinds = ("cost", "drift", "scores", "search")
+    assert sorted(figures()) == sorted(["claims", *(f"{t}.{k}" for t in ("squad_v2", "sst2") for k in kinds)])
+
+
+def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        chart = figures()["squad_v2.search"]
+        plots.save(chart.figure, chart.rows, tmp_path / folder, chart.name)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    assert sorted(first) == [f"squad_v2.search.{kind}" for kind in ("csv", "pdf", "png", "svg")]
+    assert first == second
+
+
+def test_files_carry_no_date(tmp_path: Path) -> None:
+    plots.save(plots.search_figure(search_rows(), metric="f1", methods=METHODS), search_rows(), tmp_path, "s")
+    assert b"CreationDate" not in (tmp_path / "s.pdf").read_bytes()
+    assert "<dc:date>" not in (tmp_path / "s.svg").read_text()
+
+
+def test_a_users_own_style_changes_nothing_and_stays_as_it_was(tmp_path: Path) -> None:
+    def drawn(folder: Path) -> bytes:
+        plots.save(plots.search_figure(search_rows(), metric="f1", methods=METHODS), [], folder, "s")
+        return (folder / "s.svg").read_bytes()
+
+    plain = drawn(tmp_path / "plain")
+    with mpl.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.hashsalt": "mine"}):
+        assert drawn(tmp_path / "styled") == plain
+        assert mpl.rcParams["axes.facecolor"] == "red"
+
+
+def test_png_has_300_dots_per_inch(tmp_path: Path) -> None:
+    plots.save(plots.search_figure(search_rows(), metric="f1", methods=METHODS), [], tmp_path, "s")
+    data = (tmp_path / "s.png").read_bytes()
+    width = int.from_bytes(data[16:20])  # the IHDR chunk of a PNG begins with the width
+    assert width == pytest.approx(palette.WIDTH_INCHES * 300, abs=1)
+
+
+def test_pyplot_and_its_global_state_are_never_loaded() -> None:
+    code = "import sys, finetrial.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_colour_never_carries_a_method_alone() -> None:
+    many = [f"m{i}" for i in range(5)]
+    looks = [palette.look_of(many, method) for method in many]
+    for part in ("color", "marker", "linestyle"):
+        assert len({str(look[part]) for look in looks}) == 5, part
+    shapes = {marker for _, marker, _ in palette.VERDICT_LOOK.values()}
+    assert len(shapes) == 4
+
+
+def marks(figure: Figure, marker: str) -> list[tuple[float, float]]:
+    lines = figure.axes[0].get_lines()
+    return [
+        (float(x), float(y))
+        for one in lines
+        if one.get_marker() == marker
+        for x, y in zip(*one.get_data(), strict=True)
+    ]
+
+
+def test_a_diverged_trial_is_a_cross_at_the_bottom_and_never_a_score_of_zero() -> None:
+    figure = plots.search_figure(search_rows(), metric="f1", methods=METHODS)
+    assert marks(figure, "x") == [(9e-4, 0.05)]  # 5 % up the axis, not on its scale
+    assert figure.axes[0].get_ylim()[0] > 60  # a zero would have stretched the axis down to it
+
+
+def test_start_up_trials_are_hollow_guided_ones_filled_and_the_optimum_ringed() -> None:
+    lines = plots.search_figure(search_rows(), metric="f1", methods=METHODS).axes[0].get_lines()
+    by_score = {
+        float(one.get_ydata()[0]): one for one in lines if one.get_markersize() == 6 and one.get_marker() == "o"
+    }
+    assert by_score[70.0].get_markerfacecolor() == "none"
+    assert by_score[80.0].get_markerfacecolor() == palette.BLUE
+    rings = [one for one in lines if one.get_markersize() == 13]
+    assert [float(ring.get_ydata()[0]) for ring in rings] == [80.0]
+
+
+def test_every_replicate_is_a_dot_and_a_failed_one_is_counted_under_its_method() -> None:
+    chart = figures()["squad_v2.scores"]
+    axes = chart.figure.axes[0]
+    dots = [line for line in axes.get_lines() if line.get_markersize() == 5 and line.get_marker() in ("o", "s")]
+    assert len(dots) == 9  # five and four: one replicate of `full` is void
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["full\n4 of 5 seeds", "lora\n5 seeds"]
+
+
+def test_a_baseline_far_away_is_named_at_the_edge_and_does_not_flatten_the_replicates() -> None:
+    near, far = (figures()[f"{task}.scores"].figure.axes[0] for task in ("squad_v2", "sst2"))
+    assert near.get_ylim()[0] < 56.7  # no_answer lies close by: a line
+    assert far.get_ylim()[0] > 80
+    assert "↓ baseline majority: 50.9" in [text.get_text() for text in far.texts]
+
+
+def test_bars_start_at_zero_and_a_wide_span_is_shown_as_dots_on_a_log_axis() -> None:
+    panels = figures()["sst2.cost"].figure.axes
+    assert [axes.get_xscale() for axes in panels] == ["linear", "linear", "log", "log"]
+    assert [axes.get_xlim()[0] for axes in panels[:2]] == [0, 0]
+    assert not any(axes.patches for axes in panels[2:])
+
+
+def test_cost_that_was_not_measured_is_said_and_not_drawn() -> None:
+    row = {"quantity": "peak memory", "unit": "GB", "log": False, "low": None, "high": None, "text": ""}
+    rows = [row | {"method": "full", "value": 1.0, "text": "1 GB"}, row | {"method": "lora", "value": None}]
+    axes = plots.cost_figure(rows, methods=METHODS).axes[0]
+    assert len(axes.patches) == 1
+    assert "not measured" in [text.get_text() for text in axes.texts]
+
+
+def test_the_margin_lies_where_the_contrast_becomes_zero() -> None:
+    # difference 0.5 and tested quantity 2.3 = difference + margin x reference: the border is at 0.5 - 2.3
+    summary = example_summary()
+    claim = summary.claims[2]
+    difference, contrast = claim.difference, claim.contrast
+    assert difference
+    assert contrast
+    claim = claim.model_copy(
+        update={
+            "difference": difference.model_copy(update={"estimate": 0.5}),
+            "contrast": contrast.model_copy(update={"estimate": 2.3}),
+        }
+    )
+    chart = report_figures.charts(summary.model_copy(update={"claims": (claim,)}))[None][0]
+    assert chart.rows[0]["margin"] == pytest.approx(-1.8)
+    assert chart.rows[0]["holds"] == "right"
+
+
+def test_names_are_drawn_as_text_and_not_as_formulae(tmp_path: Path) -> None:
+    rows = [row | {"method": "$x_{"} for row in search_rows()]
+    plots.save(plots.search_figure(rows, metric="$y^{", methods=["$x_{"]), rows, tmp_path, "s")
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+cmd", "'+cmd"),
+        ("-cmd", "'-cmd"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\tx", "'\tx"),
+        ("\rx", "'\rx"),
+        ("-0.5", "-0.5"),
+        ("lora", "lora"),
+        (-0.5, "-0.5"),
+        (1e-05, "1e-05"),
+        (True, "true"),
+        (None, ""),
+    ],
+)
+def test_csv_cells_cannot_act_as_formulae(cell: object, written: str) -> None:
+    read = list(csv.reader(io.StringIO(csv_text([{"first": cell, "second": "x"}]), newline="")))
+    assert read == [["first", "second"], [written, "x"]]
+
+
+def test_the_csv_holds_every_point_with_its_run(tmp_path: Path) -> None:
+    chart = figures()["sst2.scores"]
+    plots.save(chart.figure, chart.rows, tmp_path, chart.name)
+    with (tmp_path / "sst2.scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    replicates = [row for row in rows if row["series"] == "replicate"]
+    assert len(replicates) == 10
+    assert all(re.fullmatch(r"replicate\.sst2\.\w+\.\d{3}-[0-9a-f]{8}", row["run_id"]) for row in replicates)
+    assert [row["score"] for row in replicates].count("") == 1  # the diverged one: empty, not 0

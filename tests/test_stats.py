@@ -1,0 +1,187 @@
+"""Intervals, tests, Holm and power against worked examples, scipy.stats and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetrial import stats
+
+LORA = [0.80, 0.81, 0.79, 0.805, 0.795]
+FULL = [0.81, 0.80, 0.805, 0.815, 0.80]
+LORA_DRIFT = [0.10, 0.11, 0.09, 0.105, 0.095]
+FULL_DRIFT = [0.15, 0.16, 0.14, 0.155, 0.145]
+
+
+def test_within_three_percent_as_worked_by_hand():
+    contrast = stats.within(LORA, FULL, 0.03)
+    assert contrast.supports == "greater"
+    assert contrast.interval.estimate == pytest.approx(0.01818, abs=1e-8)
+    assert contrast.test.t == pytest.approx(4.2764, abs=5e-5)
+    assert contrast.test.p == pytest.approx(0.00644, abs=5e-6)
+    assert contrast.p_sign_flip == 1 / 32
+    assert contrast.test.lower > 0
+
+
+def test_drifts_twenty_percent_less_as_worked_by_hand():
+    contrast = stats.drifts_less(LORA_DRIFT, FULL_DRIFT, 0.20)
+    assert contrast.values == pytest.approx([-0.020, -0.018, -0.022, -0.019, -0.021], abs=1e-12)
+    assert contrast.test.p == pytest.approx(4.6e-6, rel=0.02)
+    assert contrast.p_sign_flip == 0.03125
+    assert contrast.test.upper < 0
+
+
+def test_a_lower_is_better_metric_is_within_when_it_is_not_much_higher():
+    contrast = stats.within([1.02, 1.01, 1.03, 1.02], [1.0, 1.01, 1.0, 1.02], 0.05, higher_is_better=False)
+    assert contrast.supports == "less"
+    assert contrast.test.upper < 0
+    assert stats.within([1.2, 1.21, 1.19], [1.0, 1.01, 1.0], 0.05, higher_is_better=False).test.lower > 0
+
+
+def test_the_interval_is_student_s_with_ddof_one():
+    found = stats.mean_interval(LORA)
+    expected = scipy.stats.t.interval(0.95, 4, np.mean(LORA), scipy.stats.sem(LORA))
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-12)
+    assert found.sd == pytest.approx(np.std(LORA, ddof=1))
+    assert found.n == 5
+
+
+def test_one_value_has_an_estimate_and_nothing_else():
+    assert stats.mean_interval([0.7]) == (0.7, None, None, None, 1)
+
+
+def test_the_paired_difference_is_that_of_scipy():
+    found = stats.paired_difference(LORA, FULL)
+    expected = scipy.stats.ttest_rel(LORA, FULL).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@given(st.lists(st.floats(-10, 10).map(lambda v: round(v, 3)), min_size=3, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_the_one_sided_test_is_that_of_scipy(values):
+    if np.ptp(values) == 0:
+        return
+    for direction in ("greater", "less"):
+        found = stats.one_sided_t(values, direction)
+        expected = scipy.stats.ttest_1samp(values, 0, alternative=direction)
+        assert found.p == pytest.approx(expected.pvalue, abs=1e-9)
+        assert found.lower < np.mean(values) < found.upper
+
+
+def test_the_bounds_and_the_test_agree_at_five_percent():
+    values = np.array([1.0, 2.0, 3.0, 4.0])
+    edge = stats.one_sided_t(values, "greater").lower
+    assert stats.one_sided_t(values - edge, "greater").p == pytest.approx(0.05, abs=1e-9)
+    edge = stats.one_sided_t(values, "less").upper
+    assert stats.one_sided_t(values - edge, "less").p == pytest.approx(0.05, abs=1e-9)
+
+
+def test_without_spread_t_is_undefined_and_the_sign_flip_stands_in():
+    contrast = stats.within([0.9] * 5, [0.8] * 5, 0.03)
+    assert contrast.test == (None, None, contrast.interval.estimate, contrast.interval.estimate)
+    assert contrast.p == contrast.p_sign_flip == 1 / 32
+    assert stats.within([0.7] * 5, [0.8] * 5, 0.03).p == 1.0
+
+
+@pytest.mark.parametrize(("n", "smallest"), [(3, 0.25), (4, 0.125), (5, 0.0625), (6, 0.03125)])
+def test_the_smallest_two_sided_exact_p(n, smallest):
+    assert stats.sign_flip_p([1.0 + i for i in range(n)], "two-sided") == smallest
+
+
+@given(st.lists(st.integers(-5, 5).map(float), min_size=2, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_the_sign_flip_is_scipy_s_exact_permutation_test_with_ties(values):
+    for direction in ("greater", "less", "two-sided"):
+        expected = scipy.stats.permutation_test(
+            (values,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative=direction
+        ).pvalue
+        if direction == "two-sided":  # scipy doubles the smaller tail; the null is symmetric
+            expected = min(1.0, np.mean([abs(s) >= abs(sum(values)) for s in _all_sums(values)]))
+        assert stats.sign_flip_p(values, direction) == pytest.approx(expected, abs=1e-12)
+
+
+def _all_sums(values):
+    sums = [0.0]
+    for value in values:
+        sums = [s + sign * value for s in sums for sign in (1, -1)]
+    return sums
+
+
+def test_above_twenty_values_there_is_no_exact_p():
+    assert stats.sign_flip_p([1.0] * 20, "greater") == 2.0**-20
+    assert stats.sign_flip_p([1.0] * 21, "greater") is None
+
+
+def test_holm_as_published_and_in_the_order_given():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([]) == []
+    assert stats.holm([0.6, 0.7]) == [1.0, 1.0]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        stats.holm([1.2])
+
+
+@pytest.mark.parametrize(("n", "effect"), [(3, 3.26), (5, 1.68), (8, 1.16), (10, 1.00)])
+def test_the_smallest_detectable_effect_is_that_of_power_tables(n, effect):
+    """Tables are two-sided at 5 %: one-sided at 2.5 %."""
+    assert stats.smallest_detectable(1.0, n, alpha=0.025) == pytest.approx(effect, abs=0.006)
+    assert stats.smallest_detectable(0.1, n, alpha=0.025) == pytest.approx(effect / 10, abs=0.0006)
+
+
+@given(n=st.integers(2, 60), effect=st.floats(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_power_is_the_noncentral_t_tail(n, effect):
+    threshold = scipy.stats.t.ppf(0.95, n - 1)
+    expected = scipy.stats.nct.sf(threshold, n - 1, effect * np.sqrt(n))
+    assert stats.power_one_sided(effect, 1.0, n) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 54, 1000])
+def test_power_is_one_far_beyond_what_the_distribution_function_can_compute(n):
+    assert stats.power_one_sided(1e4, 1.0, n) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("effect", [0.3, 0.5, 1.0, 2.0])
+def test_seeds_needed_is_the_first_n_with_eighty_percent_power(effect):
+    n = stats.seeds_needed(effect, 1.0)
+    assert stats.power_one_sided(effect, 1.0, n) >= 0.80
+    assert n == 2 or stats.power_one_sided(effect, 1.0, n - 1) < 0.80
+    assert stats.seeds_needed(-effect, 1.0) == n
+
+
+def test_half_a_standard_deviation_takes_27_replicates_and_nothing_takes_forever():
+    assert stats.seeds_needed(0.5, 1.0) == 27  # Cohen 1988: d = 0.5, one-sided 5 %, power 0.8
+    assert stats.seeds_needed(0.01, 1.0) is None
+    assert stats.seeds_needed(0.0, 1.0) is None
+    assert stats.seeds_needed(0.1, 0.0) == 2
+
+
+def test_the_interval_covers_the_truth_in_95_of_100_studies_of_five():
+    rng = np.random.default_rng(11)
+    studies = rng.normal(0.7, 0.02, size=(4000, 5))
+    covered = [i.low <= 0.7 <= i.high for i in map(stats.mean_interval, studies)]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.011)  # 3 standard errors
+
+
+def test_at_the_margin_the_test_is_wrong_in_5_of_100_studies():
+    """Method exactly at 97 % of the reference: H0's edge. Pairs share their noise, as replicates do."""
+    rng = np.random.default_rng(12)
+    wrong = []
+    for _ in range(3000):
+        reference = 0.8 + rng.normal(0, 0.02, 5)
+        method = 0.97 * reference + rng.normal(0, 0.01, 5)
+        wrong.append(stats.within(method, reference, 0.03).test.lower > 0)
+    assert np.mean(wrong) == pytest.approx(0.05, abs=0.012)
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [float("inf"), 1.0]])
+def test_what_is_no_sample_is_refused(values):
+    with pytest.raises(ValueError, match="finite number"):
+        stats.mean_interval(values)
+
+
+def test_unequal_lengths_cannot_be_paired():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        stats.paired_difference([1.0], [1.0, 2.0])
