@@ -105,9 +105,13 @@ def wins(left: np.ndarray, right: np.ndarray) -> float:
     return float(np.sum(left > right) + 0.5 * np.sum(left == right))
 
 
-def compare(seeds: int, options: Mapping[str, object]) -> None:
-    """Print one line a surface."""
-    kept, search.TPE_OPTIONS = search.TPE_OPTIONS, {**search.TPE_OPTIONS, **options}
+def compare(seeds: int, options: Mapping[str, object], *, ordered: bool = True) -> None:
+    """Print one line a surface, and their sum; `ordered=False` shows TPE numbers as unrelated choices."""
+    kept = search.TPE_OPTIONS, search._values
+    search.TPE_OPTIONS = {**search.TPE_OPTIONS, **options}
+    if not ordered:
+        search._values = lambda dimension: (dimension.choices, False)
+    total = gain = 0.0
     try:
         for name, surface in SURFACES.items():
             guided = np.array([searched(surface, seed, "tpe") for seed in range(seeds)])
@@ -115,6 +119,8 @@ def compare(seeds: int, options: Mapping[str, object]) -> None:
             others = np.array([searched(surface, seeds + seed, "random") for seed in range(seeds)])
             better, worse = int(np.sum(guided > drawn)), int(np.sum(guided < drawn))
             chance = binomtest(better, better + worse, alternative="greater").pvalue if better + worse else 1.0
+            total += wins(guided, drawn)
+            gain += float(np.mean(guided - drawn)) / len(SURFACES)
             print(
                 f"{name:14s} {wins(guided, drawn):6.1f} of {seeds} ({seeds - better - worse} ties, "
                 f"sign test p = {chance:.1e})   other seeds {wins(guided, others):6.1f}   "
@@ -122,8 +128,13 @@ def compare(seeds: int, options: Mapping[str, object]) -> None:
                 f"against {np.median(drawn):.2f}",
                 flush=True,
             )
+        share = total / seeds / len(SURFACES)
+        print(
+            f"{'all':14s} {total:6.1f} of {seeds * len(SURFACES)} = {share:.1%}   gain {gain:+.2f} points",
+            flush=True,
+        )
     finally:
-        search.TPE_OPTIONS = kept
+        search.TPE_OPTIONS, search._values = kept
 
 
 def main() -> None:
@@ -134,10 +145,12 @@ def main() -> None:
     print(f"TPE against random search: {TRIALS} trials, {STARTUP} of them start-up, {arguments.seeds} seeds")
     compare(arguments.seeds, {})
     if arguments.options:
-        for multivariate in (True, False):
-            for candidates in (24, 64, 256):
-                print(f"multivariate={multivariate} n_ei_candidates={candidates}")
-                compare(arguments.seeds, {"multivariate": multivariate, "n_ei_candidates": candidates})
+        for multivariate in (False, True):
+            for candidates in (12, 24, 64):
+                for ordered in (True, False):
+                    print(f"multivariate={multivariate} n_ei_candidates={candidates} ordered={ordered}")
+                    options = {"multivariate": multivariate, "n_ei_candidates": candidates}
+                    compare(arguments.seeds, options, ordered=ordered)
 
 
 if __name__ == "__main__":

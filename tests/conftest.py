@@ -81,7 +81,7 @@ methods:
   full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
   lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
 search: {{trials: 3, space: {{epochs: 1, batch_size: 8}}}}
-train: {{seeds: 4}}
+train: {{seeds: 2}}
 measure: {{drift: {{rows: 24}}}}
 run: {{threads: 1, log_steps: 1, parallel: 2}}
 """
@@ -89,7 +89,7 @@ run: {{threads: 1, log_steps: 1, parallel: 2}}
 
 @pytest.fixture
 def tiny_study(tmp_path: Path, tiny_bert: Path) -> Path:
-    """A study file of a few seconds: two arms, 3 trials, 4 replicates, on the tiny model."""
+    """A study file of a few seconds: two arms, 3 trials, 2 replicates, on the tiny model."""
     path = tmp_path / "study.yaml"
     path.write_text(textwrap.dedent(TINY_STUDY.format(model=tiny_bert)))
     return path

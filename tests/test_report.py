@@ -11,7 +11,7 @@ import pytest
 
 from finetrial import report
 from finetrial import report_text as text
-from finetrial.summary import Interval, Summary
+from finetrial.summary import Summary
 from summary_example import example_summary
 
 VOID = {"meta", "link", "br", "path", "img", "input", "hr"}
@@ -249,9 +249,6 @@ def test_markdown_and_page_say_the_same_numbers(html: str, home: Path) -> None:
         assert shown in markdown
 
 
-# ---- what the numbers look like ---------------------------------------------------------------------
-
-
 def test_terminal_rows_are_ascii_with_known_content() -> None:
     rows = report.verdict_rows(example_summary())
     assert rows[1] == (
@@ -272,101 +269,10 @@ def test_terminal_rows_are_ascii_with_known_content() -> None:
     assert all(cell.isascii() for row in [*rows, *costs] for cell in row)
 
 
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (text.fixed(-0.04, 1), "0.0"),  # no minus sign on a rounded zero
-        (text.fixed(-1.25, 1, signed=True), "−1.2"),
-        (text.fixed(1234.5, 1), "1,234.5"),
-        (text.significant(1.9e-5), "1.9e-5"),
-        (text.significant(0.0001), "1e-4"),
-        (text.significant(0.05), "0.05"),
-        (text.significant(300.0), "300"),
-        (text.setting(True), "true"),
-        (text.setting("cosine"), "cosine"),
-        (text.size(999), "999 B"),
-        (text.size(1_240_000_000), "1.24 GB"),
-        (text.size(None), "– (not measured)"),
-        (text.count(9_999), "9,999"),
-        (text.count(22_565_378), "22.6 M"),
-        (text.count(6.5e14), "650 T"),
-        (text.duration(95.1), "95.1 s"),
-        (text.duration(119.0), "119 s"),
-        (text.duration(7512.0), "2.09 h"),
-        (text.times(0.4), "0.4×"),
-        (text.times(1 / 240), "1/240"),
-        (text.times(12.3), "12×"),
-        (text.p_value(0.0), "< 0.001"),
-        (text.p_value(0.03125), "0.031"),
-        (text.percent(-0.38), "−38\u00a0%"),
-        (text.percent(0.005), "0.5\u00a0%"),
-        (text.interval(Interval(estimate=57.94, low=57.1, high=58.66, sd=0.6, n=5), 1), "57.9 (57.1 to 58.7)"),
-        (
-            text.interval(Interval(estimate=57.94, low=None, high=None, sd=None, n=1), 1),
-            "57.9 (no interval, n = 1)",
-        ),
-        (text.interval(None, 1), "– (no valid run)"),
-        (text.decimals_for([0.84, 0.5]), 3),  # shares of one
-        (text.decimals_for([84.2, 0.5]), 1),  # points of a hundred
-    ],
-)
-def test_numbers_are_written_for_people(shown: object, expected: object) -> None:
-    assert shown == expected
-
-
-# ---- the opening paragraph --------------------------------------------------------------------------
-
-
-def test_the_paragraph_tells_every_verdict_n_failures_and_doubt() -> None:
-    said = text.paragraph(example_summary()).replace("\u00a0", " ")
-    assert said.startswith("Of 4 claims, 1 supported, 1 refuted, 1 inconclusive and 1 not assessable.")
-    assert "On squad_v2, lora drifts at least 20 % less than full (−44 %, 4 of 5 paired seeds)." in said
-    assert "it stays open whether lora scores within 3 % of full (−2.5 points, 4 of 5 paired seeds)" in said
-    assert "about 9 seeds would settle it" in said
-    assert "could not be judged: full beats the no_answer baseline by 2.2 points" in said
-    assert "it is refuted that lora drifts at least 20 % less" in said
-    assert "2 of 20 replicates gave no valid score" in said
-    assert "3 of 36 search trials failed (2 diverged and 1 out of memory)" in said
-    assert "2 fairness notes" in said
-
-
-def test_a_study_without_failures_says_so_and_one_without_claims_gives_no_verdict() -> None:
-    summary = example_summary()
-    arms = tuple(
-        arm.model_copy(update={"failed": 0, "search": arm.search.model_copy(update={"trials": ()})})
-        for arm in summary.arms
-    )
-    said = text.paragraph(summary.model_copy(update={"arms": arms, "claims": (), "fairness_notes": ()}))
-    assert "declares no claims" in said
-    assert "All 20 replicates" in said
-    assert "averaged" not in said
-
-
 def test_an_unfinished_study_is_called_unfinished_at_once(tmp_path: Path) -> None:
     summary = example_summary().model_copy(update={"complete": False})
     assert text.paragraph(summary).startswith("This study is not finished")
     assert "unfinished study" in Page(written(summary, tmp_path)).text
-
-
-def test_a_method_that_does_not_beat_the_best_baseline_is_named() -> None:
-    summary = example_summary()
-    assert "baseline." not in text.paragraph(summary)
-    task = summary.tasks[0].model_copy(
-        update={"baselines": {"no_answer": {"f1": 58.3}, "untrained": {"f1": 9.0}}}
-    )
-    said = text.paragraph(summary.model_copy(update={"tasks": (task, summary.tasks[1])}))
-    assert "On squad_v2, lora does not beat the no_answer baseline." in said
-
-
-def test_many_claims_are_grouped_and_none_is_lost() -> None:
-    summary = example_summary()
-    more = tuple(claim.model_copy(update={"task": f"{claim.task}_b"}) for claim in summary.claims)
-    said = text.paragraph(summary.model_copy(update={"claims": summary.claims + more}))
-    assert "Of 8 claims, 2 supported" in said
-    assert (
-        "“lora within 3% of full” is inconclusive on sst2 (4 of 5 seeds) and sst2_b (4 of 5 seeds); "
-        "not assessable on squad_v2 (4 of 5 seeds) and squad_v2_b (4 of 5 seeds)."
-    ) in said
 
 
 # ---- gaps and faults are shown ----------------------------------------------------------------------

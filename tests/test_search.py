@@ -153,15 +153,26 @@ def test_a_region_that_diverges_is_avoided(bad):
     assert guided < 0.7 * drawn
 
 
-def test_nothing_is_called_good_while_everything_diverged():
-    """Five diverged trials at the top of the range: the next ones go to the rest of it."""
+def test_while_everything_diverged_the_next_trial_goes_elsewhere():
+    """All of five equally bad trials lie above 1e-3, the first at the very top."""
     space = {"learning_rate": RATE}
-    history = [
-        Past(k, {"learning_rate": rate}, "diverged", None)
-        for k, rate in enumerate(np.geomspace(2e-3, 4e-3, 5).tolist())
-    ]
+    tried = [4.5e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3]
+    history = [Past(k, {"learning_rate": rate}, "diverged", None) for k, rate in enumerate(tried)]
     rates = [ask(history, 5, space=space, seed=seed)["learning_rate"] for seed in range(20)]
-    assert all(rate < 1.5e-3 for rate in rates)
+    assert all(rate < 1e-3 for rate in rates)
+
+
+def test_choices_that_python_calls_equal_are_kept_apart():
+    space = {"flag": Choice(choices=(True, 1, 1.0))}
+
+    def proposals(good):
+        others = [value for value in (True, 1, 1.0) if repr(value) != repr(good)]
+        tried = [good, *others, *others]
+        history = [Past(k, {"flag": v}, "done", 9.0 if v is good else 1.0) for k, v in enumerate(tried)]
+        return [repr(ask(history, 5, space=space, seed=seed)["flag"]) for seed in range(10)]
+
+    for good in (True, 1, 1.0):
+        assert proposals(good).count(repr(good)) > 5
 
 
 def test_with_nothing_finished_a_late_trial_is_drawn():
@@ -213,6 +224,13 @@ def test_fixed_dimensions_pass_through_and_types_are_plain():
 
 def test_only_fixed_dimensions_need_no_search():
     assert ask([], 9, space={"epochs": Fixed(value=3)}) == {"epochs": 3}
+
+
+def test_numbers_are_ordered_by_size_however_they_are_listed():
+    history = searched(9)
+    listed = {**SPACE, "rank": Choice(choices=(64, 4, 16, 8))}
+    assert ask([], 2, space=listed) == ask([], 2)
+    assert ask(history, 9, space=listed) == ask(history, 9)
 
 
 def test_an_integer_range_without_a_whole_number_is_refused():

@@ -1,7 +1,7 @@
 """Rows from files or the Hub, and their splits: read as the study says, or refused with the reason.
 
-Not for what a row means (tasks and heads) and not for tokens. Torch-free; pyarrow and datasets are imported
-where they are used. Nothing is dropped in silence: a row that cannot be used is an error that names it.
+Not for what a row means (tasks and heads) and not for tokens. Torch-free; datasets is imported where it
+is used. Nothing is dropped in silence: a row that cannot be used is an error that names it.
 
 Splitting and capping are pure functions of the rows and a seed. `SPLIT_SEED` is the seed unless a study says
 otherwise, so that everybody who names the same files gets the same splits.
@@ -9,24 +9,22 @@ otherwise, so that everybody who names the same files gets the same splits.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from finetrial.errors import DataError
 from finetrial.plugins import Example, Splits
+from finetrial.readers import SUFFIXES, Row, read
 from finetrial.records import Frozen
 
 SPLIT_SEED = 20181
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ROLES = ("train", "validation", "test")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -76,13 +74,6 @@ class DataSource(Frozen):
         return getattr(self, role) or []
 
 
-class Row(NamedTuple):
-    """One row as read. `where` says where it stands, for messages and for its id."""
-
-    where: str
-    values: dict[str, Any]
-
-
 def files(source: DataSource, base: Path) -> list[Path]:
     """The local files of a source, in order of role; none for the Hub.
 
@@ -96,7 +87,7 @@ def files(source: DataSource, base: Path) -> list[Path]:
         for name in source.named(role):
             path = locate(name, base)
             if path in found:
-                raise DataError(f"{path} is given as {found[path]} and as {role}; a row may serve one split only")
+                raise DataError(f"{path} is given as {found[path]} and as {role}; a row serves one split only")
             found[path] = role
     return list(found)
 
@@ -167,25 +158,6 @@ def load(
     return rows
 
 
-def read(path: Path, name: str) -> list[Row]:
-    """The rows of one file, by its suffix: .json (a list of objects, or SQuAD's form), .jsonl, .csv (quoted
-    as RFC 4180 says), .tsv (no quoting, as GLUE's), .parquet. CSV and TSV values stay text.
-
-    Raises:
-        DataError: the file does not hold that format, or no row.
-    """
-    reader = {".json": _json, ".jsonl": _jsonl, ".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet}
-    try:
-        rows = [Row(f"{name} {at}", values) for at, values in reader[path.suffix](path)]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}; mend that line") from error
-    if not rows:
-        raise DataError(f"{path} has no rows; check that it is the file you mean")
-    return rows
-
-
 def take(row: Row, ours: str, columns: dict[str, str]) -> Any:
     """A row's value of the task's column `ours`. Raises DataError, which names the nearest column there is."""
     theirs = columns.get(ours, ours)
@@ -240,7 +212,7 @@ def stratified_split(
     """
     count = round(share * len(rows))
     if not 0 < count < len(rows):
-        raise DataError(f"{share:g} of {len(rows)} rows is {count}; give more rows, or name a file for the split")
+        raise DataError(f"{share:g} of {len(rows)} rows is {count}; give more rows, or a file for the split")
     held = set(_mixed(rows, label_key, seed)[:count])
     return (
         [row for place, row in enumerate(rows) if place not in held],
@@ -274,6 +246,36 @@ def group_split(
     return [r for r in rows if r[group_key] not in held], [r for r in rows if r[group_key] in held]
 
 
+def fill_splits(
+    found: dict[str, list[Example]],
+    cut: Callable[[list[Example], float], tuple[list[Example], list[Example]]],
+    validation_share: float,
+    test_share: float | None,
+) -> Splits:
+    """The three splits, with those that were not given cut off train: test first, then validation.
+
+    Raises:
+        DataError: there is no test split and no share to cut, or both.
+    """
+    train = found["train"]
+    if "test" in found and test_share is not None:
+        raise DataError("test_share is set and there is a test split; leave test_share out")
+    if "test" in found:
+        test = found["test"]
+    elif test_share is not None:
+        train, test = cut(train, test_share)
+    else:
+        raise DataError(
+            "the data has no test split. Name a file as test (a benchmark's official dev set, if its test "
+            "labels are hidden: leave validation out, and it is cut off train), or set test_share: 0.1 to cut "
+            "the test split off train as well"
+        )
+    if "validation" in found:
+        return Splits(train, found["validation"], test)
+    train, validation = cut(train, validation_share)
+    return Splits(train, validation, test)
+
+
 def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
     """The splits, if no id occurs twice and, with `group_key`, no group in two of them. Raises DataError."""
     ids: dict[Any, str] = {}
@@ -284,12 +286,13 @@ def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
             raise DataError(f"the {role} split is empty; give it rows")
         for row in rows:
             if row["id"] in ids:
-                raise DataError(f"the id {row['id']!r} is in {ids[row['id']]} and in {role}; ids must be unique")
+                raise DataError(f"the id {row['id']!r} is in {ids[row['id']]} and in {role}; make it unique")
             ids[row["id"]] = role
-            if group_key and groups.setdefault(row[group_key], role) != role:
+            group = row[group_key] if group_key else None
+            if group_key and groups.setdefault(group, role) != role:
                 raise DataError(
-                    f"the {group_key} {str(row[group_key])[:60]!r} is in {groups[row[group_key]]} and in {role}; "
-                    f"a {group_key} may serve one split only. Move its rows, or name train and test alone"
+                    f"the {group_key} {str(group)[:60]!r} is in {groups[group]} and in {role}; a "
+                    f"{group_key} serves one split only. Move its rows to one split"
                 )
     return splits
 
@@ -309,92 +312,6 @@ def _mixed(rows: Sequence[Example], label_key: str | None, seed: int) -> list[in
     rank = {place: n for n, place in enumerate(order)}
     position = {p: (n + 0.5) / len(group) for group in of_label.values() for n, p in enumerate(group)}
     return sorted(order, key=lambda place: (position[place], rank[place]))
-
-
-def _json(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-        yield from _squad(path, whole["data"])
-    elif isinstance(whole, list):
-        yield from ((f"row {n}", _object(path, f"row {n}", value)) for n, value in enumerate(whole, start=1))
-    else:
-        raise DataError(f"{path} is neither a list of objects nor SQuAD's form ({{data: [articles]}})")
-
-
-def _jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue  # a blank line holds no row
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number} is not JSON: {error.msg}; mend that line") from error
-            yield f"line {number}", _object(path, f"line {number}", value)
-
-
-def _object(path: Path, at: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{path} {at} is not an object like {{\"text\": ..., \"label\": ...}}; mend it")
-    return value
-
-
-def _squad(path: Path, articles: list[Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """One row per question of SQuAD's nested form, with the columns of the Hub's flat form."""
-    for number, article in enumerate(articles, start=1):
-        at = f"article {number}"
-        try:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    at = f"question {question['id']}"
-                    golds = question.get("answers", [])
-                    yield at, {
-                        "id": question["id"],
-                        "title": article.get("title", f"article {number}"),
-                        "context": paragraph["context"],
-                        "question": question["question"],
-                        "answers": {key: [gold[key] for gold in golds] for key in ("text", "answer_start")},
-                    }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} {at} is not in SQuAD's form: {error!r} is missing or wrong") from error
-
-
-def _delimited(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow import csv as arrow_csv
-
-    tabs = path.suffix == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        header = next(csv.reader(lines, **style), [])
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path} has the column {twice[0]!r} twice; rename one")
-    try:
-        table = arrow_csv.read_csv(
-            path,
-            parse_options=arrow_csv.ParseOptions(
-                delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
-            ),
-            # Text stays text: no number, date or missing value is guessed from how a cell looks.
-            convert_options=arrow_csv.ConvertOptions(
-                column_types=dict.fromkeys(header, pyarrow.string()), strings_can_be_null=False
-            ),
-        )
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not {'TSV' if tabs else 'CSV'}: {error}; mend that row") from error
-    yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
-
-
-def _parquet(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not Parquet: {error}") from error
-    yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
 
 
 def _hub_splits(source: DataSource) -> list[str]:

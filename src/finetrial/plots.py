@@ -20,20 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from finetrial import files
-from finetrial.palette import (
-    GREEN,
-    GRID,
-    INK,
-    LINES,
-    MUTED,
-    PAPER,
-    PNG_DPI,
-    STYLE,
-    VERDICT_LOOK,
-    WIDTH_INCHES,
-    look_of,
-)
+from finetrial import files, palette
+from finetrial.palette import GREEN, GRID, INK, LINES, MUTED, PAPER, look_of
+from finetrial.report_text import short
 from finetrial.tidy_csv import csv_text
 
 Row = Mapping[str, Any]
@@ -43,12 +32,12 @@ Row = Mapping[str, Any]
 def _style() -> Iterator[None]:
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
+        mpl.rcParams.update(palette.STYLE)
         yield
 
 
 def _figure(height_inches: float) -> Figure:
-    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(palette.WIDTH_INCHES, height_inches), layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 
@@ -66,11 +55,6 @@ def _key(label: str, marker: str, fill: str = "none", ink: str = MUTED, size: fl
     """A legend's entry for a mark."""
     look = {"markerfacecolor": fill, "markeredgecolor": ink, "markersize": size, "markeredgewidth": 1.3}
     return Line2D([], [], linestyle="none", marker=marker, label=label, **look)
-
-
-def _short(name: str, length: int = 24) -> str:
-    """A name that leaves room for the figure; its full form stands in the tables and the CSV."""
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
@@ -130,7 +114,7 @@ def _arm_label(rows: Sequence[Row], method: str) -> str:
     mine = [r for r in rows if r["series"] == "replicate" and r["method"] == method]
     valid = sum(r["score"] is not None for r in mine)
     count = f"{valid} seeds" if valid == len(mine) else f"{valid} of {len(mine)} seeds"
-    return f"{_short(method, 16)}\n{count}"
+    return f"{short(method, 16)}\n{count}"
 
 
 def _mean(axes: Axes, x: float, row: Row, look: Mapping[str, Any]) -> None:
@@ -151,9 +135,7 @@ def _baselines(axes: Axes, arms: Sequence[Row], rows: Sequence[Row]) -> None:
     reach = 3 * (max(ends) - min(ends)) if ends else 0.0
     near = [r for r in rows if not reach or min(ends) - reach <= r["score"] <= max(ends) + reach]
     for place, row in enumerate(r for r in rows if r not in near):
-        text = (
-            f"{'↓' if row['score'] < min(ends) else '↑'} baseline {_short(row['method'])}: {row['score']:.3g}"
-        )
+        text = f"{'↓' if row['score'] < min(ends) else '↑'} baseline {short(row['method'])}: {row['score']:.3g}"
         axes.text(0.01, 0.03 + 0.07 * place, text, transform=axes.transAxes, color=MUTED, fontsize=8)
     ordered = sorted(near, key=lambda r: r["score"])
     for index, row in enumerate(ordered):
@@ -167,7 +149,7 @@ def _baselines(axes: Axes, arms: Sequence[Row], rows: Sequence[Row]) -> None:
         line = {"color": MUTED, "linewidth": 0.7, "clip_on": False, "transform": axes.transAxes}
         axes.plot([1.0, 1.025], [share, place], **line)
         axes.text(
-            1.035, place, _short(row["method"]), transform=axes.transAxes, color=MUTED, fontsize=8, va="center"
+            1.035, place, short(row["method"]), transform=axes.transAxes, color=MUTED, fontsize=8, va="center"
         )
 
 
@@ -190,7 +172,7 @@ def drift_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
                 one = [r for r in seeds if r["replicate"] == replicate]
                 _line(axes, one, color=colour, linewidth=0.7, alpha=0.45, zorder=2)
             means = [r for r in mine if r["series"] == "mean"]
-            handles += _line(axes, means, label=_short(method), linewidth=2, markersize=5, zorder=4, **look)
+            handles += _line(axes, means, label=short(method), linewidth=2, markersize=5, zorder=4, **look)
         control = [r for r in rows if r["series"] == "control"]
         if control:
             look = {"color": MUTED, "linewidth": 1.2, "linestyle": LINES[2], "zorder": 3}
@@ -245,7 +227,7 @@ def search_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -
                 _mark(axes, *at, marker, colour, markerfacecolor=fill, markeredgewidth=1.3, zorder=3)
                 if row["optimum"]:
                     _mark(axes, *at, "o", INK, 13, markerfacecolor="none", markeredgewidth=1.2, zorder=4)
-            handles.append(_key(_short(method), marker, colour, colour))
+            handles.append(_key(short(method), marker, colour, colour))
         axes.margins(y=0.12)
         _failed_trials(axes, [r for r in rows if not _scored(r)], methods)
         axes.set_xlabel("learning rate (shaded: the range searched)")
@@ -326,7 +308,7 @@ def _cost_panel(axes: Axes, rows: Sequence[Row], shown: Sequence[str], methods: 
             axes.plot([max(row["low"], 0), row["high"]], [y, y], color=INK, linewidth=1.2)
         beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
         axes.annotate(row["text"], (ends[row["method"]], y), **beside)
-    axes.set_yticks(range(len(shown)), [_short(method, 14) for method in shown])
+    axes.set_yticks(range(len(shown)), [short(method, 14) for method in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=7.5)
@@ -361,10 +343,10 @@ def claims_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _claim(axes: Axes, y: int, row: Row) -> None:
-    colour, marker, fill = VERDICT_LOOK[row["verdict"]]
+    colour, marker, fill = palette.VERDICT_LOOK[row["verdict"]]
     text = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5, "zorder": 5}
     text["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}
-    axes.text(0, y - 0.42, _short(row["label"], 46), **text)
+    axes.text(0, y - 0.42, short(row["label"], 46), **text)
     axes.text(1, y - 0.42, row["verdict_text"], ha="right", fontweight="bold", **text)
     if row["estimate"] is None:
         axes.text(0, y, "no interval", **text | {"color": MUTED})
@@ -403,7 +385,7 @@ def save(figure: Figure, rows: Sequence[Row], folder: Path, name: str) -> str:
         figure.set_layout_engine("none")
         for kind, fields in metadata.items():
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=PNG_DPI if kind == "png" else 72, metadata=fields)
+            figure.savefig(buffer, format=kind, dpi=palette.PNG_DPI if kind == "png" else 72, metadata=fields)
             drawn[kind] = buffer.getvalue()
     for kind, data in drawn.items():
         files.write_bytes(folder / f"{name}.{kind}", data)

@@ -54,6 +54,11 @@ def significant(value: float, digits: int = 3) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
+def short(name: str, length: int = 24) -> str:
+    """A name that leaves room for a figure; its full form stands in the tables and the CSV."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
 def setting(value: Setting | None) -> str:
     """A hyper-parameter as a person would write it in the study file."""
     if value is None:

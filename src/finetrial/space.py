@@ -58,7 +58,7 @@ class Range(Frozen):
 
 
 class Choice(Frozen):
-    """One of a few values, without order."""
+    """One of a few values. The search takes numbers to be ordered by size, and other values not."""
 
     kind: Literal["choice"] = "choice"
     choices: tuple[Setting, ...]

@@ -33,7 +33,6 @@ TOKENISE_AT_ONCE = 1000  # examples per tokenizer call: fast, and bounded in mem
 THRESHOLD = "no_answer_threshold"
 
 
-
 class QaParams(Frozen):
     """What the head needs to know. All lengths are in tokens."""
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetrial.errors import ModelError
+from finetrial.errors import DataError, ModelError
+from finetrial.heads.causal import bounds
 
 QUESTION_SHARE = 3  # a question gets at most a third of the input; the rest of it is cut off
 
@@ -72,25 +73,28 @@ def causal_windows(
     questions: list[str], contexts: list[str], tokenizer: Any, max_length: int, stride: int
 ) -> Iterator[Window]:
     """Decoder inputs: beginning of text, question, a window of the context, end of text."""
-    if tokenizer.eos_token_id is None:
+    start, end = bounds(tokenizer)
+    if end is None:
         raise ModelError(
             f"{type(tokenizer).__name__} has no end-of-text token, which stands for 'no answer' in a decoder; "
             f"set eos_token in the model's tokenizer_config.json"
         )
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    before = _ids(tokenizer, "Question: ")
-    between = _ids(tokenizer, "\nContext: ")
+    begin = [] if start is None else [start]
+    before = _ids(tokenizer, "Question:\n")
+    between = _ids(tokenizer, "\nContext:\n")
     asked = _tokenise(tokenizer, _shortened(questions, tokenizer, max_length // QUESTION_SHARE))["input_ids"]
     told = _tokenise(tokenizer, contexts, return_offsets_mapping=True)
     for example, (question, ids) in enumerate(zip(asked, told["input_ids"], strict=True)):
         prefix = [*begin, *before, *question, *between]
         room = max_length - len(prefix) - 1
+        if room < 1:
+            raise DataError(f"max_length {max_length} leaves no room for the context; give more tokens")
         offsets = np.array(told["offset_mapping"][example], dtype=np.int32).reshape(-1, 2)
         for first, last in _spans(len(ids), room, _overlap(stride, room)):
             text = [*prefix, *ids[first:last]]
             yield Window(
                 example=example,
-                input_ids=[*text, tokenizer.eos_token_id],
+                input_ids=[*text, end],
                 token_type_ids=None,
                 context=(len(prefix), len(text)),
                 offsets=offsets[first:last],

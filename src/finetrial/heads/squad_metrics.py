@@ -69,9 +69,7 @@ def combine(has_answer: float, has_answer_rows: int, no_answer: float, no_answer
     return (has_answer * has_answer_rows + no_answer * no_answer_rows) / rows
 
 
-def aggregate(
-    scores: Mapping[str, tuple[float, float]], has_answer: Mapping[str, bool]
-) -> dict[str, float]:
+def aggregate(scores: Mapping[str, tuple[float, float]], has_answer: Mapping[str, bool]) -> dict[str, float]:
     """Percentages over all questions, over those with an answer and over those without.
 
     Args:

@@ -1,0 +1,136 @@
+"""The whole story on a tiny random model: two equal runs, kills in every phase, what lies on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetrial.store import Home
+
+FINETRIAL = [sys.executable, "-m", "finetrial"]
+
+
+def run_study(study: Path, home: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*FINETRIAL, "run", str(study), "--home", str(home)], capture_output=True, text=True, timeout=600
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def without_measured(summary: dict[str, object]) -> dict[str, object]:
+    """A summary without what is measured on the clock: `meta` and every `cost`."""
+    kept = {key: value for key, value in summary.items() if key != "meta"}
+    kept["arms"] = [{k: v for k, v in arm.items() if k != "cost"} for arm in summary["arms"]]
+    return kept
+
+
+def hashes(home: Path) -> dict[str, str]:
+    records = [folder.record() for folder in Home(home).find("")]
+    return {r.spec.run_id: r.result.weights_sha256 for r in records if r.result and r.result.weights_sha256}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> tuple[Path, Path]:
+    """A finished tiny study: its file and its folder."""
+    from conftest import TINY_STUDY
+
+    folder = tmp_path_factory.mktemp("reference")
+    study = folder / "study.yaml"
+    study.write_text(TINY_STUDY.format(model=tiny_bert))
+    run_study(study, folder / "home")
+    return study, folder / "home"
+
+
+def test_the_same_study_twice_gives_the_same_numbers_and_weights(reference, tmp_path):
+    study, home = reference
+    run_study(study, tmp_path / "again")
+    first = json.loads((home / "analysis" / "summary.json").read_text())
+    second = json.loads((tmp_path / "again" / "analysis" / "summary.json").read_text())
+    assert without_measured(first) == without_measured(second)
+    assert hashes(home) == hashes(tmp_path / "again")
+    assert len(hashes(home)) == 2 * (3 + 2)
+
+
+def test_running_a_finished_study_again_starts_nothing(reference):
+    study, home = reference
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")}
+    run_study(study, home)
+    assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")} == before
+
+
+def test_every_run_leaves_what_the_docs_say(reference):
+    _, home = reference
+    for folder in Home(home).find(""):
+        record = folder.record()
+        assert record.outcome == "done", record.failure
+        assert folder.path.name == record.spec.run_id
+        assert [attempt.outcome for attempt in record.attempts] == ["done"]
+        assert not folder.checkpoint.exists()
+        assert not folder.lease_file.exists()
+    assert (home / "best" / "synthetic_qa.lora.yaml").exists()
+    assert (home / "models" / "synthetic_qa.lora.seed1" / "adapter_model.safetensors").exists()
+    assert (home / "models" / "synthetic_qa.full.seed1" / "model.safetensors").exists()
+    for name in ("index.html", "report.md"):
+        assert (home / "report" / name).exists()
+
+
+def start(study: Path, home: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*FINETRIAL, "run", str(study), "--home", str(home)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_running(home: Path, prefix: str, process: subprocess.Popen[str]) -> int:
+    """The process id of a child of that stage, once it trains."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for folder in Home(home).find(prefix):
+            pids = [a.pid for a in folder.attempt_records() if a.outcome is None and a.pid]
+            ready = folder.metrics_file.exists() or prefix.startswith(("probe", "baseline"))
+            if pids and ready and not folder.result_file.exists():
+                return pids[0]
+        if process.poll() is not None:
+            pytest.fail(f"the study ended before a {prefix} run was seen: {process.stdout.read()}")
+        time.sleep(0.01)
+    pytest.fail(f"no {prefix} run was seen")
+
+
+@pytest.mark.parametrize("stage", ["baseline.", "trial.", "replicate.", "probe."])
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_killed_once_in_a_phase_the_study_completes_with_the_same_weights(reference, tmp_path, stage, victim):
+    study, finished = reference
+    home = tmp_path / "killed"
+    shutil.copytree(finished, home)
+    undone = Home(home).find(stage)[-1]  # the study as it was before its last run of that phase
+    shutil.rmtree(undone.path)
+    if stage == "replicate.":
+        shutil.rmtree(home / "models" / "synthetic_qa.lora.seed1")
+
+    process = start(study, home)
+    child = wait_for_running(home, stage, process)
+    os.kill(child if victim == "child" else process.pid, signal.SIGKILL)
+    if victim == "parent":
+        process.communicate(timeout=30)
+        process = start(study, home)
+    output, _ = process.communicate(timeout=600)
+
+    assert process.returncode == 0, output
+    assert hashes(home) == hashes(finished)
+    before, after = (json.loads((h / "analysis" / "summary.json").read_text()) for h in (finished, home))
+    for summary in (before, after):
+        for row in summary["ledger"]:
+            del row["attempts"]
+    assert without_measured(before) == without_measured(after)
+    ended = [attempt.outcome for attempt in undone.attempt_records()]
+    assert ended == ["crashed" if victim == "child" else "lost", "done"]
