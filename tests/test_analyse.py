@@ -11,8 +11,7 @@ import scipy.stats
 
 from finetrial import claims
 from finetrial.analyse import summarise
-from finetrial.evidence import metric_of
-from finetrial.plugins import Metric
+from finetrial.plugins import Metric, metric_of
 from finetrial.records import (
     Attempt,
     Cost,

@@ -19,13 +19,12 @@ from finetrial.evidence import (
     best_trial,
     drift_of,
     drift_values,
-    metric_of,
     run_of_task,
     trial_score,
     void_reason,
 )
 from finetrial.fairness import failure_rows, fairness_notes, ledger_row
-from finetrial.plugins import Metric
+from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, TaskSpec
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study

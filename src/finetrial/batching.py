@@ -14,9 +14,11 @@ import torch
 
 from finetrial.plugins import Feature
 
-# Length grouping sorts within blocks of this many batches: enough to leave little padding, small enough
-# that the composition of batches stays random.
+# Length grouping sorts within blocks of this many batches, and of at most a quarter of them all: enough to
+# leave little padding, small enough that no two epochs have the same batches. Both as in transformers'
+# LengthGroupedSampler.
 GROUPED_BATCHES = 50
+LEAST_BLOCKS = 4
 # Non-padding budget of an evaluation batch, in tokens; bounded so that long inputs cannot exhaust memory.
 EVALUATION_TOKENS = 8192
 
@@ -25,10 +27,12 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: 
     """The batches of one epoch: every input once, grouped by length, in seeded order; the last may be short."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    block = batch_size * GROUPED_BATCHES
+    grouped = min(GROUPED_BATCHES, len(order) // (batch_size * LEAST_BLOCKS))
+    block = batch_size * max(1, grouped)
     batches: list[list[int]] = []
     for start in range(0, len(order), block):
-        chunk = sorted(order[start : start + block].tolist(), key=lambda i: (-lengths[i], i))
+        # A stable sort: inputs of one length stay in random order.
+        chunk = sorted(order[start : start + block].tolist(), key=lambda i: -lengths[i])
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     # The only batch that may be short stays the last, so that every full step has batch_size rows.
     short = [batch for batch in batches if len(batch) < batch_size]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +27,60 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save(
-    folder: Path, step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any]
-) -> None:
+def save(folder: Path, step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any]) -> None:
     """Commit a checkpoint of this step, then drop the older ones. `state` is plain JSON."""
-    temporary = _empty(folder / f".step-{step:08d}.tmp")
-    save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
-    tensors, scalars = _flatten(optimizer.state_dict())
-    random_tensors, random_scalars = _random_states()
-    save_file(_on_cpu({**tensors, **random_tensors}), temporary / "state.safetensors")
-    content = {
-        "step": step,
-        "optimizer": scalars,
-        "scheduler": {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
-        "random": random_scalars,
-        "state": dict(state),
-    }
-    files.write_json(temporary / "state.json", content)
-    files.commit_folder(temporary, folder / f"step-{step:08d}")
+    with _committed(folder / f"step-{step:08d}") as temporary:
+        save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
+        tensors, scalars = _flatten(optimizer.state_dict())
+        random_tensors, random_scalars = _random_states()
+        save_file(_on_cpu({**tensors, **random_tensors}), temporary / "state.safetensors")
+        content = {
+            "step": step,
+            "optimizer": scalars,
+            "scheduler": {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
+            "random": random_scalars,
+            "state": dict(state),
+        }
+        files.write_json(temporary / "state.json", content)
     best = state.get("best_step")
-    keep = {f"step-{step:08d}", f"best-{best:08d}" if best is not None else ""}
-    for path in folder.iterdir():
-        if path.name not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+    _drop_all_but(folder, {f"step-{step:08d}", _best_name(best) if best is not None else ""})
 
 
 def save_best(folder: Path, step: int, model: Any) -> None:
-    """Commit the weights of the best evaluation so far."""
-    temporary = _empty(folder / f".best-{step:08d}.tmp")
-    save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
-    files.commit_folder(temporary, folder / f"best-{step:08d}")
+    """Commit the weights of the best evaluation so far; of earlier ones keep what a checkpoint needs."""
+    with _committed(folder / _best_name(step)) as temporary:
+        save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
+    steps = [path for path in folder.glob("step-*") if files.damage(path) is None]
+    needed = {_best_name(best) for best in map(_best_step, steps) if best is not None}
+    _drop_all_but(folder, {_best_name(step), *needed, *(path.name for path in steps)})
 
 
 def load_best(folder: Path, step: int, model: Any) -> None:
-    _load_weights(folder / f"best-{step:08d}" / "weights.safetensors", model)
+    """Put the best weights in place.
+
+    Raises:
+        OSError: they are not what was written; nothing is loaded.
+    """
+    path = folder / _best_name(step)
+    broken = files.damage(path)
+    if broken is not None:
+        raise OSError(f"the best weights in {path} are damaged: {broken}; run again to train them anew")
+    _load_weights(path / "weights.safetensors", model)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds, and the manifest of the best weights it needs."""
+def newest(folder: Path, *, with_best: bool) -> Path | None:
+    """The newest checkpoint whose manifest holds, and (`with_best`) that of the best weights it needs.
+
+    One that is passed over is named in the log.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if files.damage(path) is not None:
-            continue
-        best = json.loads((path / "state.json").read_text())["state"].get("best_step")
-        if best is None or files.damage(folder / f"best-{best:08d}") is None:
+        broken = files.damage(path)
+        best = _best_step(path) if broken is None and with_best else None
+        if best is not None:
+            broken = files.damage(folder / _best_name(best))
+        if broken is None:
             return path
+        sys.stderr.write(f"the checkpoint {path.name} is passed over: {broken}\n")
     return None
 
 
@@ -77,20 +89,43 @@ def restore(path: Path, model: Any, optimizer: Any, scheduler: Any) -> tuple[int
     content = json.loads((path / "state.json").read_text())
     _load_weights(path / "weights.safetensors", model)
     tensors = load_file(path / "state.safetensors")
-    optimizer.load_state_dict(_unflatten(tensors, content["optimizer"]))
+    groups = _as_typed(content["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"])
+    optimizer.load_state_dict({"state": _unflatten(tensors), "param_groups": groups})
     scheduler.load_state_dict(content["scheduler"])
     _restore_random(tensors, content["random"])
     return content["step"], content["state"]
 
 
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def _best_name(step: int) -> str:
+    return f"best-{step:08d}"
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    return json.loads((checkpoint / "state.json").read_text())["state"].get("best_step")
+
+
+@contextmanager
+def _committed(final: Path) -> Iterator[Path]:
+    """An empty folder that becomes the final one; on an error (a full disk) nothing of it is left."""
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        files.commit_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _drop_all_but(folder: Path, keep: set[str]) -> None:
+    """Nothing else belongs here: the worker holds the run's lock, so a left-over is a killed attempt's."""
+    for path in folder.iterdir():
+        if path.name not in keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _load_weights(path: Path, model: Any) -> None:
@@ -121,13 +156,23 @@ def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, {"param_groups": state["param_groups"]}
 
 
-def _unflatten(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> dict[str, Any]:
+def _unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[int, dict[str, Any]]:
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
-    return {"state": state, "param_groups": scalars["param_groups"]}
+    return state
+
+
+def _as_typed(read: Any, now: Any) -> Any:
+    """JSON's lists as the tuples that they were, going by the value that is in place now."""
+    if isinstance(now, dict):
+        return {key: _as_typed(value, now.get(key)) for key, value in read.items()}
+    if isinstance(now, list | tuple) and isinstance(read, list):
+        values = [_as_typed(a, b) for a, b in zip(read, now, strict=True)]
+        return tuple(values) if isinstance(now, tuple) else values
+    return read
 
 
 def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -143,9 +188,9 @@ def _random_states() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def _restore_random(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]) -> None:
     torch.set_rng_state(tensors["random.torch"])
-    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random.cuda.")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    for index in range(torch.cuda.device_count()):  # which may differ from where it was saved
+        if f"random.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"random.cuda.{index}"], index)
     version, internal, gauss = scalars["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = scalars["numpy"]

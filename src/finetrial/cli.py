@@ -5,38 +5,56 @@ Imports are inside the verbs, so that `finetrial --help` costs nothing.
 
 from __future__ import annotations
 
+import errno
 import functools
-import glob
 import signal
 import sys
 from pathlib import Path
 
 import click
 
-from finetrial.errors import FinetrialError
+from finetrial.errors import EXIT_INCOMPLETE, EXIT_STUDY_WRONG, FinetrialError
 
 EPILOG = "Exit codes: 0 done, 1 the study is wrong, 2 usage, 3 some runs failed, 4 incomplete."
+# No fault of the program: a full disk or quota, which passes, and a place that cannot be read or written.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Verbs(click.Group):
     """Turns every expected error into its message and exit code; anything else is a fault and shows as one."""
 
-    def invoke(self, context: click.Context) -> object:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
-            return super().invoke(context)
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            if args[0].endswith((".yaml", ".yml")):
+                ctx.fail(f"a verb goes before the file: finetrial run {args[0]}")
+            raise
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
         except FinetrialError as error:
             click.echo(str(error), err=True)
-            context.exit(error.exit_code)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (*DISK_FULL, *NO_ACCESS):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"{where}{error.strerror}; mend that and run the same command again", err=True)
+            ctx.exit(EXIT_INCOMPLETE if error.errno in DISK_FULL else EXIT_STUDY_WRONG)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on", err=True)
-            context.exit(4)
+            ctx.exit(EXIT_INCOMPLETE)
 
 
 shown = functools.partial(click.option, show_default=True)
 study_argument = click.argument("study", type=click.Path(path_type=Path))
-home_option = click.option(
-    "--home", type=click.Path(path_type=Path), help="The study's folder; runs/<study> unless given."
-)
+folder = click.Path(path_type=Path, file_okay=False)
+home_option = click.option("--home", type=folder, help="The study's folder; runs/<study> unless given.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -66,9 +84,9 @@ def check(study: Path, home: Path | None) -> None:
     """Resolve everything, load model and data, score the baselines, show what would run."""
     from finetrial import pipeline, terminal
 
-    loaded, folder = _load(study, home)
+    loaded, path = _load(study, home)
     with terminal.progress() as progress:
-        checked = pipeline.check_study(loaded, folder, progress)
+        checked = pipeline.check_study(loaded, path, progress)
     terminal.show_check(loaded, checked)
     terminal.show_plan(loaded)
 
@@ -91,12 +109,12 @@ def run(study: Path, home: Path | None) -> None:
     """Search, train, measure, analyse, report. Run it again to go on after anything."""
     from finetrial import pipeline, terminal
 
-    loaded, folder = _load(study, home)
+    loaded, path = _load(study, home)
     signal.signal(signal.SIGTERM, _interrupt)
     with terminal.progress() as progress:
-        terminal.show_title(loaded, folder)
-        summary = pipeline.run_study(loaded, folder, progress)
-    terminal.show_verdicts(summary, folder)
+        terminal.show_title(loaded, path)
+        summary = pipeline.run_study(loaded, path, progress)
+    terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))
 
 
@@ -112,7 +130,7 @@ def status(home: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("run_id", metavar="RUN")
-@click.option("--home", type=click.Path(path_type=Path), help="The study's folder; found in runs/ unless given.")
+@click.option("--home", type=folder, help="The study's folder; found in runs/ unless given.")
 @json_option
 def show(run_id: str, home: Path | None, as_json: bool) -> None:
     """One run: settings, outcome, scores, attempts, the log's end. RUN may be the beginning of its id."""
@@ -127,9 +145,9 @@ def report(home: Path) -> None:
     """Analyse what there is and write the report again. HOME is a study's folder or its study file."""
     from finetrial import pipeline, terminal
 
-    folder = _home(home)
-    summary = pipeline.report_again(folder)
-    terminal.show_verdicts(summary, folder)
+    path = _home(home)
+    summary = pipeline.report_again(path)
+    terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))
 
 
@@ -151,20 +169,28 @@ def _home(path: Path) -> Path:
         return path
     if path.suffix in (".yaml", ".yml"):
         return _load(path, None)[1]
-    raise click.UsageError(f"{path} is neither a study's folder nor a study file")
+    raise click.UsageError(f"{path} is neither a study's folder (runs/<study>) nor a study file (*.yaml)")
 
 
 def _find_run(run_id: str, home: Path | None) -> Path:
+    from finetrial.store import Home
+
+    if (Path(run_id) / "spec.json").exists():
+        return Path(run_id)
     homes = [home] if home else sorted(p.parent for p in Path("runs").glob("*/study.lock.json"))
-    found = [path for h in homes for path in sorted((h / "runs").glob(f"{glob.escape(run_id)}*"))]
-    exact = [path for path in found if path.name == run_id]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
+    found = [run.path for place in homes for run in Home(place).find(run_id)]
+    found = [path for path in found if path.name == run_id] or found
+    if len(found) == 1:
+        return found[0]
     if not found:
         places = ", ".join(map(str, homes)) or "runs/"
-        raise click.UsageError(f"no run begins with {run_id!r} in {places}; `finetrial status HOME` lists them")
-    listed = "\n  ".join(path.name for path in found[:20])
-    raise click.UsageError(f"{len(found)} runs begin with {run_id!r}:\n  {listed}")
+        raise click.UsageError(
+            f"no run begins with {run_id!r} in {places}; every run is a folder in HOME/runs, and a study "
+            f"that lies elsewhere is named with --home"
+        )
+    listed = "\n  ".join(str(path) if home is None else path.name for path in found[:20])
+    more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
+    raise click.UsageError(f"{len(found)} runs begin with {run_id!r}; write more of the one:\n  {listed}{more}")
 
 
 if __name__ == "__main__":

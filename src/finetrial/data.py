@@ -10,7 +10,6 @@ otherwise, so that everybody who names the same files gets the same splits.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from finetrial.errors import DataError
+from finetrial.paths import expand_path
 from finetrial.plugins import Example, Splits
 from finetrial.readers import SUFFIXES, Row, read
 from finetrial.records import Frozen
 
 SPLIT_SEED = 20181
 ROLES = ("train", "validation", "test")
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class DataSource(Frozen):
@@ -94,18 +93,7 @@ def files(source: DataSource, base: Path) -> list[Path]:
 
 def locate(name: str, base: Path) -> Path:
     """The existing file that a study file's path stands for. Raises DataError."""
-
-    def variable(match: re.Match[str]) -> str:
-        key, default = match.groups()
-        value = os.environ.get(key) or default
-        if value is None:
-            raise DataError(
-                f"{name}: the environment variable {key} is not set; set it (export {key}=/path/to/data) or "
-                f"give a default in the study file (${{{key}:-../data}})"
-            )
-        return value
-
-    path = (base / Path(_VARIABLE.sub(variable, name)).expanduser()).resolve()
+    path = expand_path(name, base)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} has no known format; use one of {', '.join(SUFFIXES)}")
     if not path.is_file():

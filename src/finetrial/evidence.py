@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetrial.plugins import Metric, load
-from finetrial.records import MethodSpec, RunRecord, TaskSpec, canonical_json
+from finetrial.plugins import Metric
+from finetrial.records import MethodSpec, RunRecord, TaskSpec
 
 ENDED_WELL = ("done", "diverged")
 LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
@@ -33,18 +33,6 @@ class Arm:
     @property
     def valid(self) -> list[RunRecord]:
         return [r for r in self.replicates if r.spec.number not in self.invalid]
-
-
-def metric_of(task: TaskSpec) -> Metric:
-    """What a task is judged by; a plug-in whose metric depends on its parameters has `metric_for`.
-
-    Raises:
-        PluginError: the plug-in does not load.
-    """
-    plugin = load("tasks", task.use)
-    if hasattr(plugin, "metric_for"):
-        return plugin.metric_for(plugin.Params.model_validate_json(canonical_json(task.params)))
-    return plugin.metric
 
 
 def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:

@@ -101,16 +101,19 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a committed folder, in words, or None if its manifest holds."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        stated = [(name, facts["bytes"], facts["sha256"]) for name, facts in manifest.items()]
     except FileNotFoundError:
         return "its manifest is missing"
-    except (OSError, ValueError) as error:
-        return f"its manifest cannot be read: {error}"
-    for name, facts in manifest.items():
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"its manifest cannot be read: {error!r}"
+    if not stated:
+        return "its manifest names no file"
+    for name, size, digest in stated:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-        if sha256_file(path) != facts["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256_file(path) != digest:
             return f"{name} does not have the SHA-256 that its manifest states"
     return None

@@ -1,13 +1,22 @@
-"""Writing a commented study file for a model, tasks and methods. What it writes is checked before it is kept."""
+"""Writing a commented study file for a model, tasks and methods; it is checked before it is kept.
+
+Not for what the keys mean or may be: `study_file.py`.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from finetrial import files, plugins
-from finetrial.errors import Problem, StudyError
-from finetrial.space import Choice, Fixed, Range, Space
+from finetrial.errors import PluginError, Problem, StudyError
+from finetrial.records import Frozen
+from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 from finetrial.study_file import parse_study
 
 TEMPLATE = """\
@@ -18,8 +27,9 @@ study: {name}
 # A Hub name (with `revision: <commit>`), a folder (./model), or package:NAME/folder.
 model: {model}
 
-# What the methods are judged on. Each task's own data goes under `data:`, for example
+# What the methods are judged on. `data` is a Hub data set or your own files (JSON, JSONL, CSV, TSV, Parquet):
 #   data: {{train: ./train.jsonl, validation: ./dev.jsonl, test: ./test.jsonl, columns: {{text: sentence}}}}
+# Take the # off a line to change that value.
 tasks:
 {tasks}
 
@@ -29,7 +39,11 @@ methods:
 {methods}
 
 # Phase 1: the same number of trials for every method, on at most so many training rows (or `all`).
-search: {{trials: 15, rows: all}}
+search:
+  trials: 15
+  rows: all
+  space: # searched for every method
+{space}
 
 # Phase 2: every method at its own optimum, once per seed. A verdict needs at least 4 seeds, better 5 or 10.
 train: {{seeds: 5, rows: all}}
@@ -38,8 +52,7 @@ train: {{seeds: 5, rows: all}}
 measure: [drift]
 
 # Declared before there are results; each becomes a verdict.
-claims:
-{claims}
+claims:{claims}
 
 # Where and how; not part of the study's identity.
 run: {{engine: local, parallel: 1, trial_limit: 2 h}}
@@ -54,31 +67,78 @@ def write_study_file(path: Path, *, model: str, tasks: Sequence[str], methods: S
     """
     if path.exists():
         raise StudyError(str(path), [Problem("file", "exists already; choose another name with --output")])
-    text = study_text(str(path), model=model, tasks=tasks, methods=methods)
+    problems = []
+    for kind, option, asked in (("tasks", "--task", tasks), ("methods", "--method", methods)):
+        for name in asked:
+            try:
+                plugins.load(kind, name)
+            except PluginError as error:
+                problems.append(Problem(f"{option} {name}", str(error)))
+    if problems:
+        raise StudyError(str(path), problems)
+    once = {"tasks": list(dict.fromkeys(tasks)), "methods": list(dict.fromkeys(methods))}
+    text = study_text(str(path), model=model, **once)
     parse_study(text, file=str(path), base=path.resolve().parent)
     files.write_text(path, text)
 
 
 def study_text(file: str, *, model: str, tasks: Sequence[str], methods: Sequence[str]) -> str:
     """The text of a commented study file."""
-    shown = model
-    if "/" in model and not model.startswith(("package:", ".", "/", "~", "$")):
-        shown = f"{{name: {model}, revision: main}}  # put a commit here: main moves"
-    short = Path(model.removeprefix("package:")).parts[0 if model.startswith("package:") else -1]
-    claims = [f"  - {m} within 3% of full" for m in methods if m != "full" and "full" in methods]
-    claims += [f"  - {m} drifts 20% less than full" for m in methods if m != "full" and "full" in methods]
+    others = [name for name in methods if name != "full"] if "full" in methods else []
+    claims = [f"{name} within 3% of full" for name in others]
+    claims += [f"{name} drifts 20% less than full" for name in others]
     return TEMPLATE.format(
         file=file,
-        name=f"{'-'.join(tasks)}-{short}".lower().replace("_", "-")[:64],
-        model=shown,
-        tasks="\n".join(f"  {task}: {{}}" for task in tasks),
+        name=_study_name(model, tasks),
+        model=_model_text(model),
+        tasks="\n".join(_task_text(name) for name in tasks),
         methods="\n".join(_method_text(name) for name in methods),
-        claims="\n".join(claims) or "  []",
+        space="\n".join(f"    {key}: {_dimension_text(COMMON_SPACE[key])}" for key in COMMON_SPACE),
+        claims="".join(f"\n  - {claim}" for claim in claims) or " []",
     )
 
 
+def _study_name(model: str, tasks: Sequence[str]) -> str:
+    """`<tasks>-<model>`, fit for a folder."""
+    short = model.removeprefix("package:").split("/")[0] if model.startswith("package:") else Path(model).name
+    name = re.sub(r"[^a-z0-9]+", "-", f"{'-'.join(tasks)}-{short}".lower()).strip("-")
+    return name[:64].rstrip("-") or "study"
+
+
+def _model_text(model: str) -> str:
+    if not model.startswith(("package:", ".", "/", "~", "$")):
+        return f"{{name: {_plain_or_quoted(model)}, revision: main}}  # put a commit here: main moves"
+    return _plain_or_quoted(model)
+
+
+def _plain_or_quoted(text: str) -> str:
+    # JSON's quotes are YAML's, too.
+    return text if re.fullmatch(r"[\w./$~][\w./:@+-]*[\w/]", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _task_text(name: str) -> str:
+    """A task with its data spelt out, and its other parameters as comments with their defaults."""
+    params: type[Frozen] = plugins.load("tasks", name).Params
+    lines = []
+    for key, field in params.model_fields.items():
+        if key == "data":
+            lines.insert(0, f"    data: {_data_text(None if field.is_required() else field.default)}")
+        elif not field.is_required():
+            default = to_jsonable_python(field.get_default(call_default_factory=True))
+            lines.append(f"    # {key}: {json.dumps(default)}")
+    return "\n".join([f"  {name}:", *lines])
+
+
+def _data_text(source: Any) -> str:
+    """Where the rows come from, as YAML; files to be named where there is no default."""
+    if source is None:
+        return "{train: ./train.jsonl, test: ./test.jsonl, columns: {text: text, label: label}}  # your own"
+    given = {key: value for key, value in source.model_dump(mode="json").items() if value}
+    return "{" + ", ".join(f"{key}: {_plain_or_quoted(str(given[key]))}" for key in given) + "}"
+
+
 def _method_text(name: str) -> str:
-    """A method with its own search space spelt out."""
+    """A method with its own search space spelt out; what all methods search is said once, under `search:`."""
     space: Space = plugins.load("methods", name).space
     lines = [f"      {key}: {_dimension_text(space[key])}" for key in space]
     return "\n".join([f"  {name}:", "    search:", *lines])

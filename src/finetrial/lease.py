@@ -35,7 +35,11 @@ class Lease(Frozen):
 
 
 def claim(path: Path) -> Lease | None:
-    """A new lease on the run, or None while another holder's is live."""
+    """A new lease on the run, or None while another holder's is live.
+
+    Two hosts that claim a stale lease in the same moment may both get it; the one whose claim was written
+    over learns so when it renews. On one host the coordinator's lock and the worker's rule that out.
+    """
     held = read(path)
     if held is not None and not is_stale(held):
         return None
@@ -70,10 +74,12 @@ def read(path: Path) -> Lease | None:
 def is_stale(lease: Lease) -> bool:
     if lease.host == socket.gethostname():
         try:
-            started_at = psutil.Process(lease.pid).create_time()
+            process = psutil.Process(lease.pid)
+            # A killed process that its parent has not yet waited for still has an id and a start time.
+            gone = process.status() == psutil.STATUS_ZOMBIE
+            return gone or abs(process.create_time() - lease.process_started_at) > 1.0
         except psutil.NoSuchProcess:
             return True
-        return abs(started_at - lease.process_started_at) > 1.0
     return time.time() - lease.renewed_at > STALE_SECONDS
 
 

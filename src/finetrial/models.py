@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -35,7 +37,11 @@ AUTO_CLASSES = {
 
 
 class Built(NamedTuple):
-    """A base model with a fresh head, its tokenizer, and the names of the modules made fresh."""
+    """A base model with its head, its tokenizer, and the names of the head's modules.
+
+    The head is what lies beside the model's body, and a pooler that the checkpoint did not have: every
+    method trains it whole.
+    """
 
     model: Any
     tokenizer: Any
@@ -55,7 +61,9 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
     folder = cache / f"dequantised-{key}"
     cache.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache / f"{folder.name}.lock")
-    lock.acquire(wait_seconds=1800)
+    holder = lock.acquire(wait_seconds=1800)
+    if holder is not None:
+        raise ModelError(f"process {holder} has been dequantising {source.name} for 30 minutes; end it")
     try:
         if files.damage(folder) is not None:
             temporary = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
@@ -100,6 +108,8 @@ def load_tokenizer(location: Location, source: ModelSource) -> Any:
         raise ModelError(f"{source.name} has no fast tokenizer (tokenizer.json), which offsets need")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source.name} has no pad, unknown or end token; set one in tokenizer_config.json")
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -122,12 +132,11 @@ def build(
         torch.manual_seed(head_seed)
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
         model, missing = load(AUTO_CLASSES[kind], location, config, common)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the model {source.name} does not load for {kind}: {reason}") from error
     causal = bool(getattr(config, "is_decoder", False)) or not _is_bidirectional(model)
-    heads = tuple(sorted({name.rsplit(".", 1)[0] for name in missing}))
-    stray = [name for name in heads if _inside_layers(name)]
+    heads, stray = _heads(model, missing)
     if stray:
         raise ModelError(
             f"the checkpoint {source.name} lacks weights of the model itself: {', '.join(stray[:3])}; "
@@ -136,7 +145,9 @@ def build(
     return Built(model, tokenizer, heads, causal)
 
 
-def _load_whole(auto_class: Any, location: Location, config: Any, common: dict[str, Any]) -> tuple[Any, set[str]]:
+def _load_whole(
+    auto_class: Any, location: Location, config: Any, common: dict[str, Any]
+) -> tuple[Any, set[str]]:
     """The model with its head, and the names of the weights that the checkpoint does not have."""
     model, info = auto_class.from_pretrained(
         location.name, config=config, dtype=torch.float32, output_loading_info=True,
@@ -175,9 +186,22 @@ def _prefixes_differ(config: Any, auto_class: Any) -> bool:
     return bool(with_head and as_saved) and with_head.base_model_prefix != as_saved.base_model_prefix
 
 
-def _inside_layers(name: str) -> bool:
-    """Whether a module belongs to the stack of blocks or the embeddings, not to a head or pooler."""
-    return any(part.isdigit() or "embed" in part for part in name.split("."))
+def _heads(model: Any, missing: set[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The head's modules, and the weights of the body that the checkpoint should have had and has not.
+
+    Many encoders are published without the pooler that a classification head reads; it belongs to the head.
+    """
+    body = f"{model.base_model_prefix}."
+    beside = {name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
+    absent = {name for name in missing if name.startswith(body)}
+    poolers = {name.rpartition(".")[0] for name in absent if "pooler" in name.split(".")}
+    stray = sorted(name for name in absent if name.rpartition(".")[0] not in poolers)
+    return tuple(sorted(beside | poolers)), stray
+
+
+def in_head(name: str, head_names: Sequence[str]) -> bool:
+    """Whether a module or parameter of that full name is one of the head's."""
+    return any(name == head or name.startswith(f"{head}.") for head in head_names)
 
 
 def _is_bidirectional(model: Any) -> bool:
@@ -192,14 +216,14 @@ ENCODERS = frozenset(
 )
 
 
-def linear_names(model: Any, head_names: tuple[str, ...], *, attention_only: bool) -> list[str]:
+def linear_names(model: Any, head_names: Sequence[str], *, attention_only: bool) -> list[str]:
     """The full names of the linear layers of the model's blocks: those that an adapter may adapt."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
     ]
-    names = [name for name in names if not name.startswith(head_names)] if head_names else names
+    names = [name for name in names if not in_head(name, head_names)]
     if attention_only:
         names = [name for name in names if "attention" in name or "attn" in name]
     if not names:

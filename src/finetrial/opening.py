@@ -6,7 +6,6 @@ name, because results of two different questions must not lie in one folder.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -14,11 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from finetrial import files
-from finetrial.errors import HomeError
+from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyError
+from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen
 from finetrial.sources import data_inputs, model_inputs
 from finetrial.store import Home
@@ -76,31 +77,57 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_home(study: Study, path: Path) -> Opened:
-    """The study's folder, made if it is not there.
+def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Opened:
+    """The study's folder, made if it is not there; `inputs` are what `resolve_inputs` found.
+
+    What may change (trials, seeds, run, track) is changed in its lock, too.
 
     Raises:
         HomeError: the folder belongs to another study, or an input has changed since it was first used.
-        ModelError, DataError: the model or a data file is not there.
     """
-    home = Home(path)
-    base = Path(study.base)
-    model = model_inputs(study.model, base)
-    inputs = {task.name: model | data_inputs(task, base) for task in study.tasks}
     threads = study.run.threads or max(1, (os.cpu_count() or 1) // study.run.parallel)
     if not home.lock_file.exists():
         if home.runs.exists():
-            raise HomeError(f"{path} has runs but no study.lock.json; name another folder with --home")
+            raise HomeError(f"{home.path} has runs but no study.lock.json; name another folder with --home")
         lock = Lock(
             identity=study.identity(), inputs=inputs, threads=threads, versions=versions(), study=study,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        files.write_bytes(home.study_file, Path(study.file).read_bytes())
-        files.write_text(home.lock_file, lock.model_dump_json(indent=1) + "\n")
+        _write(home, lock)
         return Opened(home, study, inputs, threads, time.time())
     lock = read_lock(home)
     _compare(home, lock, study, inputs)
+    if lock.study != study:  # more trials or seeds, or another place to run: `status` and `report` read it here
+        _write(home, lock.model_copy(update={"study": study}))
     return Opened(home, study, inputs, study.run.threads or lock.threads, time.time())
+
+
+def resolve_inputs(study: Study) -> dict[str, dict[str, str]]:
+    """Task -> input (`model`, `data/<file>`) -> SHA-256 of what is there now.
+
+    Raises:
+        StudyError: the model or data files are not there; it names all of them.
+    """
+    base, problems = Path(study.base), []
+    model: dict[str, str] = {}
+    try:
+        model = model_inputs(study.model, base)
+    except (ModelError, DataError) as error:  # DataError: a variable in the path is not set
+        problems.append(Problem("model", str(error)))
+    inputs = {}
+    for task in study.tasks:
+        try:
+            inputs[task.name] = model | data_inputs(task, base)
+        except DataError as error:
+            problems.append(Problem(f"tasks.{task.name}", str(error)))
+    if problems:
+        raise StudyError(study.file, problems)
+    return inputs
+
+
+def _write(home: Home, lock: Lock) -> None:
+    files.write_bytes(home.study_file, Path(lock.study.file).read_bytes())
+    files.write_text(home.lock_file, lock.model_dump_json(indent=1) + "\n")
 
 
 def read_lock(home: Home) -> Lock:
@@ -112,7 +139,11 @@ def read_lock(home: Home) -> Lock:
     try:
         return Lock.model_validate_json(home.lock_file.read_bytes())
     except FileNotFoundError:
+        if not home.path.exists():
+            raise HomeError(f"{home.path} is not there yet; `finetrial run` makes it") from None
         raise HomeError(f"{home.path} is no study's folder: it has no study.lock.json") from None
+    except NotADirectoryError:
+        raise HomeError(f"{home.path} is a file; name a study's folder with --home") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "file"
         raise HomeError(
@@ -122,20 +153,57 @@ def read_lock(home: Home) -> Lock:
 
 
 def _compare(home: Home, lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> None:
-    if lock.identity != study.identity():
-        before = json.loads(lock.study.model_dump_json())
-        now = json.loads(study.model_dump_json())
-        skipped = ("run", "track", "file", "base")
-        changed = [key for key in now if key not in skipped and now[key] != before[key]]
+    if lock.study.identity() != study.identity():
+        found = differences(lock.study, study)
+        if len(found) > MOST_DIFFERENCES:
+            found[MOST_DIFFERENCES:] = [f"and {len(found) - MOST_DIFFERENCES} more"]
+        listed = "\n".join(f"  {line}" for line in found)
         raise HomeError(
-            f"{home.path} belongs to another study: {', '.join(changed)} differ from its study.lock.json. "
-            f"Only search.trials, train.seeds, run and track may change; for the rest rename the study, or "
-            f"name another folder with --home"
+            f"{home.path} belongs to another study. What differs from its study.lock.json:\n{listed}\n"
+            f"Only search.trials, train.seeds, run and track may change. For the rest rename the study "
+            f"(`study:`), or name another folder with --home"
         )
-    for task, files_ in inputs.items():
-        for name, digest in files_.items():
+    for task, named in inputs.items():
+        for name, digest in named.items():
             if lock.inputs[task].get(name) != digest:
                 raise HomeError(
                     f"{name} of {task} is not what it was when {home.path} was begun (its SHA-256 changed); "
                     f"put the old content back, or name another folder with --home"
                 )
+
+
+def differences(before: Study, now: Study) -> list[str]:
+    """`key path: value now, was value before` of everything that makes two studies different."""
+    old, new = _flat(before), _flat(now)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key, ABSENT) != new.get(key, ABSENT))
+    return [f"{key}: {_shown(new, key)}, was {_shown(old, key)}" for key in keys]
+
+
+ABSENT = object()
+MOST_DIFFERENCES = 10
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return show(flat[key]) if key in flat else "not there"
+
+
+def _flat(study: Study) -> dict[str, Any]:
+    """A study's values by the key paths that its file has."""
+    data = study.model_dump(mode="json", exclude={"run", "track", "file", "base"})
+    del data["search"]["trials"], data["train"]["seeds"]
+    for section in ("tasks", "methods"):
+        data[section] = {entry["name"]: {"use": entry["use"], **entry["params"]} for entry in data[section]}
+    for method, space in data.pop("spaces").items():
+        data["methods"][method]["search"] = space
+    data["claims"] = [claim["text"] for claim in data["claims"]]
+    flat: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, dict) and value and "kind" not in value:
+            for key, inner in value.items():
+                walk(f"{path}.{key}" if path else key, inner)
+        else:
+            flat[path] = value
+
+    walk("", data)
+    return flat

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetrial import analyse, export, plan, plugins, report, search
-from finetrial.opening import Opened, open_home, read_lock
+from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
+from finetrial.plugins import metric_of
 from finetrial.progress import Progress
 from finetrial.records import MethodSpec, Result, RunRecord, RunSpec, Stage, TaskSpec
 from finetrial.schedule import Lane, Scheduler
@@ -22,8 +23,9 @@ def run_study(study: Study, home_path: Path, progress: Progress) -> Summary:
     Raises:
         FinetrialError: the study cannot go on; everything finished is kept and the message says what next.
     """
-    opened = open_home(study, home_path)
-    with opened.home.coordinate():
+    inputs, home = resolve_inputs(study), Home(home_path)
+    with home.coordinate():
+        opened = open_home(study, home, inputs)
         story = Story(study, opened, progress)
         story.phase("baseline", "baseline", story.baselines())
         story.phase("search", "trial", story.trials())
@@ -38,8 +40,9 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, 
 
     Uses the study's own folder, so `run` need not do it again. Raises FinetrialError like `run_study`.
     """
-    opened = open_home(study, home_path)
-    with opened.home.coordinate():
+    inputs, home = resolve_inputs(study), Home(home_path)
+    with home.coordinate():
+        opened = open_home(study, home, inputs)
         story = Story(study, opened, progress)
         story.phase("baseline", "baseline", story.baselines())
         records = [record for record in story.planned() if record.spec.stage == "baseline"]
@@ -51,9 +54,11 @@ def report_again(home_path: Path) -> Summary:
 
     Raises:
         HomeError: the folder is no study's.
+        PluginError: a plug-in beside the study file is no longer there.
     """
     home = Home(home_path)
     lock = read_lock(home)
+    plugins.make_importable(Path(lock.study.base))
     opened = Opened(home, lock.study, lock.inputs, lock.threads, None)
     return _conclude(lock.study, Story(lock.study, opened, Progress()), opened)
 
@@ -73,6 +78,10 @@ class Story:
     opened: Opened
     progress: Progress
 
+    def __post_init__(self) -> None:
+        # One for all phases: a tracker that fails is warned of once.
+        self.mirror = Mirror(self.opened.home, self.study.track, self.progress.note)
+
     def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
         """Finish all runs of some lanes."""
         study, home = self.study, self.opened.home
@@ -80,13 +89,12 @@ class Story:
         if stage != "baseline":
             each = study.search.trials if stage == "trial" else study.train.seeds
             totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
-        metrics = {task.name: plugins.load("tasks", task.use).metric for task in study.tasks}
+        metrics = {task.name: metric_of(task) for task in study.tasks}
         done = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
         by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
-        mirror = Mirror(home, study.track, self.progress.note)
         engine = plugins.load("engines", study.run.engine)
-        Scheduler(home, engine, study.run.parallel, study.run.attempts, self.progress, mirror).run(lanes)
+        Scheduler(home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror).run(lanes)
 
     def baselines(self) -> list[Lane]:
         """The trivial answers and the untrained model, once per task."""
@@ -111,14 +119,14 @@ class Story:
             seed=self.study.search.seed,
             startup=self.study.search.startup_trials,
             sampler=self.study.search.sampler,
-            metric=plugins.load("tasks", task.use).metric,
+            metric=metric_of(task),
         )
         return plan.trial(self.study, task, method, number, settings, self.opened.inputs, self.opened.threads)
 
     def export_optima(self) -> None:
         """Write each arm's best trial to `best/`, where the training phase reads it."""
         for task, method in self.study.arms:
-            metric = plugins.load("tasks", task.use).metric
+            metric = metric_of(task)
             records = {record.spec.number: record for record in self._trials(task, method)}
             best = search.best([_past(record) for record in records.values()], metric)
             if best is None:
@@ -181,8 +189,6 @@ class Story:
             specs.append(plan.probe(self.study, subject, neighbour))
             previous = subject
         return specs
-
-
 
 
 def _past(record: RunRecord) -> search.Past:

@@ -61,14 +61,14 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, handlelength=2.4, columnspacing=1.4)
 
 
-def _power(value: float) -> str:
+def _power(value: float, position: int | None = None) -> str:  # matplotlib gives the position, too
     mantissa, _, exponent = f"{value:.0e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def _log_axis(axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(_power))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -344,7 +344,12 @@ def claims_figure(rows: Sequence[Row]) -> Figure:
 
 def _claim(axes: Axes, y: int, row: Row) -> None:
     colour, marker, fill = palette.VERDICT_LOOK[row["verdict"]]
-    text = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5, "zorder": 5}
+    text: dict[str, Any] = {
+        "transform": axes.get_yaxis_transform(),
+        "va": "center",
+        "fontsize": 8.5,
+        "zorder": 5,
+    }
     text["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.6}
     axes.text(0, y - 0.42, short(row["label"], 46), **text)
     axes.text(1, y - 0.42, row["verdict_text"], ha="right", fontweight="bold", **text)

@@ -1,9 +1,12 @@
 """The five protocols on one page, and `load(kind, name)`.
 
 A plug-in is one file in `finetrial/<kind>/` whose name is its name in the study file and which defines
-`PLUGIN`; one from outside is written `module:object` (modules beside the study file are importable). There
-is no registry. Plug-ins import torch and their own libraries inside their functions: the parent process
-reads their parameters and must stay light.
+`PLUGIN`; one from outside is written `module:object`, where the module is installed or lies beside the study
+file (`make_importable`). There is no registry. Plug-ins import torch and their own libraries inside their
+functions: the parent process reads their parameters and must stay light.
+
+Parameters (`Params`) are what YAML can say: text, numbers, true and false, lists, mappings, and records of
+these; not tuples or sets, which JSON does not bring back.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from finetrial.errors import PluginError
-from finetrial.records import Frozen, Outcome, Result, RunSpec, Setting
+from finetrial.records import Frozen, Outcome, Result, RunSpec, Setting, TaskSpec, canonical_json
 from finetrial.space import Space
 
 if TYPE_CHECKING:
@@ -220,6 +225,9 @@ class Tracker(Protocol):
         ...
 
 
+# `module:object`, the module with or without dots.
+OUTSIDE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
 PROTOCOLS: dict[str, type] = {
     "tasks": Task,
     "methods": Method,
@@ -235,33 +243,100 @@ def names(kind: Kind) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
-def load(kind: Kind, name: str) -> Any:
+def make_importable(folder: Path) -> None:
+    """Let `module:object` name a file in a study's folder, in this process.
+
+    The folder goes to the end of Python's search path: a file of the user's that is called like an installed
+    module (`datasets.py`) then breaks nothing. The coordinator does this when it reads a study, the worker
+    when it reads its spec.
+    """
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+        importlib.invalidate_caches()
+
+
+def load(kind: Kind, name: str, base: Path | None = None) -> Any:
     """The plug-in of that name: built in, or `module:object`.
 
+    With `base`, the study's folder, a module that lies there has to be the one that Python found.
+
     Raises:
-        PluginError: there is none of that name, it does not import, or it lacks part of the protocol.
+        PluginError: there is none of that name, it does not import, or it does not keep the protocol.
     """
+    noun = kind[:-1]
     if ":" in name:
+        if not OUTSIDE.fullmatch(name):
+            raise PluginError(f"{name!r} is no {noun}'s name; write 'module:object'")
         module_name, _, attribute = name.partition(":")
     elif name in names(kind):
         module_name, attribute = f"finetrial.{kind}.{name}", "PLUGIN"
     else:
-        known = names(kind)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise PluginError(
-            f"there is no {kind[:-1]} called {name!r}.{hint} finetrial/{kind} has: {', '.join(known)}. "
-            f"For your own, put a file beside the study and write 'module:object'"
-        )
-    try:
-        plugin = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(f"the {kind[:-1]} {name!r} does not load: {error}") from error
-    wanted = PROTOCOLS[kind]
-    missing = [part for part in _parts(wanted) if not hasattr(plugin, part)]
+        raise PluginError(_not_there(kind, name))
+    plugin = _import(noun, name, module_name, attribute, base)
+    missing = [part for part in _parts(PROTOCOLS[kind]) if not hasattr(plugin, part)]
     if missing:
-        raise PluginError(f"the {kind[:-1]} {name!r} lacks {', '.join(missing)} (see finetrial/plugins.py)")
+        raise PluginError(f"the {noun} {name!r} lacks {', '.join(missing)} (see finetrial/plugins.py)")
+    if isinstance(plugin, type):
+        raise PluginError(f"the {noun} {name!r} is a class; make an object of it: PLUGIN = {plugin.__name__}()")
+    params = getattr(plugin, "Params", Frozen)  # engines and trackers have none
+    if not (isinstance(params, type) and issubclass(params, Frozen)):
+        raise PluginError(f"the {noun} {name!r}: Params has to be a subclass of finetrial.records.Frozen")
+    if kind == "methods" and "learning_rate" not in plugin.space:
+        raise PluginError(f"the method {name!r} has no learning_rate in its space; give it a Range")
     return plugin
+
+
+def metric_of(task: TaskSpec) -> Metric:
+    """What a task is judged by; a plug-in whose metric depends on its parameters has `metric_for`.
+
+    Raises:
+        PluginError: the plug-in does not load.
+    """
+    plugin = load("tasks", task.use)
+    if hasattr(plugin, "metric_for"):
+        return plugin.metric_for(plugin.Params.model_validate_json(canonical_json(task.params)))
+    return plugin.metric
+
+
+def _not_there(kind: Kind, name: str) -> str:
+    noun, known = kind[:-1], names(kind)
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    others = [other for other in PROTOCOLS if other != kind and name in names(other)]  # type: ignore[arg-type]
+    hint = f" It is one of the {others[0]}." if others else ""
+    hint = f" Did you mean {near[0]!r}?" if near else hint
+    return (
+        f"there is no {noun} called {name!r}.{hint} Known: {', '.join(known)}. For your own, put a file beside "
+        f"the study file and write 'module:object'"
+    )
+
+
+def _import(noun: str, name: str, module_name: str, attribute: str, base: Path | None) -> Any:
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0]:
+            raise PluginError(f"the {noun} {name!r} needs {error.name!r}, which is not installed") from error
+        where = f"beside the study file, in {base}," if base else "beside the study file"
+        raise PluginError(
+            f"the {noun} {name!r} is not there: put {module_name}.py {where} or install it"
+        ) from error
+    except Exception as error:  # foreign code: whatever it raises, the user is told which file and why
+        line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        reason = f"{type(error).__name__}{line}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        raise PluginError(f"the {noun} {name!r} does not import: {reason}") from error
+    found = getattr(module, "__file__", None)
+    beside = [base / f"{module_name}.py", base / module_name / "__init__.py"] if base else []
+    if any(path.exists() for path in beside) and not (found and Path(found) in beside):
+        raise PluginError(
+            f"the {noun} {name!r} would be taken from {found} and not from the study's folder, because a "
+            f"module of that name is there already; rename yours"
+        )
+    if not hasattr(module, attribute):
+        there = [key for key in vars(module) if not key.startswith("_")]
+        near = difflib.get_close_matches(attribute, there, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"write {attribute} = ... at its end"
+        raise PluginError(f"the {noun} {name!r} does not load: {found} defines no {attribute!r}; {hint}")
+    return getattr(module, attribute)
 
 
 def _parts(protocol: type) -> list[str]:

@@ -197,7 +197,7 @@ def _html() -> Environment:
     return environment
 
 
-def _escaped_by(escape: Callable[[object], str], **delimiters: str) -> Environment:
+def _escaped_by(escape: Callable[[object], str], **delimiters: Any) -> Environment:
     """An environment whose every output goes through `escape`: HTML's own escaping would be wrong there."""
     return Environment(
         loader=_loader(),
@@ -224,12 +224,12 @@ def _latex() -> Environment:
         comment_start_string="<#",
         comment_end_string="#>",
     )
-    environment.globals["alignment"] = lambda table: Markup(_alignment(table))
+    environment.filters["alignment"] = _alignment
     return environment
 
 
-def _alignment(table: Table) -> str:
-    return "".join("r" if column.numeric else "l" for column in table.columns)
+def _alignment(table: Table) -> Markup:
+    return Markup("".join("r" if column.numeric else "l" for column in table.columns))
 
 
 def _slug(name: object) -> str:

@@ -97,12 +97,15 @@ def costs(summary: Summary) -> Table:
                 (
                     arm.task,
                     arm.method,
-                    _against(_memory(arm), base and _memory(base), arm is base, text.size),
-                    _against(seconds, base and _seconds(base), arm is base, text.duration),
+                    _against(_memory(arm), _memory(base) if base else None, arm is base, text.size),
+                    _against(seconds, _seconds(base) if base else None, arm is base, text.duration),
                     _against(
-                        arm.trainable_parameters, base and base.trainable_parameters, arm is base, text.count
+                        arm.trainable_parameters,
+                        base.trainable_parameters if base else None,
+                        arm is base,
+                        text.count,
                     ),
-                    _against(arm.saved_bytes, base and base.saved_bytes, arm is base, text.size),
+                    _against(arm.saved_bytes, base.saved_bytes if base else None, arm is base, text.size),
                 )
             )
     note = (

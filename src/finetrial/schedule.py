@@ -30,6 +30,8 @@ GRACE_SECONDS = 10.0
 TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
 # Endings without a result that are resumed at once, up to the cap on attempts.
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
+# An attempt that ended so is the coordinator's doing, not the run's, and does not count towards the cap.
+COORDINATOR_ENDED = "its coordinator ended before it"
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Scheduler:
         except KeyboardInterrupt:
             self._cancel(running)
             raise Incomplete("stopped; everything finished is kept: run the same command to go on") from None
-        except FinetrialError:
+        except BaseException:
             self._cancel(running)
             raise
 
@@ -94,6 +96,7 @@ class Scheduler:
             folder.create(spec)
             failure = folder.failure()
             if folder.result() is not None or (failure and failure.kind not in TRIED_AGAIN):
+                folder.drop_checkpoint()  # a worker killed between its result and this would leave it for good
                 self.on_finished(folder.record())
                 continue
             running.append(self._start(lane, spec, folder))
@@ -107,12 +110,17 @@ class Scheduler:
         past = folder.attempt_records()
         for attempt in past:
             if attempt.outcome is None:  # whoever started it did not live to see its end
-                self._close(folder, attempt, "lost", None, "its coordinator ended before it")
+                self._close(folder, attempt, "lost", None, COORDINATOR_ENDED)
         number = max((attempt.number for attempt in past), default=0) + 1
         now = time.time()
         attempt = Attempt(number=number, host=socket.gethostname(), pid=0, started_at=now)
         folder.write_attempt(attempt)
-        handle = self.engine.start(folder.path, spec)
+        try:
+            handle = self.engine.start(folder.path, spec)
+        except BaseException:  # no process, or the inline engine was interrupted in mid-run
+            self._close(folder, attempt, "cancelled", None, "interrupted while it was started")
+            leases.release(folder.lease_file, lease)
+            raise
         attempt = attempt.model_copy(update={"pid": handle.pid})
         folder.write_attempt(attempt)
         if number == 1:
@@ -133,7 +141,8 @@ class Scheduler:
             limit = run.spec.how.limit_seconds or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
         if now >= run.renew_at:
-            leases.renew(run.folder.lease_file, run.lease)
+            if not leases.renew(run.folder.lease_file, run.lease):
+                raise Incomplete(f"{run.spec.run_id} was taken over by another coordinator; leave it to that")
             run.renew_at = now + RENEW_SECONDS
         self.progress.tick(run.spec, run.folder.last_metrics())
         return None
@@ -144,7 +153,8 @@ class Scheduler:
         self._close(run.folder, run.attempt, outcome, ended.code, reason)
         leases.release(run.folder.lease_file, run.lease)
         if outcome in RESUMED:
-            counted = [a for a in run.folder.attempt_records() if a.outcome in ("crashed", "timed_out")]
+            ended_so = [a for a in run.folder.attempt_records() if a.outcome in RESUMED]
+            counted = [a for a in ended_so if a.reason != COORDINATOR_ENDED]
             if len(counted) < self.attempts:
                 self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming")
                 return False
@@ -156,6 +166,8 @@ class Scheduler:
                 )
             )  # fmt: skip
         record = run.folder.record()
+        if record.result is not None:
+            run.folder.drop_checkpoint()
         self.progress.finished(record)
         self.on_finished(record)
         self._stop_on_fault(record)
@@ -177,6 +189,8 @@ class Scheduler:
     def _close(
         folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None
     ) -> None:
+        if any(a.number == attempt.number and a.outcome for a in folder.attempt_records()):
+            return  # ended before, by a coordinator that took the run over
         ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
         folder.write_attempt(attempt.model_copy(update=ended))
 
@@ -197,5 +211,7 @@ class Scheduler:
         for run in running:
             with contextlib.suppress(OSError):
                 self.engine.stop(run.handle, GRACE_SECONDS)
-            self._close(run.folder, run.attempt, "cancelled", None, "stopped with its coordinator")
+            result = run.folder.result()  # it may have got there first
+            outcome = result.outcome if result else "cancelled"
+            self._close(run.folder, run.attempt, outcome, None, "stopped with its coordinator")
             leases.release(run.folder.lease_file, run.lease)

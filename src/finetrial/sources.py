@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from finetrial import files, plugins
 from finetrial.errors import DataError, ModelError
+from finetrial.paths import expand_path
 from finetrial.records import ModelSource, TaskSpec
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja")
-VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}|\$(\w+)")
 
 
 class Location(NamedTuple):
@@ -27,24 +25,6 @@ class Location(NamedTuple):
     name: str
     revision: str | None
     is_local: bool
-
-
-def expand_path(text: str, base: Path) -> Path:
-    """A path of the study file: `~`, `${VAR}` and `${VAR:-default}` expanded, relative to the file's folder.
-
-    Raises:
-        DataError: a variable without a default is not set.
-    """
-
-    def value(found: re.Match[str]) -> str:
-        name, default = found[1] or found[3], found[2]
-        if name in os.environ:
-            return os.environ[name]
-        if default is None:
-            raise DataError(f"{text}: the environment variable {name} is not set; set it to a folder")
-        return default
-
-    return (base / Path(VARIABLE.sub(value, text)).expanduser()).resolve()
 
 
 def locate_model(source: ModelSource, base: Path) -> Location:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from finetrial.problems import guess, nearest, show, wrong_kind
 from finetrial.records import Frozen, Setting
 
 # An optimum within this share of a range's width from either end is flagged (design, section 5).
@@ -36,7 +37,11 @@ class Range(Frozen):
         if self.low == self.high:
             raise ValueError(f"low and high are both {self.low:g}; write the number alone to fix it")
         if self.log and self.low <= 0:
-            raise ValueError(f"low {self.low:g} is not above 0, which `log: true` needs; raise it")
+            raise ValueError(
+                f"low {self.low:g} is not above 0, and the range goes by ratio; raise it, or add log: false"
+            )
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError(f"{self.low:g} .. {self.high:g} is a range of whole numbers; give whole ends")
         return self
 
     @property
@@ -96,6 +101,10 @@ COMMON_SPACE: Space = {
     "weight_decay": Range(low=0.0, high=0.1),
 }
 
+RANGE_KEYS = ("low", "high", "log", "integer")
+RANGE_HELP = "{low: 1e-5, high: 1e-3}"
+TRAINS_NOTHING_AT_ZERO = ("learning_rate", "epochs")
+
 # The values that make sense at all, whatever the method: (lowest, highest, must be whole).
 BOUNDS: dict[str, tuple[float, float, bool]] = {
     "learning_rate": (0.0, 10.0, False),
@@ -117,44 +126,84 @@ def parse_dimension(value: Any) -> Dimension:
     if isinstance(value, Range | Choice | Fixed):
         return value
     if isinstance(value, list | tuple):
+        for choice in value:
+            if not isinstance(choice, bool | int | float | str):
+                raise ValueError(f"{show(choice)} cannot be a choice; list numbers or words, e.g. [4, 8, 16]")
         return _checked(Choice, choices=tuple(value))
     if isinstance(value, dict):
-        unknown = sorted(set(value) - {"low", "high", "log", "integer"})
-        if unknown or not {"low", "high"} <= set(value):
-            raise ValueError(f"{value!r} is not a range; write {{low: 1e-5, high: 1e-3, log: true}}")
-        return _checked(Range, **value)
+        return _parse_range(value)
     if isinstance(value, bool | int | float | str):
         return Fixed(value=value)
-    raise ValueError(f"{value!r} is not a dimension; write a range, a list of choices, or one value")
+    raise ValueError(f"{show(value)} is no setting; write {RANGE_HELP}, a list of choices, or one value")
+
+
+def _parse_range(value: dict[str, Any]) -> Dimension:
+    wrong = [f"unknown key {key!r}; {nearest(key, RANGE_KEYS)}" for key in value if key not in RANGE_KEYS]
+    meant = {guess(key, RANGE_KEYS) for key in value if key not in RANGE_KEYS}
+    for key in ("low", "high"):
+        if key not in value:
+            wrong += [] if key in meant else [f"{key} is missing; write {RANGE_HELP}"]
+        elif isinstance(value[key], bool) or not isinstance(value[key], int | float):
+            wrong.append(f"{key} {wrong_kind(value[key], 'a number', f'write {RANGE_HELP}')}")
+    for key in ("log", "integer"):
+        if not isinstance(value.get(key, False), bool):
+            wrong.append(f"{key} {wrong_kind(value[key], 'true or false', 'write one of them')}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return _checked(Range, **value)
 
 
 def _checked(kind: type[Range] | type[Choice], **fields: Any) -> Dimension:
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        reasons = [str(found.get("ctx", {}).get("error", found["msg"])) for found in error.errors()]
+        raise ValueError("; ".join(reasons)) from None
 
 
-def out_of_bounds(name: str, dimension: Dimension) -> str | None:
-    """What is wrong with a dimension's values for the setting of that name, or None."""
-    if name not in BOUNDS:
-        return None
-    low, high, whole = BOUNDS[name]
-    values: tuple[Setting, ...]
+def override(name: str, before: Dimension, value: Any) -> Dimension:
+    """The dimension that replaces a method's own for the setting of that name.
+
+    A range keeps the spacing of the one that it replaces (a rate's stays spaced by ratio) and a setting that
+    is counted stays whole, unless the value says otherwise.
+
+    Raises:
+        ValueError: the value is no dimension, or not one for this setting; the message says what to write.
+    """
+    dimension = parse_dimension(value)
+    _check_values(name, before, dimension)
+    if not isinstance(dimension, Range) or not isinstance(value, dict):
+        return dimension
+    kept = {"integer": BOUNDS[name][2] if name in BOUNDS else False}
+    if isinstance(before, Range):
+        kept = {"log": before.log, "integer": before.integer or kept["integer"]}
+    if kept["integer"] and value.get("integer") is False:
+        raise ValueError(f"{name} is a whole number; leave `integer: false` out")
+    return _checked(Range, **{**kept, **value})
+
+
+def _check_values(name: str, before: Dimension, dimension: Dimension) -> None:
+    """Refuse values that make no sense for a setting. Raises ValueError."""
+    low, high, whole = BOUNDS.get(name, (-math.inf, math.inf, False))
+    numeric = name in BOUNDS or not any(isinstance(v, bool | str) for v in _values(before))
+    for value in _values(dimension) if numeric else ():
+        if isinstance(value, bool | str):
+            lies = f"; {name} lies between {low:g} and {high:g}" if name in BOUNDS else "; give one"
+            raise ValueError(f"{show(value)} is not a number{lies}")
+        if not low <= value <= high:
+            raise ValueError(f"{value:g} is outside {low:g} .. {high:g}; give a value within")
+        if whole and value != int(value):
+            raise ValueError(f"{value:g} is not a whole number; {name} is counted")
+        if value == 0 and name in TRAINS_NOTHING_AT_ZERO:
+            raise ValueError(f"0 trains nothing; give a value above 0 for {name}")
+
+
+def _values(dimension: Dimension) -> tuple[Setting, ...]:
+    """The values that a dimension names: its ends, its choices, or the one."""
     match dimension:
         case Range():
-            values = (dimension.low, dimension.high)
+            return (dimension.low, dimension.high)
         case Choice():
-            values = dimension.choices
+            return dimension.choices
         case Fixed():
-            values = (dimension.value,)
-    for value in values:
-        if isinstance(value, bool | str):
-            return f"{value!r} is not a number; {name} lies between {low:g} and {high:g}"
-        if not low <= value <= high:
-            return f"{value:g} is outside {low:g} .. {high:g}"
-        if whole and value != int(value):
-            return f"{value:g} is not a whole number"
-    if name == "learning_rate" and 0.0 in values:
-        return "0 trains nothing; give a rate above 0"
-    return None
+            return (dimension.value,)

@@ -18,11 +18,11 @@ from finetrial import checkpoint, files, plugins
 from finetrial.assemble import Workbench, input_hash, open_workbench, pick_device
 from finetrial.batching import collate, evaluation_batches
 from finetrial.data import cap_rows
-from finetrial.errors import Diverged
+from finetrial.errors import Diverged, HomeError
 from finetrial.plugins import ProbeInput
 from finetrial.records import Cost, GroupProof, Proof, Result, RunSpec, Training, canonical_json
 from finetrial.store import RunFolder
-from finetrial.train import Trained, evaluate, make_accelerator, train
+from finetrial.train import Progress, evaluate, make_accelerator, plan_steps, train
 
 ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")
 
@@ -35,7 +35,7 @@ def run(spec: RunSpec, folder: RunFolder) -> Result:
 
 def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     """Scores that need no training: the task's trivial answers and the model with a fresh head."""
-    started = time.perf_counter()
+    clock = _Clock()
     bench = open_workbench(spec, folder.home)
     built = bench.build_base()
     accelerator = make_accelerator(spec.rules)
@@ -51,7 +51,7 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
         outcome="done",
         scores=scores,
         calibration=calibration or {},
-        cost=_cost(started, model),
+        cost=_cost(clock, model),
         input_sha256=hashes,
         split_rows=_split_rows(bench),
         measures={"baselines": bench.task.head.baselines(bench.splits, bench.task_params)},
@@ -61,34 +61,36 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
 
 def _training(spec: RunSpec, folder: RunFolder) -> Result:
     """A trial or a replicate: train, score on validation, and for a replicate on test; keep its model."""
-    started = time.perf_counter()
+    clock, progress = _Clock(), Progress()
     bench = open_workbench(spec, folder.home)
     model, built = bench.build_tuned()
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
     hashes = {"train": input_hash(features), "validation": input_hash(validation)}
+    scored = None
     try:
-        trained = train(bench, folder, model, built.tokenizer, features, validation)
+        trained = train(bench, folder, model, built.tokenizer, features, validation, progress)
+        peak = peak_memory_bytes()  # of training: what comes after holds a second model
+        if spec.stage == "replicate":
+            test = bench.encode(bench.splits.test, built)
+            hashes["test"] = input_hash(test)
+            scored = evaluate(
+                trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
+                progress.best_calibration,
+            )  # fmt: skip
     except Diverged as diverged:
+        reason = str(Diverged(diverged.step or progress.step, diverged.reason))
         return Result(
-            run_id=spec.run_id, outcome="diverged", reason=str(diverged), cost=_cost(started, model),
+            run_id=spec.run_id, outcome="diverged", reason=reason, cost=_cost(clock, model, progress),
+            training=_training_facts(bench, progress, len(features)),
             input_sha256=hashes, split_rows=_split_rows(bench), environment=environment(),
         )  # fmt: skip
-    progress = trained.progress
     scores = {"validation": progress.best_metrics}
     per_example = {"validation": progress.best_per_example}
-    saved_bytes, weights = 0, None
-    if spec.stage == "replicate":
-        accelerator = make_accelerator(spec.rules)
-        test = bench.encode(bench.splits.test, built)
-        hashes["test"] = input_hash(test)
-        scored = evaluate(
-            accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
-            progress.best_calibration,
-        )  # fmt: skip
+    saved_bytes = 0
+    if scored is not None:
         scores["test"], per_example["test"] = scored.metrics, scored.per_example
         saved_bytes = _save_model(bench, folder, trained.model, built.tokenizer)
-    weights = weights_hash(checkpoint.trained_tensors(trained.model))
     files.write_json(folder.examples_file, per_example)
     return Result(
         run_id=spec.run_id,
@@ -97,10 +99,11 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         scores=scores,
         calibration=progress.best_calibration,
         settings_used=trained.settings_used,
-        training=_training_facts(bench, trained),
+        training=_training_facts(bench, progress, len(features)),
         proof=prove(bench, trained.model),
-        cost=_cost(started, trained.model, trained, saved_bytes),
-        weights_sha256=weights,
+        cost=_cost(clock, trained.model, progress, saved_bytes, peak),
+        # A replicate's kept weights; a trial keeps none, so those of its last step.
+        weights_sha256=weights_hash(checkpoint.trained_tensors(trained.model)),
         input_sha256=hashes,
         split_rows=_split_rows(bench),
         environment=environment(),
@@ -109,7 +112,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
 
 def _probe(spec: RunSpec, folder: RunFolder) -> Result:
     """Measure one replicate's model (or, as the control, the base itself) against the base."""
-    started = time.perf_counter()
+    clock = _Clock()
     bench = open_workbench(spec, folder.home)
     device = pick_device()
     built = bench.build_base()
@@ -133,7 +136,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
         given = ProbeInput(base, tuned, neighbour, batches, input_hash(features))
         measures[name] = plugin.measure(given, params)
     return Result(
-        run_id=spec.run_id, outcome="done", cost=_cost(started, tuned), measures=measures,
+        run_id=spec.run_id, outcome="done", cost=_cost(clock, tuned), measures=measures,
         split_rows=_split_rows(bench), environment=environment(),
     )  # fmt: skip
 
@@ -144,7 +147,10 @@ def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
     saved = folder.home.model_folder(spec)
     broken = files.damage(saved)
     if broken is not None:
-        raise OSError(f"the trained model {saved} is damaged: {broken}; remove its run folder to redo it")
+        raise HomeError(
+            f"the trained model {saved} is damaged: {broken}; move {folder.home.run(run_id).path} away and run "
+            f"again to train it anew"
+        )
     plugin, _ = subject.method()
     return plugin.load(subject.build_base().model, saved)
 
@@ -153,6 +159,8 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
     """Commit the model in the format that a user loads; the bytes it takes without the tokenizer."""
     final = folder.home.model_folder(bench.spec)
     final.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in final.parent.glob(f".{final.name}.????????.*"):  # a killed attempt's, of this run alone
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         plugin, _ = bench.method()
@@ -169,7 +177,8 @@ def prove(bench: Workbench, model: Any) -> Proof:
     """Which trained tensors moved from their start, and by how much.
 
     The start is built again from the spec, which is exact and needs no copy during training. A group that
-    had to move and did not makes the run void.
+    had to move and did not makes the run void. Of an adapter the tensors that start at zero (LoRA's B) have
+    to move: weight decay alone moves the others, and changes nothing that the model computes.
     """
     plugin, _ = bench.method()
     start, built = bench.build_tuned()
@@ -188,13 +197,20 @@ def prove(bench: Workbench, model: Any) -> Proof:
             tensors=len(rows), moved=sum(row[1] > 0 for row in rows), change_norm=change,
             relative_change=change / size if size > 0 else None,
         )  # fmt: skip
-    still = [group for group in plugin.must_move() if group not in proofs or proofs[group].moved == 0]
+    still = [group for group in plugin.must_move() if not _counts_as_moved(group, groups.get(group, []))]
     largest = sorted((row for rows in groups.values() for row in rows), key=lambda row: -row[1])[:5]
     return Proof(
         groups=proofs,
         largest={name: change for name, change, _ in largest},
         void=f"nothing moved in: {', '.join(still)}" if still else None,
     )
+
+
+def _counts_as_moved(group: str, rows: list[tuple[str, float, float]]) -> bool:
+    """Whether a group moved, given each tensor's name, change and size at the start."""
+    from_zero = [change for _, change, size in rows if size == 0]
+    changes = from_zero if group == "adapter" and from_zero else [change for _, change, _ in rows]
+    return any(change > 0 for change in changes)
 
 
 def _plain_name(name: str) -> str:
@@ -208,16 +224,16 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _training_facts(bench: Workbench, trained: Trained) -> Training:
-    progress = trained.progress
+def _training_facts(bench: Workbench, progress: Progress, inputs: int) -> Training:
+    planned_steps, steps_per_epoch = plan_steps(bench.spec, inputs)
     return Training(
         steps=progress.step,
-        planned_steps=trained.planned_steps,
-        epochs=progress.step / trained.steps_per_epoch,
+        planned_steps=planned_steps,
+        epochs=progress.step / steps_per_epoch,
         rows=len(bench.splits.train),
         examples=progress.examples,
         tokens=progress.tokens,
@@ -230,31 +246,47 @@ def _training_facts(bench: Workbench, trained: Trained) -> Training:
     )
 
 
-def _cost(started: float, model: Any, trained: Trained | None = None, saved_bytes: int = 0) -> Cost:
-    seconds = time.perf_counter() - started
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    progress = trained.progress if trained else None
+class _Clock:
+    """Time since an attempt at a run began."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def passed(self) -> tuple[float, float]:
+        """(Wall, CPU) seconds so far."""
+        return time.perf_counter() - self.wall, time.process_time() - self.cpu
+
+
+def peak_memory_bytes() -> int:
+    """The most memory so far: allocated on the GPU, or resident in this process where there is none."""
+    if pick_device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _cost(
+    clock: _Clock, model: Any, progress: Progress | None = None, saved_bytes: int = 0, peak: int | None = None
+) -> Cost:
+    """What a run cost, over all its attempts as far as they counted."""
+    wall, cpu = clock.passed()
+    progress = progress or Progress()
     device = pick_device()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return Cost(
-        wall_seconds=round(seconds, 3),
-        train_seconds=round(progress.train_seconds, 3) if progress else 0.0,
-        evaluate_seconds=round(progress.evaluate_seconds, 3) if progress else 0.0,
-        cpu_seconds=round(time.process_time(), 3),
-        peak_memory_bytes=peak,
+        wall_seconds=round(wall + progress.earlier_wall_seconds, 3),
+        train_seconds=round(progress.train_seconds, 3),
+        evaluate_seconds=round(progress.evaluate_seconds, 3),
+        cpu_seconds=round(cpu + progress.earlier_cpu_seconds, 3),
+        peak_memory_bytes=peak_memory_bytes() if peak is None else peak,
         device=name,
-        flops=_flops(model, trainable, progress.tokens) if progress else 0.0,
-        trainable_parameters=trainable,
-        total_parameters=total,
+        flops=_flops(model, progress.tokens),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
         saved_bytes=saved_bytes,
     )
 
 
-def _flops(model: Any, trainable: int, tokens: int) -> float:
+def _flops(model: Any, tokens: int) -> float:
     """Floating-point operations of training by the usual count (Kaplan et al. 2020, arXiv:2001.08361).
 
     2 per weight and token forward, 2 backward to the inputs, and 2 more for every weight that is trained;

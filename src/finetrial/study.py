@@ -21,8 +21,11 @@ from finetrial.records import (
 )
 from finetrial.space import Dimension
 
-# What a name may look like: it becomes part of a folder's name.
+# What a study's name may look like: it becomes a folder's name.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What a task's, method's or measure's name may look like. No dots: they separate the parts of a run's id, and
+# `lora` must not be taken for the beginning of `lora.2`.
+ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class SearchRules(Frozen):

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from finetrial import lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
 from finetrial.plan import overview
 from finetrial.records import Result, RunRecord
@@ -21,9 +24,10 @@ if TYPE_CHECKING:
     from finetrial.summary import Summary
 
 # A pipe or a log file has no width of its own; eighty columns would break words in every table.
-console = Console(highlight=False)
+# No markup and no emoji codes: paths, reasons and settings may hold brackets and colons.
+console = Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=160)
+    console = Console(highlight=False, markup=False, emoji=False, width=160)
 
 
 def progress() -> Progress:
@@ -34,10 +38,11 @@ def progress() -> Progress:
 
 
 def show_title(study: Study, home: Path) -> None:
-    arms, search = len(study.arms), study.search.trials
+    arms = len(study.arms)
+    runs = f"{arms} arms   {arms * study.search.trials} trials   {arms * study.train.seeds} replicates"
     console.print(
-        f"[bold]{study.study}[/bold]   {study.model.name}   {arms} arms   {arms * search} trials   "
-        f"{arms * study.train.seeds} replicates   {home}",
+        Text(study.study, style="bold"),
+        f"  {study.model.name}   {runs}   {home}",
         soft_wrap=True,
     )
 
@@ -46,7 +51,12 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
     """The runs of every arm, and the search space they share or do not."""
     arms = overview(study)
     if as_json:
-        print_json({"study": study.study, "arms": [arm._asdict() for arm in arms]})
+        spaces = {
+            method: {name: space[name].model_dump(mode="json") for name in space}
+            for method, space in study.spaces.items()
+        }
+        rows = {"rows_per_trial": study.search.rows, "rows_per_replicate": study.train.rows}
+        print_json({"study": study.study, "arms": [arm._asdict() for arm in arms], **rows, "spaces": spaces})
         return
     table = _table("arm", "trials", "replicates", "probes", "rows per trial", "rows per replicate", "searched")
     for arm in arms:
@@ -113,20 +123,23 @@ def show_status(home_path: Path, *, as_json: bool) -> None:
 
     home = Home(home_path)
     study = read_lock(home).study
-    planned = {
-        (stage, f"{arm.task}/{arm.method}"): count
-        for arm in overview(study)
-        for stage, count in (("trial", arm.trials), ("replicate", arm.replicates), ("probe", arm.probes))
-    }
+    tasks = [task.name for task in study.tasks]
+    planned = {("baseline", task): 1 for task in tasks}
+    for stage in ("trials", "replicates", "probes"):
+        arms = {(stage.removesuffix("s"), f"{arm.task}/{arm.method}"): arm for arm in overview(study)}
+        planned |= {key: getattr(arms[key], stage) for key in arms}
+    if study.measure:
+        planned |= {("probe", task): 1 for task in tasks}  # the control: the base against itself
     counts: dict[tuple[str, str], dict[str, int]] = {key: {} for key in planned}
     for folder in home.find(""):
         record = folder.record()
-        outcome = record.outcome or ("running" if folder.lease_file.exists() else "unfinished")
+        held = lease.read(folder.lease_file)
+        outcome = record.outcome or ("unfinished" if held is None or lease.is_stale(held) else "running")
         key = (record.spec.stage, record.spec.arm)
         counts.setdefault(key, {})
         counts[key][outcome] = counts[key].get(outcome, 0) + 1
     rows = [
-        {"stage": stage, "arm": arm, "planned": planned.get((stage, arm), 1), "runs": ended}
+        {"stage": stage, "arm": arm, "planned": planned.get((stage, arm), 0), "runs": ended}
         for (stage, arm), ended in counts.items()
     ]
     if as_json:
@@ -148,8 +161,9 @@ def show_run(path: Path, *, as_json: bool) -> None:
         return
     table = _table("", record.spec.run_id)
     table.add_row("outcome", record.outcome or "unfinished")
-    if record.failure:
-        table.add_row("reason", record.failure.reason)
+    reason = record.failure.reason if record.failure else record.result.reason if record.result else None
+    if reason:
+        table.add_row("reason", reason)
     for name, value in record.spec.settings.items():
         used = record.result.settings_used.get(name) if record.result else None
         table.add_row(name, f"{value}" if used in (None, value) else f"{value} (used {used:.6g})")
@@ -183,7 +197,7 @@ def _run_json(record: RunRecord) -> dict[str, Any]:
 
 def print_json(value: Any) -> None:
     """JSON for programs: no colours, no wrapping."""
-    console.print(json.dumps(value, indent=1, ensure_ascii=False), markup=False, soft_wrap=True)
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def _table(*titles: str) -> Table:

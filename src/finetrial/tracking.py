@@ -1,7 +1,7 @@
 """Mirroring finished runs into trackers. `metrics.jsonl` is the record; a tracker can lose and fail nothing.
 
-The parent replays a run after it has ended, once per tracker (a marker file says so); whatever a tracker
-raises becomes one warning for the whole study.
+The parent replays a run after it has ended, once per tracker and ending (a marker file says so); whatever
+a tracker raises becomes one warning, and the tracker is left out until the study is run again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ class Mirror:
         for name in list(self.trackers):
             folder = self.home.tracking / name.replace(":", ".")
             marker = folder / "replayed" / record.spec.run_id
-            if marker.exists():
+            # A run that failed and was tried again ends a second time, and that end is the one to show.
+            state = f"{record.outcome} after {len(record.attempts)} attempts\n"
+            if marker.exists() and marker.read_text() == state:
                 continue
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 records = files.json_lines(self.home.run(record.spec.run_id).metrics_file)
                 plugins.load("trackers", name).replay(folder, record.spec, records, record.result)
-                files.write_text(marker, "")
-            except Exception as error:  # noqa: BLE001 - foreign code; its fault must never fail a run
+                files.write_text(marker, state)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign code must never fail a run
                 self.trackers.remove(name)
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.warn(

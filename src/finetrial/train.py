@@ -2,15 +2,16 @@
 
 A difference between two methods here is a difference between methods: data order, batches, schedule,
 clipping, precision, evaluation and stopping are this code, and the random streams are the replicate's. The
-loss is normalised over the whole effective batch, so the micro-batch changes no result beyond rounding.
+loss is normalised over the whole effective batch, so the micro-batch changes no result beyond rounding and
+which activations dropout drops.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from finetrial.assemble import Workbench
 from finetrial.batching import collate, epoch_batches, evaluation_batches, model_inputs
 from finetrial.errors import Diverged
 from finetrial.files import append_json_line
-from finetrial.plugins import Feature, Scored
+from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
 from finetrial.store import RunFolder
 
@@ -38,11 +39,13 @@ class Progress:
     padded_tokens: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
     best_step: int | None = None
     best_score: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     best_calibration: dict[str, float] = field(default_factory=dict)
     best_per_example: dict[str, float] = field(default_factory=dict)
+    peak_score: float | None = None  # the best of all evaluations, kept or not: what early stopping compares
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     train_seconds: float = 0.0
@@ -50,17 +53,30 @@ class Progress:
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     resumed_from: list[int] = field(default_factory=list)
+    earlier_wall_seconds: float = 0.0  # of the attempts before this one, up to its checkpoint
+    earlier_cpu_seconds: float = 0.0
+
+    def go_on_from(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint of that step holds."""
+        for each in fields(self):
+            setattr(self, each.name, state[each.name])
+        self.resumed_from.append(step)
+        self.earlier_wall_seconds, self.earlier_cpu_seconds = self.wall_seconds, self.cpu_seconds
 
 
 @dataclass
 class Trained:
-    """A trained model (its kept weights in place), what the loop did, and what was really set."""
+    """A trained model (its kept weights in place), what it can be evaluated with, what was really set."""
 
     model: Any
-    progress: Progress
-    planned_steps: int
-    steps_per_epoch: int
+    accelerator: Accelerator
     settings_used: dict[str, Setting]
+
+
+def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
+    """(Optimiser steps in all, steps per epoch) for that many training inputs."""
+    steps_per_epoch = math.ceil(inputs / int(spec.settings["batch_size"]))
+    return max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch)), steps_per_epoch
 
 
 def train(
@@ -70,55 +86,55 @@ def train(
     tokenizer: Any,
     features: Sequence[Feature],
     validation: Sequence[Feature],
+    progress: Progress,
 ) -> Trained:
     """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
 
+    `progress` is kept up to date, so that it tells how far a run came that diverged.
+
     Raises:
-        Diverged: a loss or gradient norm was not finite; nothing is skipped or filtered.
+        Diverged: a loss, gradient norm or score was not finite; nothing is skipped or filtered.
     """
     spec, rules = bench.spec, bench.spec.rules
     accelerator = make_accelerator(rules)
     lengths = [len(feature.input_ids) for feature in features]
     batch_size = int(spec.settings["batch_size"])
-    steps_per_epoch = math.ceil(len(features) / batch_size)
-    planned_steps = max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch))
+    planned_steps, steps_per_epoch = plan_steps(spec, len(features))
     model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, rules.evaluations_per_epoch)
 
-    progress = Progress()
-    found = checkpoint.newest(folder.checkpoint)
+    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(spec))
     if found is not None:
-        step, state = checkpoint.restore(found, model, optimizer, scheduler)
-        progress = Progress(**state)
-        progress.resumed_from.append(step)
-        folder.keep_metrics_up_to(step)
-    else:
-        folder.keep_metrics_up_to(0)
+        progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
+    folder.keep_metrics_up_to(progress.step)
     clock = _Clock(progress)
     due = _checkpoint_rule(spec, progress.step)
-    window: list[float] = []
 
     for indices in _remaining(lengths, batch_size, spec.seeds.data_order, planned_steps, progress.step):
         progress.step += 1
         batch = [features[i] for i in indices]
         model.train()
-        loss, norm = _step(accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress)
-        window.append(loss)
+        loss, norm, rate = _step(accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress)
+        progress.unlogged_losses.append(loss)
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
         progress.last_loss = loss
         last = progress.step == planned_steps
         if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
+            losses = progress.unlogged_losses
             record = {
                 "kind": "train", "step": progress.step, "planned_steps": planned_steps,
-                "loss": sum(window) / len(window), "gradient_norm": norm,
-                "learning_rate": scheduler.get_last_lr()[0], "tokens": progress.tokens,
+                "loss": math.fsum(losses) / len(losses), "gradient_norm": norm,
+                "learning_rate": rate, "tokens": progress.tokens,
                 "seconds": round(clock.train(), 3),
             }  # fmt: skip
             append_json_line(folder.metrics_file, record)
-            window.clear()
+            losses.clear()
         if progress.step in evaluate_at:
             clock.train()
-            scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
+            try:
+                scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
+            except Diverged as diverged:  # a head knows no step
+                raise Diverged(progress.step, diverged.reason) from diverged
             clock.evaluate()
             _judge(bench, folder, model, scored, progress, rules)
         if progress.stopped_early:
@@ -132,7 +148,7 @@ def train(
     used = settings_used(bench, trained, optimizer, scheduler, progress, planned_steps, steps_per_epoch)
     if _keeps_best(spec) and progress.best_step != progress.step:
         checkpoint.load_best(folder.checkpoint, progress.best_step or 0, model)
-    return Trained(trained, progress, planned_steps, steps_per_epoch, used)
+    return Trained(trained, accelerator, used)
 
 
 def make_accelerator(rules: LoopRules) -> Accelerator:
@@ -161,9 +177,7 @@ def prepare_optimisation(
     )
     warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
     name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
-    scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps
-    )
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)
     model, prepared = accelerator.prepare(model, optimizer)
     return model, prepared, scheduler
 
@@ -189,8 +203,11 @@ def _remaining(
 def _step(
     accelerator: Accelerator, model: Any, optimizer: Any, scheduler: Any, bench: Workbench,
     tokenizer: Any, batch: Sequence[Feature], progress: Progress,
-) -> tuple[float, float]:  # fmt: skip
-    """One optimiser step over one effective batch: its mean loss and the gradient norm before clipping."""
+) -> tuple[float, float, float]:  # fmt: skip
+    """One optimiser step over one effective batch.
+
+    Gives its mean loss, the gradient norm before clipping, and the learning rate that it was made with.
+    """
     spec = bench.spec
     micro = spec.how.micro_batch or len(batch)
     total = 0.0
@@ -210,12 +227,13 @@ def _step(
         raise Diverged(progress.step, f"the loss is {total}")
     if not math.isfinite(norm):
         raise Diverged(progress.step, f"the gradient norm is {norm}")
+    rate = float(scheduler.get_last_lr()[0])
     optimizer.step()
     scheduler.step()
     progress.examples += len(batch)
     progress.largest_batch = max(progress.largest_batch, len(batch))
     progress.tokens += sum(len(feature.input_ids) for feature in batch)
-    return total, norm
+    return total, norm, rate
 
 
 def evaluate(
@@ -244,16 +262,21 @@ def evaluate(
 def _judge(
     bench: Workbench, folder: RunFolder, model: Any, scored: Scored, progress: Progress, rules: LoopRules
 ) -> None:
-    """Record an evaluation, keep the weights if it is the best, and apply the stopping rule."""
-    metric = bench.task.metric
+    """Record an evaluation, keep the weights if it is the best, and apply the stopping rule.
+
+    `progress.best_*` is of the weights that are kept: with `keep: last` those of the last evaluation.
+    """
+    metric = metric_of(bench.spec.task)
     score = scored.metrics[metric.name]
-    record = {"kind": "eval", "step": progress.step, "score": score, **scored.metrics, **scored.calibration}
-    append_json_line(folder.metrics_file, record)
     if not math.isfinite(score):
         raise Diverged(progress.step, f"the score is {score}")
+    record = {"kind": "eval", "step": progress.step, "score": score, **scored.metrics, **scored.calibration}
+    append_json_line(folder.metrics_file, record)
     gain = math.inf
-    if progress.best_score is not None:
-        gain = (score - progress.best_score) * (1 if metric.higher_is_better else -1)
+    if progress.peak_score is not None:
+        gain = (score - progress.peak_score) * (1 if metric.higher_is_better else -1)
+    if gain > 0:
+        progress.peak_score = score
     if gain > 0 or rules.keep == "last":
         progress.best_step, progress.best_score = progress.step, score
         progress.best_metrics = dict(scored.metrics)

@@ -13,12 +13,15 @@ import sys
 import traceback
 from pathlib import Path
 
+from finetrial import plugins
 from finetrial.errors import FinetrialError, OutOfMemory
 from finetrial.records import Failure, Outcome
 from finetrial.store import RunFolder
 
 PARENT_VARIABLE = "FINETRIAL_PARENT"
 PR_SET_PDEATHSIG = 1
+# PyTorch raises a plain RuntimeError when the CPU's memory does not suffice (c10/core/CPUAllocator.cpp).
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: "
 
 
 def main(argument: str) -> int:
@@ -57,12 +60,12 @@ def _do(folder: RunFolder) -> int:
     if folder.result_file.exists():
         return 0
     attempt = max((a.number for a in folder.attempt_records()), default=1)
-    if spec.how.base not in sys.path:
-        sys.path.insert(0, spec.how.base)  # plug-ins beside the study file
+    plugins.make_importable(Path(spec.how.base))
     try:
         import torch
 
         torch.set_num_threads(spec.how.threads)
+        # Warned of, not refused: an operation without a deterministic form costs bit-equality, not the run.
         torch.use_deterministic_algorithms(True, warn_only=True)
         from finetrial import stages
 
@@ -86,7 +89,8 @@ def _do(folder: RunFolder) -> int:
 def classify(error: Exception) -> tuple[Outcome, str]:
     """Which outcome an exception is, and one line of reason."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    told = isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if told or (isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY in line):
         return "out_of_memory", f"out of memory: {line}"
     if isinstance(error, FinetrialError):
         return "refused", str(error)

@@ -24,7 +24,12 @@ class Inline:
         from finetrial.store import RunFolder
 
         folder = RunFolder(run_folder)
-        with folder.log_file.open("a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+        # Line by line: a failure quotes the log's last lines from the disk.
+        with (
+            folder.log_file.open("a", buffering=1) as log,
+            contextlib.redirect_stderr(log),
+            contextlib.redirect_stdout(log),
+        ):
             code = worker.work(folder)
         return Handle(os.getpid(), code)
 

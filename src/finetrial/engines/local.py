@@ -45,7 +45,8 @@ class Local:
         }
         with (run_folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "finetrial.worker", str(run_folder)],
+                # -P: a file in the working folder (random.py, datasets.py) must not stand in for a module.
+                [sys.executable, "-P", "-m", "finetrial.worker", str(run_folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -62,7 +63,7 @@ class Local:
             return None
         self._end_group(handle.pid, signal.SIGKILL)  # whatever the child left behind
         if code < 0:
-            return Exit(code, reason=f"killed by {signal.Signals(-code).name}")
+            return Exit(code, reason=f"killed by {_signal_name(-code)}")
         return Exit(code, reason=f"exit code {code}" if code else None)
 
     def stop(self, handle: Handle, grace_seconds: float) -> None:
@@ -80,6 +81,13 @@ class Local:
     def _end_group(pid: int, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, number)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

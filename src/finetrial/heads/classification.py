@@ -185,8 +185,8 @@ def _causal_inputs(examples: Sequence[Example], tokenizer: Any, max_length: int)
     """
     start, stop = bounds(tokenizer)
     begin = [] if start is None else [start]
-    readable = tokenizer.pad_token_id is not None and stop not in (None, tokenizer.pad_token_id)
-    end = [stop] if readable else []
+    readable = tokenizer.pad_token_id is not None and stop != tokenizer.pad_token_id
+    end = [stop] if stop is not None and readable else []
 
     def ids_of(texts: list[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

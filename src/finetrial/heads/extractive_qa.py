@@ -135,6 +135,9 @@ class ExtractiveQa:
     ) -> Scored:
         """Official SQuAD v2 scores (see `squad_metrics.aggregate`), in percent; F1 per question id.
 
+        `span_exact` and `span_f1` are those of the best span on the questions that have an answer, with
+        "no answer" not allowed: what the model finds, whatever the threshold makes of it.
+
         A question is left unanswered when its lowest null score over windows exceeds its best span's score
         by more than the threshold, which is chosen to maximise F1 unless `calibration` gives it.
 
@@ -157,8 +160,13 @@ class ExtractiveQa:
             example["id"]: (withheld if difference > threshold else answered)[example["id"]]
             for example, difference in zip(examples, differences, strict=True)
         }
+        spans = [answered[key] for key, known in has_answer.items() if known]
+        forced = {
+            f"span_{name}": 100.0 * sum(span[i] for span in spans) / max(1, len(spans))
+            for i, name in enumerate(("exact", "f1"))
+        }
         return Scored(
-            metrics=squad_metrics.aggregate(chosen, has_answer),
+            metrics=squad_metrics.aggregate(chosen, has_answer) | forced,
             calibration={THRESHOLD: threshold},
             per_example={key: 100.0 * value for key, (_, value) in chosen.items()},
         )

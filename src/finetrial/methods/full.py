@@ -27,7 +27,9 @@ class Full:
         return given.model
 
     def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
-        return "head" if parameter_name.rpartition(".")[0] in head_names else "body"
+        from finetrial.models import in_head
+
+        return "head" if in_head(parameter_name, head_names) else "body"
 
     def must_move(self) -> Sequence[Group]:
         return ("head", "body")

@@ -20,6 +20,8 @@ class Params(Frozen):
 
 
 class Drift:
+    """See `plugins.Probe`; the comparison itself is `represent.compare_models`."""
+
     Params = Params
 
     def measure(self, given: ProbeInput, params: Any) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 Needs no file and no network, and every row is a pure function of (seed, split, row number), so that asking
 for more rows only adds rows. Not a benchmark: its scores say nothing about real text.
 
-A passage states three facts about two people, one short sentence each, in words that differ from the
-question's. Some questions are settled by the type of the answer alone; in others the passage states the same
-of the other person, and names have to be matched; an unanswerable question asks for what is stated of the
-other person only, or of nobody. The people of train, validation and test have different names.
+A passage states two facts about two people, one short sentence each, in one of two wordings. Some questions
+are settled by the type of the answer alone; in others the passage states the same of the other person, and
+names have to be matched; an unanswerable question asks for what is stated of the other person only, or of
+nobody. The people of train, validation and test have different names.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from finetrial.plugins import Example, Metric, Splits
 from finetrial.records import stream_seed
 
 UNANSWERABLE_EVERY = 3  # rows 2, 5, 8 ... have no answer
-FACTS = 3  # sentences in a passage
-# Share of passages that state what is asked of the other person too. With it at 0.4 and three facts, MiniLM
-# learns within about a hundred steps and does not saturate.
+FACTS = 2  # sentences in a passage
+# Share of passages that state what is asked of the other person too. With it at 0.4 and two facts, MiniLM
+# learns in 150 steps of 16 rows and does not saturate: test F1 64 to 71 in three runs (full at 2e-4, LoRA at
+# 1e-3), from the 33 of never answering. With three facts five runs gave 55 to 70.
 RIVAL_SHARE = 0.4
 
 
@@ -51,37 +52,37 @@ RELATIONS = (
     Relation(
         "town",
         ("{who} lives in {what}.", "The home of {who} is in {what}."),
-        ("Where does {who} live?", "In which town is the house of {who}?"),
+        ("Where does {who} live?", "Where is the home of {who}?"),
     ),
     Relation(
         "year",
         ("{who} got married in {what}.", "The wedding of {who} was in {what}."),
-        ("When did {who} marry?", "In which year was {who} married?"),
+        ("When did {who} get married?", "When was the wedding of {who}?"),
     ),
     Relation(
         "job",
-        ("{who} works as a {what}.", "{who} is a {what}."),
-        ("What is the job of {who}?", "What does {who} do for a living?"),
+        ("{who} works as a {what}.", "The job of {who} is {what}."),
+        ("What does {who} work as?", "What is the job of {who}?"),
     ),
     Relation(
         "animal",
-        ("{who} has a {what}.", "{who} owns a {what}."),
-        ("Which animal does {who} have?", "What pet is kept by {who}?"),
+        ("{who} has a pet {what}.", "{who} keeps a {what}."),
+        ("Which animal does {who} keep?", "What pet does {who} have?"),
     ),
     Relation(
         "food",
         ("{who} likes to eat {what}.", "{who} often eats {what}."),
-        ("What is the favourite food of {who}?", "What food does {who} like?"),
+        ("What food does {who} like?", "What does {who} often eat?"),
     ),
     Relation(
         "instrument",
         ("{who} plays the {what}.", "{who} is good at the {what}."),
-        ("Which instrument does {who} play?", "What music lessons did {who} take?"),
+        ("Which instrument does {who} play?", "What music is {who} good at?"),
     ),
     Relation(
         "colour",
         ("{who} drives a {what} car.", "The car of {who} is {what}."),
-        ("What colour is the car of {who}?", "Which paint is on the car of {who}?"),
+        ("What colour is the car of {who}?", "Which car does {who} drive?"),
     ),
 )
 

@@ -1,0 +1,31 @@
+"""Paths as a study file writes them: `~`, `${VAR}`, `${VAR:-default}`, relative to the file's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from finetrial.errors import DataError
+
+VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
+
+
+def expand_path(text: str, base: Path) -> Path:
+    """The absolute path that a text in a study file means.
+
+    Raises:
+        DataError: a variable without a default is not set.
+    """
+
+    def variable(found: re.Match[str]) -> str:
+        name, default = found.groups()
+        value = os.environ.get(name) or default
+        if value is None:
+            raise DataError(
+                f"{text}: the environment variable {name} is not set; set it (export {name}=/path/to/data) or "
+                f"give a default in the study file (${{{name}:-../data}})"
+            )
+        return value
+
+    return (base / Path(VARIABLE.sub(variable, text)).expanduser()).resolve()

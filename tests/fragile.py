@@ -1,0 +1,91 @@
+"""Plug-ins that tests put in a study: the built-in ones, with a switch that makes them fail or tell.
+
+They go through the same doors as a user's own (`fragile:QA`), so nothing of finetrial is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetrial.heads.extractive_qa import ExtractiveQa
+from finetrial.methods.full import Full
+from finetrial.plugins import AttachInput, Group, Scored
+from finetrial.records import Setting
+from finetrial.tasks.synthetic_qa import SyntheticQa
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C or a signal: no `except Exception` catches it."""
+
+
+@dataclass
+class Trouble:
+    """What goes wrong, counted in loss computations (micro-batches) from 1; and what was seen."""
+
+    interrupt_at: int | None = None
+    error_at: tuple[int, Exception] | None = None
+    nan_loss_at: int | None = None
+    nan_logits_at_evaluation: int | None = None
+    nan_score: bool = False
+    losses: int = 0
+    evaluations: int = 0
+    batches: list[list[list[int]]] = field(default_factory=list)  # the inputs seen, without padding
+
+    def reset(self, **switches: Any) -> None:
+        """Everything as at first, apart from the switches given."""
+        self.__init__(**switches)  # type: ignore[misc]
+
+
+TROUBLE = Trouble()
+
+
+class FragileHead(ExtractiveQa):
+    """Extractive question answering that can be made to fail."""
+
+    def loss_sum(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
+        TROUBLE.losses += 1
+        lengths = batch["attention_mask"].sum(1).tolist()
+        rows = batch["input_ids"].tolist()
+        TROUBLE.batches.append([row[:length] for row, length in zip(rows, lengths, strict=True)])
+        if TROUBLE.losses == TROUBLE.interrupt_at:
+            raise Interrupted
+        if TROUBLE.error_at and TROUBLE.losses == TROUBLE.error_at[0]:
+            raise TROUBLE.error_at[1]
+        loss = super().loss_sum(outputs, batch)
+        return loss * math.nan if TROUBLE.losses == TROUBLE.nan_loss_at else loss
+
+    def predictions(self, outputs: Any, batch: Mapping[str, Any]) -> list[Any]:
+        if TROUBLE.evaluations + 1 == TROUBLE.nan_logits_at_evaluation:
+            outputs.start_logits = outputs.start_logits * math.nan
+        return super().predictions(outputs, batch)
+
+    def score(self, *arguments: Any, **options: Any) -> Scored:
+        TROUBLE.evaluations += 1
+        scored = super().score(*arguments, **options)
+        if TROUBLE.nan_score:
+            return Scored({**scored.metrics, "f1": math.nan}, scored.calibration, scored.per_example)
+        return scored
+
+
+class FragileTask(SyntheticQa):
+    head = FragileHead()
+
+
+class HeadOnly(Full):
+    """A faulty method: it says that the body has to move, and freezes it."""
+
+    def attach(self, given: AttachInput, settings: Mapping[str, Setting], params: Any) -> Any:
+        model = super().attach(given, settings, params)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.group(name, given.head_names) == "head")
+        return model
+
+    def must_move(self) -> Sequence[Group]:
+        return ("head", "body")
+
+
+QA = FragileTask()
+HEAD_ONLY = HeadOnly()

@@ -1,0 +1,192 @@
+"""The verbs on a study that has run: status, show, report, exit codes 3 and 4, and running again with changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from finetrial import lease
+from finetrial.cli import main
+from finetrial.records import Failure
+from finetrial.store import Home
+from wrong_study_files import text_of
+
+FINISHED = {
+    "study": "small",
+    "tasks": "{synthetic_qa: {rows: 16, validation_rows: 9, test_rows: 9, max_length: 64}}",
+    "methods": "{full: {search: {learning_rate: 1e-3}}}",
+    "search": "{trials: 1, space: {epochs: 1, batch_size: 8}}",
+    "train": "{seeds: 1}",
+    "claims": "[]",
+    "measure": "[]",
+    "run": "{engine: inline, threads: 1}",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A folder with study.yaml and its finished runs/small: one method, one trial, one replicate."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "study.yaml").write_text(text_of(**FINISHED, model=str(tiny_bert)))
+    home = folder / "runs" / "small"
+    done = subprocess.run(
+        [sys.executable, "-m", "finetrial", "run", "study.yaml"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(Path("runs/small/report/index.html")) in done.stdout
+    assert (home / "report" / "index.html").exists()
+    return folder
+
+
+@pytest.fixture
+def there(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to stand in and to change."""
+    shutil.copytree(finished, tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "there")
+    return tmp_path / "there"
+
+
+def edit(before: str, after: str) -> None:
+    text = Path("study.yaml").read_text()
+    assert before in text
+    Path("study.yaml").write_text(text.replace(before, after))
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+
+
+def stage_of(stage: str) -> dict:
+    """The row of `status --json` for the one arm."""
+    rows = json.loads(call("status", "study.yaml", "--json").stdout)["stages"]
+    return next(row for row in rows if row["stage"] == stage)
+
+
+@pytest.mark.parametrize("named", ["study.yaml", "runs/small"])
+def test_status_counts_runs_by_the_file_or_the_folder(there, named):
+    stages = json.loads(call("status", named, "--json").stdout)["stages"]
+    assert [(row["stage"], row["planned"], row["runs"]) for row in stages] == [
+        ("baseline", 1, {"done": 1}), ("trial", 1, {"done": 1}), ("replicate", 1, {"done": 1}),
+        ("probe", 0, {}),
+    ]  # fmt: skip
+    shown = call("status", named)
+    assert shown.exit_code == 0
+    assert ["trial", "synthetic_qa/full", "1", "1"] in [line.split() for line in shown.stdout.splitlines()]
+
+
+def test_status_tells_a_run_without_a_result_from_one_under_way(there):
+    trial = Home(Path("runs/small")).find("trial.")[0]
+    trial.result_file.unlink()
+    assert stage_of("trial")["runs"] == {"unfinished": 1}
+    lease.claim(trial.lease_file)
+    assert stage_of("trial")["runs"] == {"running": 1}
+    # Its process is gone: nobody is working on it, whatever the file says.
+    held = lease.read(trial.lease_file).model_copy(update={"process_started_at": 1.0})
+    trial.lease_file.write_text(held.model_dump_json())
+    assert stage_of("trial")["runs"] == {"unfinished": 1}
+
+
+def test_status_of_a_study_that_has_not_begun():
+    Path("study.yaml").write_text(text_of())
+    result = call("status", "study.yaml")
+    assert_refused(result)
+    assert "runs/good is not there yet; `finetrial run` makes it" in result.stderr
+
+
+def test_show_takes_the_beginning_of_an_id_its_whole_or_its_folder(there):
+    run = Home(Path("runs/small")).find("replicate.")[0].path
+    shown = {name: call("show", name) for name in ("repl", run.name, run)}
+    assert {result.exit_code for result in shown.values()} == {0}
+    assert len({result.stdout for result in shown.values()}) == 1
+    text = shown["repl"].stdout
+    for word in (run.name, "outcome", "done", "learning_rate", "test", "moved: body", "attempt 1"):
+        assert word in text
+    record = json.loads(call("show", "repl", "--json").stdout)
+    assert record["outcome"] == "done"
+    assert record["spec"]["stage"] == "replicate"
+    assert record["attempts"][0]["number"] == 1
+
+
+def test_show_asks_for_more_of_an_ambiguous_beginning_and_names_the_candidates(there):
+    names = sorted(path.name for path in Path("runs/small/runs").iterdir())
+    for result in (call("show", ""), call("show", "", "--home", "runs/small")):
+        assert_refused(result, 2)
+        assert "3 runs begin with ''" in result.stderr
+        assert all(name in result.stderr for name in names)
+
+
+@pytest.mark.parametrize("name", ["nope", "../../x", "*", "[a-z]"])
+def test_show_of_no_run_says_where_it_looked(there, name):
+    result = call("show", name)
+    assert_refused(result, 2)
+    assert f"no run begins with {name!r} in runs/small" in " ".join(result.stderr.split())
+
+
+def test_report_is_written_again_from_the_runs(there):
+    page, summary = Path("runs/small/report/index.html"), Path("runs/small/analysis/summary.json")
+    arms = json.loads(summary.read_text())["arms"]
+    shutil.rmtree("runs/small/report")
+    summary.unlink()
+    result = call("report", "study.yaml")
+    assert result.exit_code == 0, result.output
+    assert page.exists()
+    assert json.loads(summary.read_text())["arms"] == arms
+
+
+def test_an_unfinished_study_s_report_is_exit_code_4(there):
+    shutil.rmtree(Home(Path("runs/small")).find("replicate.")[0].path)
+    result = call("report", "study.yaml")
+    assert result.exit_code == 4
+    assert Path("runs/small/report/index.html").exists()
+
+
+def test_a_study_with_a_run_that_failed_for_good_is_exit_code_3(there):
+    run = Home(Path("runs/small")).find("replicate.")[0]
+    run.result_file.unlink()
+    run.write_failure(Failure(run_id=run.path.name, kind="crashed", reason="killed [by] us", attempt=3))
+    result = call("report", "study.yaml")
+    assert result.exit_code == 3
+    assert "killed [by] us" in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_the_folder_of_another_study_is_refused_and_told_what_differs(there, verb):
+    edit("epochs: 1", "epochs: 2")
+    result = call(verb, "study.yaml")
+    assert_refused(result)
+    assert "runs/small belongs to another study" in result.stderr
+    assert (
+        'methods.full.search.epochs: {"kind": "fixed", "value": 2}, was {"kind": "fixed", "value": 1}'
+        in result.stderr
+    )
+
+
+def test_more_seeds_are_run_on_top_and_seen_by_status(there):
+    before = Home(Path("runs/small")).find("replicate.")[0].result_file.stat().st_mtime_ns
+    edit("seeds: 1", "seeds: 2")
+    result = call("run", "study.yaml")
+    assert result.exit_code == 0, result.output
+    stages = json.loads(call("status", "runs/small", "--json").stdout)["stages"]
+    assert [(row["planned"], row["runs"]) for row in stages if row["stage"] == "replicate"] == [
+        (2, {"done": 2})
+    ]
+    assert Home(Path("runs/small")).find("replicate.")[0].result_file.stat().st_mtime_ns == before
+
+
+def test_a_home_that_is_in_use_is_named_with_its_process(there):
+    with Home(Path("runs/small")).coordinate():
+        result = call("run", "study.yaml")
+    assert_refused(result)
+    assert f"runs/small is being worked on by process {os.getpid()}" in result.stderr

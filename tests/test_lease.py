@@ -1,0 +1,117 @@
+"""Leases and locks: live holders are respected, dead ones are not waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetrial import lease
+from finetrial.lease import FileLock, Lease
+
+SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+
+
+def held_by(path: Path, **changes: object) -> Lease:
+    """Write a lease like this process's own, with some fields changed."""
+    mine = lease.claim(path)
+    assert mine is not None
+    other = mine.model_copy(update={"token": "another", **changes})
+    path.write_text(other.model_dump_json())
+    return other
+
+
+@pytest.fixture
+def lease_file(tmp_path: Path) -> Path:
+    return tmp_path / "lease.json"
+
+
+def test_a_live_lease_refuses_and_a_released_one_does_not(lease_file):
+    first = lease.claim(lease_file)
+    assert first is not None
+    assert lease.claim(lease_file) is None
+    lease.release(lease_file, first)
+    second = lease.claim(lease_file)
+    assert second is not None
+    assert second.token != first.token
+
+
+def test_the_lease_of_a_killed_process_is_taken_even_before_it_is_reaped(lease_file):
+    process = subprocess.Popen(SLEEP, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        held_by(lease_file, pid=process.pid, process_started_at=psutil.Process(process.pid).create_time())
+        assert lease.claim(lease_file) is None
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert lease.claim(lease_file) is not None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_id_that_another_process_has_now_is_not_taken_for_the_holder(lease_file):
+    held_by(lease_file, process_started_at=psutil.Process().create_time() - 3600)
+    assert lease.claim(lease_file) is not None
+
+
+def test_another_hosts_lease_counts_by_its_heartbeat_alone(lease_file):
+    now = time.time()
+    held_by(lease_file, host="elsewhere", pid=1, renewed_at=now - lease.STALE_SECONDS / 2)
+    assert lease.claim(lease_file) is None
+    lease_file.unlink()
+    held_by(lease_file, host="elsewhere", pid=1, renewed_at=now - lease.STALE_SECONDS - 1)
+    assert lease.claim(lease_file) is not None
+
+
+def test_renewing_moves_the_heartbeat_and_fails_once_the_lease_was_taken_over(lease_file):
+    mine = lease.claim(lease_file)
+    old = mine.model_copy(update={"renewed_at": 1.0})
+    lease_file.write_text(old.model_dump_json())
+    assert lease.renew(lease_file, mine)
+    assert lease.read(lease_file).renewed_at > 1.0
+    other = mine.model_copy(update={"token": "another"})
+    lease_file.write_text(other.model_dump_json())
+    assert not lease.renew(lease_file, mine)
+    lease.release(lease_file, mine)
+    assert lease.read(lease_file) == other
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"token": "x"}', "\x00" * 40])
+def test_an_unreadable_lease_is_nobodys(lease_file, text):
+    lease_file.write_text(text)
+    assert lease.read(lease_file) is None
+    assert lease.claim(lease_file) is not None
+
+
+def test_the_lock_is_exclusive_names_its_holder_and_is_free_after_a_kill(tmp_path):
+    path = tmp_path / "worker.lock"
+    program = (
+        "import sys, time; from pathlib import Path; from finetrial.lease import FileLock\n"
+        "lock = FileLock(Path(sys.argv[1]))\n"
+        "assert lock.acquire() is None\n"
+        "print('up', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        mine = FileLock(path)
+        assert mine.acquire() == process.pid
+        os.kill(process.pid, signal.SIGKILL)
+        assert mine.acquire(wait_seconds=30) is None
+        assert FileLock(path).acquire() == os.getpid()
+        mine.release()
+        mine.release()
+        again = FileLock(path)
+        assert again.acquire() is None
+        again.release()
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,224 @@
+"""Opening a study's folder: what is hashed, what may change later, and what is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from finetrial import pipeline
+from finetrial.errors import HomeError, StudyError
+from finetrial.opening import Opened, differences, open_home, read_lock, resolve_inputs
+from finetrial.progress import Progress
+from finetrial.store import Home
+from finetrial.study import Study
+from finetrial.study_file import load_study
+
+STUDY = """\
+study: mine
+model: ./model
+tasks:
+  classification: {data: {train: train.jsonl, test: test.jsonl}}
+methods: [full, lora]
+"""
+LORA, TEST = "[full, lora]", "test: test.jsonl"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A study file with the model and the data that it names (enough to be found and hashed)."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "b", "label": 1}\n')
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def study_of(folder: Path, *changes: tuple[str, str], more: str = "") -> Study:
+    """The study after its file was edited."""
+    text = STUDY
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    (folder / "study.yaml").write_text(text + more)
+    return load_study(folder / "study.yaml")
+
+
+def opened(study: Study, home: Path) -> Opened:
+    return open_home(study, Home(home), resolve_inputs(study))
+
+
+def test_inputs_are_identified_by_content(folder):
+    inputs = resolve_inputs(study_of(folder))["classification"]
+    content = (folder / "train.jsonl").read_bytes()
+    assert inputs["data/train.jsonl"] == hashlib.sha256(content).hexdigest()
+    before = inputs["model"]
+    (folder / "model" / "README.md").write_text("no part of the model")
+    assert resolve_inputs(study_of(folder))["classification"]["model"] == before
+    (folder / "model" / "model.safetensors").write_bytes(b"Weights")
+    assert resolve_inputs(study_of(folder))["classification"]["model"] != before
+
+
+def test_the_folder_keeps_the_study_as_given_and_as_resolved(folder):
+    study = study_of(folder)
+    opened(study, folder / "home")
+    assert (folder / "home" / "study.yaml").read_bytes() == (folder / "study.yaml").read_bytes()
+    lock = read_lock(Home(folder / "home"))
+    assert lock.study == study
+    assert lock.versions["numpy"]
+    assert lock.inputs == resolve_inputs(study)
+
+
+def test_opening_again_changes_nothing(folder):
+    opened(study_of(folder), folder / "home")
+    before = (folder / "home" / "study.lock.json").read_bytes()
+    opened(study_of(folder), folder / "home")
+    assert (folder / "home" / "study.lock.json").read_bytes() == before
+
+
+def test_trials_seeds_run_and_track_may_change_and_the_lock_follows(folder):
+    opened(study_of(folder, more="search: {trials: 5}\n"), folder / "home")
+    more = "search: {trials: 7}\ntrain: {seeds: 9}\nrun: {parallel: 2}\ntrack: [wandb]\n"
+    study = study_of(folder, more=more)
+    found = opened(study, folder / "home")
+    assert found.study.search.trials == 7
+    assert read_lock(Home(folder / "home")).study == study
+    assert (folder / "home" / "study.yaml").read_text().endswith(more)
+
+
+def test_threads_stay_what_they_were_unless_the_file_says_otherwise(folder):
+    study = study_of(folder, more="run: {threads: 3}\n")
+    assert opened(study, folder / "home").threads == 3
+    # Results depend on the number of threads in their last digits.
+    assert opened(study_of(folder), folder / "home").threads == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "named"),
+    [
+        ([], "search: {rows: 100}\n", "search.rows: 100, was null"),
+        ([], "train: {schedule: cosine}\n", "train.schedule: 'cosine', was 'linear'"),
+        (
+            [(LORA, "{full: {}, lora: {target: attention}}")],
+            "",
+            "methods.lora.target: 'attention', was 'all-linear'",
+        ),
+        ([(LORA, "[full]")], "claims: []\n", "methods.lora.use: not there, was 'lora'"),
+        (
+            [(LORA, "{full: {search: {epochs: 1}}, lora: {}}")],
+            "",
+            'methods.full.search.epochs: {"kind": "fixed", "va',
+        ),
+        (
+            [(TEST, TEST + ", columns: {text: t}")],
+            "",
+            "tasks.classification.data.columns.text: 't', was not there",
+        ),
+        ([("study: mine", "study: yours")], "", "study: 'yours', was 'mine'"),
+        (
+            [],
+            "claims: [lora within 5% of full]\n",
+            'claims: ["lora within 5% of full"], was ["lora within 3% of',
+        ),
+    ],
+)
+def test_another_study_is_refused_and_told_what_differs(folder, changes, more, named):
+    opened(study_of(folder), folder / "home")
+    before = (folder / "home" / "study.lock.json").read_bytes()
+    with pytest.raises(HomeError) as raised:
+        opened(study_of(folder, *changes, more=more), folder / "home")
+    assert f"\n  {named}" in str(raised.value)
+    assert "Only search.trials, train.seeds, run and track may change" in str(raised.value)
+    assert (folder / "home" / "study.lock.json").read_bytes() == before
+
+
+def test_only_what_differs_is_told(folder):
+    one = study_of(folder, more="search: {trials: 5, rows: 10}\nrun: {threads: 1}\n")
+    other = study_of(folder, more="search: {trials: 9, rows: 20}\ntrain: {seeds: 8}\n")
+    assert differences(one, other) == ["search.rows: 20, was 10"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("train.jsonl", "data/train.jsonl of classification"),
+        ("model/model.safetensors", "model of classification"),
+    ],
+)
+def test_changed_content_is_refused_by_name(folder, changed, named):
+    opened(study_of(folder), folder / "home")
+    (folder / changed).write_text('{"text": "c", "label": 0}\n')
+    with pytest.raises(HomeError, match=rf"{named} is not what it was .*put the old content back"):
+        opened(study_of(folder), folder / "home")
+
+
+def test_everything_that_is_not_there_is_told_at_once_and_nothing_is_written(folder):
+    (folder / "train.jsonl").rename(folder / "trian.jsonl")
+    study = study_of(
+        folder, ("./model", "./modle"), ("  classification", "  synthetic_qa: {}\n  classification")
+    )
+    for verb in (pipeline.run_study, pipeline.check_study):
+        with pytest.raises(StudyError) as raised:
+            verb(study, folder / "home", Progress())
+        assert [problem.where for problem in raised.value.problems] == ["model", "tasks.classification"]
+        assert "modle is no folder" in str(raised.value)
+        assert "train.jsonl is not there; did you mean trian.jsonl?" in str(raised.value)
+    assert not (folder / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "package:finetrial_not_installed/model",
+            "the package 'finetrial_not_installed' is not installed; try `pip",
+        ),
+        ("package:finetrial/tasks", "has no config.json in"),
+        ("package:finetrial/../..", "leads out of the package; name a folder inside it"),
+        ("${FINETRIAL_NOT_SET}/model", "the environment variable FINETRIAL_NOT_SET is not set"),
+        ("./study.yaml", "study.yaml is no folder"),
+    ],
+)
+def test_a_model_that_is_not_there_says_so(folder, model, message):
+    study = study_of(folder, ("./model", model))
+    with pytest.raises(StudyError) as raised:
+        resolve_inputs(study)
+    assert [problem.where for problem in raised.value.problems] == ["model"]
+    assert message in str(raised.value)
+
+
+def test_runs_without_a_lock_are_not_taken_over(folder):
+    (folder / "home" / "runs").mkdir(parents=True)
+    with pytest.raises(HomeError, match=r"has runs but no study.lock.json; name another folder with --home"):
+        opened(study_of(folder), folder / "home")
+
+
+def test_a_folder_that_is_no_study_s(folder):
+    with pytest.raises(HomeError, match="is not there yet; `finetrial run` makes it"):
+        read_lock(Home(folder / "nowhere"))
+    with pytest.raises(HomeError, match=r"is no study's folder: it has no study.lock.json"):
+        read_lock(Home(folder))
+    with pytest.raises(HomeError, match="is a file"):
+        read_lock(Home(folder / "study.yaml"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema_version": 1}'])
+def test_a_damaged_lock_is_an_error_and_not_a_new_study(folder, damage):
+    opened(study_of(folder), folder / "home")
+    (folder / "home" / "study.lock.json").write_text(damage)
+    with pytest.raises(
+        HomeError, match=r"study.lock.json cannot be read .*damaged, or written by another version"
+    ):
+        opened(study_of(folder), folder / "home")
+
+
+def test_a_lock_with_an_unknown_key_is_another_version_s(folder):
+    opened(study_of(folder), folder / "home")
+    path = folder / "home" / "study.lock.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
+    with pytest.raises(HomeError, match="from_the_future"):
+        read_lock(Home(folder / "home"))

@@ -1,0 +1,417 @@
+"""The training loop: exact resume, one loop and one set of random streams for all, whole-batch losses, divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fragile import TROUBLE, Interrupted
+from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
+
+from finetrial import checkpoint, plugins
+from finetrial.assemble import open_workbench
+from finetrial.batching import collate, epoch_batches, model_inputs
+from finetrial.records import EarlyStopping, How, RunSpec
+from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
+from finetrial.train import evaluation_steps
+
+
+@pytest.fixture(autouse=True)
+def _no_trouble() -> Iterator[None]:
+    TROUBLE.reset()
+    yield
+    TROUBLE.reset()
+
+
+def interrupted_at(spec: RunSpec, home: Path, *losses: int) -> None:
+    """Start the run as often as there are numbers; each time it is cut off at that loss computation."""
+    for count in losses:
+        TROUBLE.reset(interrupt_at=count)
+        with pytest.raises(Interrupted):
+            run(spec, home)
+    TROUBLE.reset()
+
+
+# ---- resume --------------------------------------------------------------------------------------------------
+
+# 24 rows in batches of 4 for 2 epochs: 12 steps, evaluated after 3, 6, 9 and 12.
+RESUMED = {
+    "full, best weights from before the cut": ("full", {}, (10,)),
+    "lora with dropout": ("lora", {}, (10,)),
+    "cut twice": ("lora", {}, (6, 4)),
+    "cut before the first checkpoint": ("full", {}, (1,)),
+    "cut between best weights and checkpoint": ("full", {"how": {"checkpoint_steps": 4}}, (8,)),
+    "keep last": ("full", {"rules": {"keep": "last"}}, (10,)),
+    "early stopping": ("full", {"rules": {"early_stopping": EarlyStopping(patience=2)}}, (5,)),
+    "a trial": ("lora", {"stage": "trial"}, (10,)),
+    "cosine schedule": ("lora", {"rules": {"schedule": "cosine"}}, (7,)),
+    "micro-batches": ("full", {"how": {"micro_batch": 2, "checkpoint_steps": 1}}, (15,)),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=RESUMED.keys())
+def test_a_run_that_was_cut_off_and_resumed_is_the_same_to_the_bit(tiny_bert, tmp_path, case):
+    method, changes, cuts = RESUMED[case]
+    rules = {"evaluations_per_epoch": 2, **changes.get("rules", {})}
+    how = {"checkpoint_steps": 1, **changes.get("how", {})}
+    spec = make_spec(tiny_bert, method, **{**changes, "rules": rules, "how": how})
+    never = How(**{**spec.how.model_dump(), "checkpoint_steps": None})
+    whole = run(spec.model_copy(update={"how": never}), tmp_path / "whole")
+    interrupted_at(spec, tmp_path / "cut", *cuts)
+    resumed = run(spec, tmp_path / "cut")
+
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert records(spec, tmp_path / "cut") == records(spec, tmp_path / "whole")
+    assert unmeasured(resumed) == unmeasured(whole)
+    assert examples(spec, tmp_path / "cut") == examples(spec, tmp_path / "whole")
+    every, micro = how["checkpoint_steps"], how.get("micro_batch", 4)
+    at, expected = 0, []
+    for cut in cuts:
+        at += (cut - 1) * micro // 4  # steps that were finished
+        at -= at % every
+        expected += [at] if at else []
+    assert resumed.training.resumed_from == tuple(expected)
+    assert whole.training.resumed_from == ()
+
+
+def test_the_cases_of_resuming_are_what_they_say(tiny_bert, tmp_path):
+    """Or they would show nothing: best weights from before the cut, a stop before the end."""
+    rules = {"evaluations_per_epoch": 2}
+    spec = make_spec(tiny_bert, "full", rules=rules)
+    assert run(spec, tmp_path).training.best_step < 9
+    spec = make_spec(tiny_bert, "full", rules={**rules, "early_stopping": EarlyStopping(patience=2)})
+    training = run(spec, tmp_path).training
+    assert training.stopped_early
+    assert 5 < training.steps < training.planned_steps == 12
+
+
+def test_time_and_tokens_of_earlier_attempts_are_counted(tiny_bert, tmp_path):
+    spec = make_spec(tiny_bert, "full", how={"checkpoint_steps": 1})
+    whole = run(spec, tmp_path / "whole")
+    interrupted_at(spec, tmp_path / "cut", 11)
+    folder = folder_of(spec, tmp_path / "cut")
+    [step] = (folder.checkpoint).glob("step-*")
+    state = (step / "state.json").read_text()
+    before = float(state.split('"train_seconds": ')[1].split(",")[0])
+    resumed = run(spec, tmp_path / "cut")
+    assert resumed.cost.train_seconds > before > 0
+    assert resumed.cost.wall_seconds > before
+    assert resumed.cost.flops == whole.cost.flops > 0
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "no manifest", "best"])
+def test_a_damaged_checkpoint_is_never_loaded(tiny_bert, tmp_path, damage, capsys):
+    rules, how = {"evaluations_per_epoch": 2}, {"checkpoint_steps": 5}
+    spec = make_spec(tiny_bert, "full", settings={"epochs": 1}, rules=rules, how=how)
+    whole = run(spec, tmp_path / "whole")
+    interrupted_at(spec, tmp_path / "cut", 6)
+    folder = folder_of(spec, tmp_path / "cut").checkpoint
+    assert [p.name for p in folder.glob("step-*")] == ["step-00000005"]
+    best = next(folder.glob("best-*")) / "weights.safetensors"
+    weights = folder / "step-00000005" / "weights.safetensors"
+    match damage:
+        case "bit":
+            data = bytearray(weights.read_bytes())
+            data[len(data) // 2] ^= 1
+            weights.write_bytes(data)
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "no manifest":
+            (weights.parent / "manifest.json").unlink()
+        case "best":
+            best.write_bytes(best.read_bytes()[:-1])
+    resumed = run(spec, tmp_path / "cut")
+    assert resumed.training.resumed_from == ()
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert "step-00000005 is passed over" in capsys.readouterr().err
+
+
+def test_keep_last_scores_the_weights_it_keeps_and_early_stopping_still_compares_with_the_best(
+    tiny_bert, tmp_path
+):
+    settings = {"epochs": 6, "learning_rate": 1e-2}
+    rules = {"keep": "last", "early_stopping": EarlyStopping(patience=3)}
+    spec = make_spec(tiny_bert, "full", settings=settings, rules=rules)
+    result = run(spec, tmp_path)
+    evaluations = [r for r in records(spec, tmp_path) if r["kind"] == "eval"]
+    scores = [r["score"] for r in evaluations]
+    assert result.training.best_step == evaluations[-1]["step"] == result.training.steps
+    assert result.score == scores[-1] == result.scores["validation"]["f1"]
+    best, without_gain = -math.inf, 0
+    for count, score in enumerate(scores, start=1):
+        without_gain = 0 if score > best else without_gain + 1
+        best = max(best, score)
+        assert (without_gain == 3) == (count == len(scores) and result.training.stopped_early)
+
+
+def test_keep_best_scores_and_keeps_the_best_evaluation(tiny_bert, tmp_path):
+    settings = {"epochs": 5, "learning_rate": 1e-2}
+    result = run(spec := make_spec(tiny_bert, "full", settings=settings), tmp_path)
+    scores = {r["step"]: r["score"] for r in records(spec, tmp_path) if r["kind"] == "eval"}
+    assert result.score == max(scores.values())
+    assert scores[result.training.best_step] == result.score
+    shorter = make_spec(tiny_bert, "full", settings=settings, rules={"keep": "last"})
+    last = run(shorter, tmp_path)
+    assert (last.weights_sha256 == result.weights_sha256) == (result.training.best_step == last.training.steps)
+
+
+# ---- every searched dimension reaches the optimiser ------------------------------------------------------
+
+
+def dimensions() -> list[tuple[str, str, Dimension]]:
+    return [
+        (method, name, dimension)
+        for method in plugins.names("methods")
+        for name, dimension in {**COMMON_SPACE, **plugins.load("methods", method).space}.items()
+    ]
+
+
+def two_values(dimension: Dimension) -> tuple[Any, Any]:
+    match dimension:
+        case Range():
+            return dimension.low, dimension.high
+        case Choice():
+            return dimension.choices[0], dimension.choices[-1]
+    raise AssertionError(f"{dimension} is not searched")
+
+
+def middle(method: str) -> dict[str, Any]:
+    space = {**COMMON_SPACE, **plugins.load("methods", method).space}
+    return {name: two_values(dimension)[1] for name, dimension in space.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "dimension"), dimensions(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_searched_setting_reaches_the_optimiser_and_changes_the_weights(
+    tiny_bert, tmp_path, method, name, dimension
+):
+    others = {**middle(method), "epochs": 1, "batch_size": 4}  # shorter, where they are not the question
+    low, high = two_values(dimension)
+    common = {"stage": "trial", "task_params": {"rows": 48}}
+    first, second = (
+        run(make_spec(tiny_bert, method, settings={**others, name: value}, **common), tmp_path)
+        for value in (low, high)
+    )
+    assert first.settings_used[name] == low
+    assert second.settings_used[name] == high
+    for other in others.keys() - {name}:
+        assert first.settings_used[other] == second.settings_used[other] == others[other]
+    assert first.weights_sha256 != second.weights_sha256
+
+
+def test_a_batch_larger_than_the_data_is_recorded_as_it_was(tiny_bert, tmp_path):
+    spec = make_spec(tiny_bert, "full", stage="trial", settings={"batch_size": 64, "epochs": 1})
+    result = run(spec, tmp_path)
+    assert result.settings_used["batch_size"] == 24
+    assert result.training.steps == 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.25, 1.0])
+def test_the_warm_up_read_back_is_the_one_asked_for(tiny_bert, tmp_path, schedule, warmup_ratio):
+    settings = {"warmup_ratio": warmup_ratio, "epochs": 2, "batch_size": 6}
+    spec = make_spec(
+        tiny_bert, "lora", stage="trial", settings=settings, rules={"schedule": schedule}, how={"log_steps": 1}
+    )
+    used = run(spec, tmp_path).settings_used
+    assert (used["warmup_ratio"], used["warmup_steps"]) == (warmup_ratio, round(8 * warmup_ratio))
+    rates = [r["learning_rate"] for r in records(spec, tmp_path) if r["kind"] == "train"]
+    warmup = round(8 * warmup_ratio)
+    shapes = {
+        "linear": lambda step: (8 - step) / (8 - warmup),
+        "cosine": lambda step: (1 + math.cos(math.pi * (step - warmup) / (8 - warmup))) / 2,
+        "constant": lambda step: 1.0,
+    }
+    expected = [step / warmup if step < warmup else shapes[schedule](step) for step in range(8)]
+    assert rates == pytest.approx([3e-3 * share for share in expected])
+
+
+# ---- one loop, one set of random streams ----------------------------------------------------------------
+
+
+def batches_seen(spec: RunSpec, home: Path) -> list[list[list[int]]]:
+    TROUBLE.reset()
+    run(spec, home)
+    return TROUBLE.batches
+
+
+def test_two_methods_of_a_replicate_see_the_same_batches_and_start_from_the_same_head(tiny_bert, tmp_path):
+    full, lora = make_spec(tiny_bert, "full"), make_spec(tiny_bert, "lora")
+    seen = batches_seen(full, tmp_path)
+    assert len(seen) == 12
+    assert batches_seen(lora, tmp_path) == seen
+    heads = []
+    for spec in (full, lora):
+        model, built = open_workbench(spec, folder_of(spec, tmp_path).home).build_tuned()
+        trained = checkpoint.trained_tensors(model)
+        heads.append([t for name, t in trained.items() if "qa_outputs" in name])
+        assert built.head_names == ("qa_outputs",)
+    assert len(heads[0]) == len(heads[1]) == 2
+    for one, other in zip(*heads, strict=True):
+        assert torch.equal(one, other)
+    assert float(heads[0][0].detach().std()) > 0
+
+
+@pytest.mark.parametrize("stream", ["data_order", "head", "adapter", "dropout"])
+def test_a_seed_changes_its_own_stream_and_no_other(tiny_bert, tmp_path, stream):
+    def facts(spec: RunSpec) -> dict[str, Any]:
+        model, _ = open_workbench(spec, folder_of(spec, tmp_path).home).build_tuned()
+        trained = checkpoint.trained_tensors(model)
+        of = lambda part: {n: t.detach().clone() for n, t in trained.items() if part in n}  # noqa: E731
+        seen = batches_seen(spec, tmp_path)
+        return {"data_order": seen, "head": of("qa_outputs"), "adapter": of("lora_A")}
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, dict):
+            return all(torch.equal(one[name], other[name]) for name in one)
+        return one == other
+
+    spec, changed = (make_spec(tiny_bert, "lora", seeds={stream: seed}) for seed in (70, 71))
+    one, other = facts(spec), facts(changed)
+    assert {name for name in one if not same(one[name], other[name])} == {stream} - {"dropout"}
+    first, second = (records(each, tmp_path) for each in (spec, changed))
+    assert first != second  # each of them matters
+
+
+def test_the_order_is_the_documented_function_of_seed_and_epoch(tiny_bert, tmp_path):
+    spec = make_spec(tiny_bert, "full")
+    bench = open_workbench(spec, folder_of(spec, tmp_path).home)
+    features = bench.encode(bench.splits.train, bench.build_base())
+    lengths = [len(feature.input_ids) for feature in features]
+    expected = [
+        [features[i].input_ids for i in batch]
+        for epoch in (0, 1)
+        for batch in epoch_batches(lengths, 4, seed=1, epoch=epoch)
+    ]
+    assert batches_seen(spec, tmp_path) == expected
+
+
+# ---- whole-batch losses ----------------------------------------------------------------------------------
+
+
+def test_the_micro_batch_changes_no_loss_and_no_gradient_norm(tiny_llama, tmp_path):
+    # A Llama has no dropout; its windows have different lengths, so micro-batches pad differently.
+    settings = {"batch_size": 6, "learning_rate": 1e-4}
+    found = {}
+    for micro in (None, 1, 2, 4):  # 4 leaves a rest of 2
+        how = {"micro_batch": micro, "log_steps": 1}
+        spec = make_spec(tiny_llama, "full", settings=settings, how=how)
+        result = run(spec, tmp_path / str(micro))
+        trained = [r for r in records(spec, tmp_path / str(micro)) if r["kind"] == "train"]
+        found[micro] = [(r["loss"], r["gradient_norm"]) for r in trained]
+        assert len(found[micro]) == result.training.steps == 8
+        assert result.training.padded_tokens >= result.training.tokens
+    for micro in (1, 2, 4):
+        for one, other in zip(found[micro], found[None], strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        assert found[micro][0][0] == pytest.approx(found[None][0][0], rel=1e-6)
+
+
+def test_losses_rates_and_clipping_are_those_of_a_plain_torch_loop(tiny_llama, tmp_path):
+    """Written out here from the definitions: AdamW, linear warm-up and decay, clipping at the global norm."""
+    norm_limit, rate, warmup, steps = 0.5, 1e-3, 2, 12
+    spec = make_spec(
+        tiny_llama, "full", stage="trial", how={"log_steps": 1, "micro_batch": 2},
+        settings={"learning_rate": rate, "warmup_ratio": warmup / steps, "weight_decay": 0.1},
+        rules={"max_grad_norm": norm_limit},
+    )  # fmt: skip
+    run(spec, tmp_path)
+    ours = [r for r in records(spec, tmp_path) if r["kind"] == "train"]
+    assert any(r["gradient_norm"] > norm_limit for r in ours)
+
+    bench = open_workbench(spec, folder_of(spec, tmp_path).home)
+    model, built = bench.build_tuned()
+    features = bench.encode(bench.splits.train, built)
+    lengths = [len(feature.input_ids) for feature in features]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    kept = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
+    )
+    order = [b for epoch in (0, 1) for b in epoch_batches(lengths, 4, seed=1, epoch=epoch)]
+    for step, (indices, record) in enumerate(zip(order, ours, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (step / warmup if step < warmup else (steps - step) / (steps - warmup))
+        batch = collate([features[i] for i in indices], 0)
+        outputs = model(**model_inputs(batch))
+        ends = [
+            torch.nn.functional.cross_entropy(
+                logits.masked_fill(batch["attention_mask"] == 0, -torch.inf), batch[name]
+            )
+            for logits, name in (
+                (outputs.start_logits, "start_positions"),
+                (outputs.end_logits, "end_positions"),
+            )
+        ]
+        loss = sum(ends) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(math.fsum(float((p.grad.double() ** 2).sum()) for p in model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, norm_limit / norm)
+        optimizer.step()
+        assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert record["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+    assert ours[-1]["learning_rate"] == pytest.approx(rate / (steps - warmup))
+
+
+# ---- divergence -------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_that_step(tiny_bert, tmp_path):
+    TROUBLE.reset(nan_loss_at=5)
+    spec = make_spec(tiny_bert, "full", how={"log_steps": 1})
+    result = run(spec, tmp_path)
+    assert (result.outcome, result.reason) == ("diverged", "diverged at step 5: the loss is nan")
+    assert (result.score, result.weights_sha256) == (None, None)
+    assert result.training.steps == 5
+    assert result.training.tokens > 0
+    assert result.cost.flops > 0
+    assert [r["step"] for r in records(spec, tmp_path)] == [1, 2, 3, 4]
+
+
+def test_an_absurd_learning_rate_diverges(tiny_bert, tmp_path):
+    result = run(make_spec(tiny_bert, "full", settings={"learning_rate": 1e30}), tmp_path)
+    assert result.outcome == "diverged"
+    assert "diverged at step" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "step"), [(1, 6), (2, 12), (3, 12)], ids=["first", "last", "test split"]
+)
+def test_logits_that_are_not_numbers_diverge_at_the_step_they_were_seen(tiny_bert, tmp_path, evaluation, step):
+    TROUBLE.reset(nan_logits_at_evaluation=evaluation)
+    result = run(make_spec(tiny_bert, "full"), tmp_path)
+    assert result.outcome == "diverged"
+    assert result.reason.startswith(f"diverged at step {step}: non-finite logits")
+
+
+def test_a_score_that_is_not_a_number_diverges(tiny_bert, tmp_path):
+    TROUBLE.reset(nan_score=True)
+    result = run(make_spec(tiny_bert, "full"), tmp_path)
+    assert (result.outcome, result.reason) == ("diverged", "diverged at step 6: the score is nan")
+
+
+# ---- when to evaluate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("planned", "per_epoch", "evaluations", "expected"),
+    [
+        (12, 6, 1, {6, 12}),
+        (12, 6, 2, {3, 6, 9, 12}),
+        (7, 6, 1, {6, 7}),
+        (3, 6, 1, {3}),
+        (2, 2, 5, {1, 2}),
+        (1, 1, 1, {1}),
+    ],
+)
+def test_evaluations_are_spread_over_the_epochs_and_end_with_the_last_step(
+    planned, per_epoch, evaluations, expected
+):
+    assert evaluation_steps(planned, per_epoch, evaluations) == expected
