@@ -153,7 +153,7 @@ def test_damaged_best_weights_are_not_loaded(tmp_path):
     save_best(tmp_path, 1, model)
     flip(tmp_path / "best-00000001" / "weights.safetensors")
     before = bits(model)
-    with pytest.raises(OSError, match="damaged.*run again"):
+    with pytest.raises(OSError, match=r"damaged.*run again"):
         load_best(tmp_path, 1, model)
     assert bits(model) == before
 

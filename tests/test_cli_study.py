@@ -1,4 +1,4 @@
-"""The verbs on a study that has run: status, show, report, exit codes 3 and 4, and running again with changes."""
+"""The verbs on a study that has run: status, show, report, exit codes 3 and 4, running again with changes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ FINISHED = {
     "measure": "[]",
     "run": "{engine: inline, threads: 1}",
 }
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,14 @@ def test_show_takes_the_beginning_of_an_id_its_whole_or_its_folder(there):
     assert record["attempts"][0]["number"] == 1
 
 
+def test_show_finds_a_study_elsewhere_by_its_home(there):
+    Path("runs/small").rename("elsewhere")
+    assert call("show", "repl").exit_code == 2
+    result = call("show", "repl", "--home", "elsewhere")
+    assert result.exit_code == 0
+    assert "replicate.synthetic_qa.full.000" in result.stdout
+
+
 def test_show_asks_for_more_of_an_ambiguous_beginning_and_names_the_candidates(there):
     names = sorted(path.name for path in Path("runs/small/runs").iterdir())
     for result in (call("show", ""), call("show", "", "--home", "runs/small")):
@@ -183,6 +196,15 @@ def test_more_seeds_are_run_on_top_and_seen_by_status(there):
         (2, {"done": 2})
     ]
     assert Home(Path("runs/small")).find("replicate.")[0].result_file.stat().st_mtime_ns == before
+
+
+def test_a_model_that_cannot_be_had_is_one_line_and_exit_code_1():
+    Path("study.yaml").write_text(text_of(**FINISHED, model="{name: no-such/model, revision: main}"))
+    result = call("check", "study.yaml")
+    assert_refused(result)
+    assert result.stderr.startswith("synthetic_qa: ")
+    assert "no-such/model" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_home_that_is_in_use_is_named_with_its_process(there):

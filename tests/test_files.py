@@ -1,4 +1,4 @@
-"""Durable writes: the old file or the new one, whole; damage is found wherever it is; torn lines are left out."""
+"""Durable writes: the old file or the new one, whole; damage is found anywhere; torn lines are left out."""
 
 from __future__ import annotations
 

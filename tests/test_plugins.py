@@ -82,8 +82,10 @@ def test_a_method_s_space_has_a_rate_of_two_decades_and_sensible_values(name):
                 values = (dimension.low, dimension.high)
             case Choice():
                 values = dimension.choices
-            case Fixed():
-                values = (dimension.value,)
+            case Fixed(value=value):
+                values = (value,)
+            case _:
+                pytest.fail(f"{dimension!r} is no dimension")
         low, high, _ = BOUNDS[key]
         assert all(low <= value <= high for value in values)
 

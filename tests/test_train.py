@@ -1,4 +1,4 @@
-"""The training loop: exact resume, one loop and one set of random streams for all, whole-batch losses, divergence."""
+"""The training loop: exact resume, one set of random streams for all, whole-batch losses, divergence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fragile import TROUBLE, Interrupted
-from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
 
 from finetrial import checkpoint, plugins
 from finetrial.assemble import open_workbench
@@ -18,6 +16,8 @@ from finetrial.batching import collate, epoch_batches, model_inputs
 from finetrial.records import EarlyStopping, How, RunSpec
 from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
 from finetrial.train import evaluation_steps
+from fragile import TROUBLE, Interrupted
+from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
 
 
 @pytest.fixture(autouse=True)

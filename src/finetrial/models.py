@@ -6,6 +6,7 @@ was not is an error, not a random tensor.
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ def build(
         tokenizer = load_tokenizer(location, source)
         config = AutoConfig.from_pretrained(location.name, **common, **options)
         config.pad_token_id = tokenizer.pad_token_id
+        _change(config, source)
         torch.manual_seed(head_seed)
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
         model, missing = load(AUTO_CLASSES[kind], location, config, common)
@@ -143,6 +145,17 @@ def build(
             f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"
         )
     return Built(model, tokenizer, heads, causal)
+
+
+def _change(config: Any, source: ModelSource) -> None:
+    """Apply the study's changes to the model's config; transformers itself would accept any name."""
+    known = sorted(config.to_dict())
+    for name, value in source.config.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known)}"
+            raise ModelError(f"model.config.{name}: a {config.model_type} config has no such entry; {hint}")
+        setattr(config, name, value)
 
 
 def _load_whole(

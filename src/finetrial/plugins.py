@@ -320,7 +320,7 @@ def _import(noun: str, name: str, module_name: str, attribute: str, base: Path |
         raise PluginError(
             f"the {noun} {name!r} is not there: put {module_name}.py {where} or install it"
         ) from error
-    except Exception as error:  # foreign code: whatever it raises, the user is told which file and why
+    except (Exception, SystemExit) as error:  # foreign code: whatever it raises is the answer
         line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
         reason = f"{type(error).__name__}{line}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise PluginError(f"the {noun} {name!r} does not import: {reason}") from error

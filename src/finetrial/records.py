@@ -67,13 +67,15 @@ class ModelSource(Frozen):
 
     `name` is a Hub name (`org/name`, with `revision`), a folder (`./x`, `/x`, `~/x`), or
     `package:NAME/folder`, a folder inside an installed Python package. `gguf_file` names a GGUF file in
-    it, which is dequantised once.
+    it, which is dequantised once. `config` changes entries of the model's own config, e.g.
+    `{attention_probs_dropout_prob: 0.0}`, for every method alike; a name that it does not have is refused.
     """
 
     name: str
     revision: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    config: dict[str, Setting] = {}
 
 
 class TaskSpec(Frozen):

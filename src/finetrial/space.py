@@ -40,8 +40,6 @@ class Range(Frozen):
             raise ValueError(
                 f"low {self.low:g} is not above 0, and the range goes by ratio; raise it, or add log: false"
             )
-        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
-            raise ValueError(f"{self.low:g} .. {self.high:g} is a range of whole numbers; give whole ends")
         return self
 
     @property
@@ -150,7 +148,14 @@ def _parse_range(value: dict[str, Any]) -> Dimension:
             wrong.append(f"{key} {wrong_kind(value[key], 'true or false', 'write one of them')}")
     if wrong:
         raise ValueError("; ".join(wrong))
-    return _checked(Range, **value)
+    return _range(**value)
+
+
+def _range(**fields: Any) -> Dimension:
+    made = _checked(Range, **fields)
+    if isinstance(made, Range) and made.integer and not (made.low.is_integer() and made.high.is_integer()):
+        raise ValueError(f"{made.low:g} .. {made.high:g} is a range of whole numbers; give whole ends")
+    return made
 
 
 def _checked(kind: type[Range] | type[Choice], **fields: Any) -> Dimension:
@@ -179,7 +184,7 @@ def override(name: str, before: Dimension, value: Any) -> Dimension:
         kept = {"log": before.log, "integer": before.integer or kept["integer"]}
     if kept["integer"] and value.get("integer") is False:
         raise ValueError(f"{name} is a whole number; leave `integer: false` out")
-    return _checked(Range, **{**kept, **value})
+    return _range(**{**kept, **value})
 
 
 def _check_values(name: str, before: Dimension, dimension: Dimension) -> None:

@@ -120,7 +120,7 @@ class Home:
         self.report = path / "report"
         self.cache = path / "cache"
         self.tracking = path / "tracking"
-        self.log_file = path / "study.log"
+        self.coordinator_lock = path / "coordinator.lock"
 
     def run(self, run_id: str) -> RunFolder:
         return RunFolder(self.runs / run_id)
@@ -161,7 +161,7 @@ class Home:
             HomeError: another process is; the message names it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "coordinator.lock")
+        lock = FileLock(self.coordinator_lock)
         holder = lock.acquire()
         if holder is not None:
             raise HomeError(

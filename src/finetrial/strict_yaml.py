@@ -171,7 +171,7 @@ def _syntax_problem(error: yaml.YAMLError) -> Problem:
     what = getattr(error, "problem", None) or str(error)
     began = getattr(error, "context_mark", None)
     if began and mark and began.line != mark.line:
-        what += f" ({error.context}, begun on line {began.line + 1})"
+        what += f" ({getattr(error, 'context', 'a part')}, begun on line {began.line + 1})"
     tabs = "indent with spaces, not tabs" if r"'\t'" in what else "check indentation, brackets and quotes there"
     return Problem(where, f"not valid YAML: {what}; {tabs}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetrial import plugins, study_entries
 from finetrial.errors import Problem, StudyError
@@ -23,7 +23,7 @@ REQUIRED = ("study", "model", "tasks", "methods")
 DEFAULT_MEASURES = ["drift"]
 
 NUMBER = r"(?P<percent>[0-9]+(?:\.[0-9]+)?)"
-CLAIM_FORMS = {
+CLAIM_FORMS: dict[Literal["within", "drifts_less"], re.Pattern[str]] = {
     "within": re.compile(rf"(?P<method>\S+) within {NUMBER} ?% of (?P<reference>\S+)", re.ASCII),
     "drifts_less": re.compile(
         rf"(?P<method>\S+) drifts (?:at least )?{NUMBER} ?% less than (?P<reference>\S+)", re.ASCII
@@ -237,7 +237,9 @@ def _checkpoint(value: Any) -> tuple[float | None, int | None]:
 def _run(collector: Collector, value: Any) -> RunRules | None:
     keys = ("engine", "parallel", "threads", "memory", "trial_limit", "attempts", "checkpoint",
             "micro_batch", "log_steps")  # fmt: skip
-    converters = {"memory": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint}
+    converters: dict[str, Callable[[Any], Any]] = {
+        "memory": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
+    }  # fmt: skip
     given = _section(collector, "run", value, keys, converters)
     if given is None:
         return None
@@ -252,13 +254,13 @@ def _run(collector: Collector, value: Any) -> RunRules | None:
 
 
 def _track(collector: Collector, value: Any) -> tuple[str, ...]:
-    value = [value] if isinstance(value, str) else value
-    if value is not None and not isinstance(value, list):
+    value = [value] if isinstance(value, str) else value if value is not None else []
+    if not isinstance(value, list):
         collector.add(("track",), f"{show(value)} is not a list of trackers; write [wandb]")
         return ()
-    for index, name in enumerate(value or ()):
+    for index, name in enumerate(value):
         if name in value[:index]:
             collector.add(("track", index), f"{show(name)} is listed twice; keep one")
         else:
             study_entries.plugin_of(collector, "trackers", name, ("track", index))
-    return tuple(value or ())
+    return tuple(value)

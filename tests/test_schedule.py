@@ -1,0 +1,373 @@
+"""Scheduling: what is resumed, what is given up, what stops the study, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from finetrial import lease
+from finetrial.errors import FinetrialError, Incomplete, RunsFailed
+from finetrial.plugins import Exit
+from finetrial.progress import Progress
+from finetrial.records import Attempt, How, RunRecord, RunSpec
+from finetrial.schedule import COORDINATOR_ENDED, Scheduler
+from finetrial.store import Home
+from scripted import Scripted, done, failed, make_spec
+
+SLEEP = "import time; time.sleep(600)"
+
+
+class Recorder(Progress):
+    """The progress display, with what it was told kept; can press Ctrl-C at the n-th look at a run."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.looks, self.interrupt_at = 0, interrupt_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def tick(self, spec: RunSpec, last_record: Any) -> None:
+        self.looks += 1
+        if self.looks == self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+class Bench:
+    """A home, an engine of programs, and what the scheduler reported."""
+
+    def __init__(self, path: Path):
+        self.home = Home(path / "home")
+        self.programs: dict[str, list[str]] = {}
+        self.engine: Any = Scripted(self.programs)
+        self.progress = Recorder()
+        self.finished: list[RunRecord] = []
+
+    def spec(self, number: int, *programs: str, **changes: Any) -> RunSpec:
+        spec = make_spec(number, **changes)
+        self.programs[spec.run_id] = list(programs) or [done(spec)]
+        return spec
+
+    def run(self, *lanes: Iterator[RunSpec], parallel: int = 1, attempts: int = 3) -> None:
+        Scheduler(
+            self.home, self.engine, parallel, attempts, self.progress, self.finished.append
+        ).run(list(lanes))  # fmt: skip
+
+    def outcomes(self, spec: RunSpec) -> list[str | None]:
+        return [attempt.outcome for attempt in self.home.run(spec.run_id).attempt_records()]
+
+    def nothing_runs(self) -> bool:
+        return all(handle.process.poll() is not None for handle in self.engine.handles)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    for handle in getattr(bench.engine, "handles", []):
+        with contextlib.suppress(OSError):
+            bench.engine.stop(handle, 0)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+# ---- the way it should go ---------------------------------------------------------------------------------
+
+
+def test_every_run_of_every_lane_is_done_once(bench):
+    specs = [bench.spec(number) for number in range(4)]
+    bench.run(iter(specs[:2]), iter(specs[2:]))
+    assert [record.spec for record in bench.finished] == specs
+    for spec in specs:
+        folder = bench.home.run(spec.run_id)
+        assert bench.outcomes(spec) == ["done"]
+        assert folder.spec() == spec
+        assert not folder.lease_file.exists()
+    bench.run(iter(specs[:2]), iter(specs[2:]))
+    assert len(bench.engine.started) == 4
+    assert len(bench.finished) == 8  # told again, so that trackers can catch up
+
+
+def test_a_lane_is_asked_for_its_next_run_only_when_the_last_has_ended(bench):
+    asked: list[list[bool]] = []
+    specs = [bench.spec(number) for number in range(3)]
+
+    def lane() -> Iterator[RunSpec]:
+        for spec in specs:
+            asked.append([bench.home.run(each.run_id).result() is not None for each in specs])
+            yield spec
+
+    bench.run(lane(), parallel=3)
+    assert asked == [[False] * 3, [True, False, False], [True, True, False]]
+
+
+def test_lanes_go_side_by_side_up_to_the_limit(bench):
+    """Each run waits for a file of the other: one after the other they would never end."""
+    meet = (
+        "import os, time\nopen('../{}-here', 'w').close()\n"
+        "while not os.path.exists('../{}-here'): time.sleep(.01)\n"
+    )
+    one, two = make_spec(1), make_spec(2)
+    bench.spec(1, meet.format(1, 2) + done(one))
+    bench.spec(2, meet.format(2, 1) + done(two))
+    bench.run(iter([one]), iter([two]), parallel=2)
+    assert bench.outcomes(one) == bench.outcomes(two) == ["done"]
+
+
+def test_with_one_at_a_time_no_two_runs_overlap(bench):
+    alone = (
+        "import os\nassert not os.path.exists('../busy')\nopen('../busy', 'w').close()\n"
+        "{}\nos.remove('../busy')"
+    )
+    specs = [bench.spec(n, alone.format(done(make_spec(n)))) for n in range(3)]
+    bench.run(*(iter([spec]) for spec in specs), parallel=1)
+    assert [bench.outcomes(spec) for spec in specs] == [["done"]] * 3
+
+
+# ---- endings without a result ----------------------------------------------------------------------------
+
+
+def test_a_crashed_run_is_resumed_in_its_folder(bench):
+    spec = bench.spec(0, "import os; os.abort()", "raise SystemExit(7)", done(make_spec(0)))
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["crashed", "crashed", "done"]
+    attempts = bench.home.run(spec.run_id).attempt_records()
+    assert [a.reason for a in attempts] == ["killed by SIGABRT", "exit code 7", None]
+    assert [a.exit_code for a in attempts] == [-6, 7, 0]
+    assert len({a.pid for a in attempts}) == 3
+    assert len(bench.progress.notes) == 2
+
+
+def test_a_run_that_always_crashes_is_given_up_and_the_next_goes_on(bench):
+    spec = bench.spec(0, "import sys; sys.stderr.write('the reason why'); sys.exit(3)")
+    after = bench.spec(1)
+    bench.run(iter([spec, after]), attempts=2)
+    assert bench.outcomes(spec) == ["crashed", "crashed"]
+    failure = bench.home.run(spec.run_id).failure()
+    assert (failure.kind, failure.attempt) == ("crashed", 2)
+    assert failure.reason == "exit code 3, 2 times; its log says why"
+    assert failure.log_tail.count("the reason why") == 2
+    assert bench.outcomes(after) == ["done"]
+    bench.run(iter([spec, after]), attempts=2)
+    assert bench.engine.started.count(spec.run_id) == 2  # given up for good
+
+
+def test_an_exit_without_a_result_is_a_crash_whatever_its_code_says(bench):
+    spec = bench.spec(0, "pass")
+    bench.run(iter([spec]), attempts=1)
+    assert bench.home.run(spec.run_id).failure().reason.startswith("it ended without a result")
+
+
+def test_a_result_counts_whatever_the_exit_code_says(bench):
+    spec = bench.spec(0, done(make_spec(0)) + "; import os; os.kill(os.getpid(), 9)")
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+
+
+def test_a_run_over_its_time_limit_is_ended_with_all_it_started(bench):
+    grandchild = (
+        "import subprocess, sys, time\n"
+        "for new in (False, True):\n"
+        "    sleep = [sys.executable, '-S', '-c', 'import time; time.sleep(600)']\n"
+        "    p = subprocess.Popen(sleep, start_new_session=new)\n"
+        "    print(p.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    how = How(limit_seconds=1.0)
+    spec = bench.spec(0, grandchild, how=how)
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["timed_out", "timed_out"]
+    failure = bench.home.run(spec.run_id).failure()
+    assert failure.kind == "timed_out"
+    assert failure.reason.startswith("took longer than its limit of 1 s, 2 times")
+    pids = [int(line) for line in bench.home.run(spec.run_id).log_file.read_text().split()]
+    assert len(pids) == 4
+    assert bench.nothing_runs()
+    deadline = time.monotonic() + 30
+    while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_what_a_crashed_run_left_running_is_ended(bench):
+    leave = (
+        "import subprocess, sys, os\n"
+        "p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
+        "print(p.pid, flush=True); os._exit(5)"
+    )
+    spec = bench.spec(0, leave)
+    bench.run(iter([spec]), attempts=1)
+    pid = int(bench.home.run(spec.run_id).log_file.read_text())
+    deadline = time.monotonic() + 30
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(pid)
+
+
+def test_a_run_whose_coordinator_died_is_lost_resumed_and_not_charged_for_it(bench):
+    spec = bench.spec(0, "raise SystemExit(1)", done(make_spec(0)))
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    for number in (1, 2, 3):  # three dead coordinators
+        folder.write_attempt(Attempt(number=number, host=socket.gethostname(), pid=1, started_at=0.0))
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["lost", "lost", "lost", "crashed", "done"]
+    assert folder.attempt_records()[0].reason == COORDINATOR_ENDED
+
+
+class LosesEverything(Scripted):
+    """An engine whose machines all go away."""
+
+    def poll(self, handle: Any) -> Exit | None:
+        ended = super().poll(handle)
+        return ended and Exit(None, "lost", "the machine is gone")
+
+
+def test_a_run_that_its_engine_always_loses_is_given_up(bench):
+    bench.engine = LosesEverything(bench.programs)
+    spec = bench.spec(0, "pass")
+    bench.run(iter([spec]), attempts=3)
+    assert bench.outcomes(spec) == ["lost"] * 3
+    assert bench.home.run(spec.run_id).failure().kind == "lost"
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "crashed"])
+def test_a_failure_that_the_child_wrote_is_taken_as_it_is(bench, kind):
+    spec = bench.spec(0, failed(make_spec(0), kind, "its own words"))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.home.run(spec.run_id).failure().reason.startswith("its own words")
+    assert bench.outcomes(spec) == [kind]
+
+
+def test_the_failure_of_an_earlier_attempt_says_nothing_of_this_one(bench):
+    spec = bench.spec(0, failed(make_spec(0), "bug", "stale", attempt=7))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["crashed"]
+
+
+# ---- what stops the study --------------------------------------------------------------------------------
+
+
+def test_a_bug_stops_the_study_with_the_logs_tail_and_is_tried_again_later(bench):
+    program = failed(make_spec(0), "bug", "KeyError: 'x'", log_tail="Traceback\n  line 7")
+    spec, other, after = bench.spec(0, program, done(make_spec(0))), bench.spec(1, SLEEP), bench.spec(2)
+    with pytest.raises(RunsFailed, match="KeyError: 'x'") as caught:
+        bench.run(iter([spec, after]), iter([other]), parallel=2)
+    assert "  line 7" in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert bench.outcomes(spec) == ["bug"]
+    assert bench.outcomes(other) == ["cancelled"]
+    assert bench.nothing_runs()
+    bench.programs[other.run_id] = [done(other)]
+    bench.run(iter([spec, after]), iter([other]), parallel=2)
+    assert bench.outcomes(spec) == ["bug", "done"]
+    assert bench.outcomes(other) == ["cancelled", "done"]
+    assert bench.home.run(spec.run_id).failure() is None
+
+
+def test_a_refusal_stops_the_study_with_exit_code_1(bench):
+    spec = bench.spec(0, failed(make_spec(0), "refused", "no column 'label'"))
+    with pytest.raises(FinetrialError, match="t: no column 'label'") as caught:
+        bench.run(iter([spec]))
+    assert caught.value.exit_code == 1
+
+
+def test_ctrl_c_ends_every_run_and_the_same_command_goes_on(bench):
+    specs = [bench.spec(number, SLEEP) for number in range(2)]
+    bench.progress.interrupt_at = 3
+    with pytest.raises(Incomplete, match="run the same command") as caught:
+        bench.run(*(iter([spec]) for spec in specs), parallel=2)
+    assert caught.value.exit_code == 4
+    assert bench.nothing_runs()
+    for spec in specs:
+        assert bench.outcomes(spec) == ["cancelled"]
+        assert not bench.home.run(spec.run_id).lease_file.exists()
+        bench.programs[spec.run_id] = [done(spec)]
+    bench.run(*(iter([spec]) for spec in specs), parallel=2)
+    assert [bench.outcomes(spec) for spec in specs] == [["cancelled", "done"]] * 2
+
+
+def test_any_error_of_the_coordinator_ends_its_runs_too(bench):
+    running = bench.spec(0, SLEEP)
+
+    def lane() -> Iterator[RunSpec]:
+        raise OSError("the disk is full")
+        yield
+
+    with pytest.raises(OSError, match="disk is full"):
+        bench.run(iter([running]), lane(), parallel=2)
+    assert bench.nothing_runs()
+    assert bench.outcomes(running) == ["cancelled"]
+
+
+class CannotStart(Scripted):
+    def start(self, run_folder: Path, spec: RunSpec) -> Any:
+        raise KeyboardInterrupt if spec.number else OSError("too many processes")
+
+
+@pytest.mark.parametrize(("number", "error"), [(0, OSError), (1, Incomplete)])
+def test_a_run_that_cannot_be_started_is_left_free_for_the_next_try(bench, number, error):
+    spec = bench.spec(number)
+    bench.engine = CannotStart(bench.programs)
+    with pytest.raises(error):
+        bench.run(iter([spec]))
+    bench.engine = Scripted(bench.programs)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["cancelled", "done"]
+
+
+# ---- who works on a run ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_holds_is_left_to_it(bench):
+    spec = bench.spec(0)
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    mine = lease.claim(folder.lease_file)
+    with pytest.raises(Incomplete, match="being worked on elsewhere"):
+        bench.run(iter([spec]))
+    assert bench.engine.started == []
+    assert lease.read(folder.lease_file) == mine
+
+
+def test_a_run_that_another_takes_over_is_ended_here_and_its_records_are_left_alone(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.schedule.RENEW_SECONDS", 0.0)
+    spec = bench.spec(0, SLEEP)
+    folder = bench.home.run(spec.run_id)
+
+    class TakenOver(Recorder):
+        def tick(self, spec: RunSpec, last_record: Any) -> None:
+            held = lease.read(folder.lease_file)
+            if held.token != "another":
+                folder.lease_file.write_text(held.model_copy(update={"token": "another"}).model_dump_json())
+                [attempt] = folder.attempt_records()
+                folder.write_attempt(attempt.model_copy(update={"outcome": "lost", "reason": "theirs"}))
+
+    bench.progress = TakenOver()
+    with pytest.raises(Incomplete, match="taken over"):
+        bench.run(iter([spec]))
+    assert bench.nothing_runs()
+    assert lease.read(folder.lease_file).token == "another"
+    assert [(a.outcome, a.reason) for a in folder.attempt_records()] == [("lost", "theirs")]
+
+
+def test_a_checkpoint_that_a_finished_run_left_is_dropped(bench):
+    spec = bench.spec(0)
+    folder = bench.home.run(spec.run_id)
+    bench.run(iter([spec]))
+    folder.checkpoint.mkdir()
+    bench.run(iter([spec]))
+    assert not folder.checkpoint.exists()
