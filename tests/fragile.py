@@ -29,9 +29,10 @@ class Trouble:
     error_at: tuple[int, Exception] | None = None
     nan_loss_at: int | None = None
     nan_logits_at_evaluation: int | None = None
-    nan_score: bool = False
+    scores: list[float] = field(default_factory=list)  # the F1 that evaluations say, one after the other
     losses: int = 0
     evaluations: int = 0
+    calibrations: list[Any] = field(default_factory=list)  # what each evaluation was given
     batches: list[list[list[int]]] = field(default_factory=list)  # the inputs seen, without padding
 
     def reset(self, **switches: Any) -> None:
@@ -64,10 +65,13 @@ class FragileHead(ExtractiveQa):
 
     def score(self, *arguments: Any, **options: Any) -> Scored:
         TROUBLE.evaluations += 1
+        given = options.get("calibration", arguments[4] if len(arguments) > 4 else None)
+        TROUBLE.calibrations.append(given and dict(given))
         scored = super().score(*arguments, **options)
-        if TROUBLE.nan_score:
-            return Scored({**scored.metrics, "f1": math.nan}, scored.calibration, scored.per_example)
-        return scored
+        if not TROUBLE.scores:
+            return scored
+        said = TROUBLE.scores[min(TROUBLE.evaluations, len(TROUBLE.scores)) - 1]
+        return Scored({**scored.metrics, "f1": said}, scored.calibration, scored.per_example)
 
 
 class FragileTask(SyntheticQa):

@@ -40,6 +40,11 @@ def test_no_two_epochs_and_no_two_seeds_have_the_same_batches(lengths):
     assert len(kinds[0] & kinds[2]) < 6
 
 
+def test_rows_of_one_length_are_mixed():
+    batches = epoch_batches([7] * 96, 8, seed=0, epoch=0)
+    assert sum(batch == sorted(batch) for batch in batches) < 3
+
+
 def test_batches_are_not_in_order_of_length():
     lengths = np.random.default_rng(0).integers(10, 400, size=4000).tolist()
     means = [np.mean([lengths[i] for i in b]) for b in epoch_batches(lengths, 16, seed=0, epoch=0)]

@@ -135,6 +135,7 @@ def test_a_replicate_scores_test_with_validations_threshold_and_saves_the_scored
     )
     assert result.split_rows == {"train": 24, "validation": 12, "test": 12}
     assert "no_answer_threshold" in result.calibration
+    assert TROUBLE.calibrations == [None, None, result.calibration]  # after each epoch, and on test
     assert result.score == result.scores["validation"]["f1"]
     assert result.training.rows == 24
     assert result.training.examples == 48

@@ -15,7 +15,7 @@ from finetrial.assemble import open_workbench
 from finetrial.batching import collate, epoch_batches, model_inputs
 from finetrial.records import EarlyStopping, How, RunSpec
 from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
-from finetrial.train import evaluation_steps
+from finetrial.train import evaluation_steps, make_accelerator, prepare_optimisation
 from fragile import TROUBLE, Interrupted
 from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
 
@@ -40,7 +40,7 @@ def interrupted_at(spec: RunSpec, home: Path, *losses: int) -> None:
 
 # 24 rows in batches of 4 for 2 epochs: 12 steps, evaluated after 3, 6, 9 and 12.
 RESUMED = {
-    "full, best weights from before the cut": ("full", {}, (10,)),
+    "full, best weights from before the cut": ("full", {}, (11,)),
     "lora with dropout": ("lora", {}, (10,)),
     "cut twice": ("lora", {}, (6, 4)),
     "cut before the first checkpoint": ("full", {}, (1,)),
@@ -130,22 +130,44 @@ def test_a_damaged_checkpoint_is_never_loaded(tiny_bert, tmp_path, damage, capsy
     assert "step-00000005 is passed over" in capsys.readouterr().err
 
 
-def test_keep_last_scores_the_weights_it_keeps_and_early_stopping_still_compares_with_the_best(
-    tiny_bert, tmp_path
+@pytest.mark.parametrize(
+    ("keep", "patience", "min_delta", "scores", "stops_at", "kept"),
+    [
+        ("best", 2, 0.0, [50.0, 30.0, 40.0, 60.0], 3, 1),
+        ("last", 2, 0.0, [50.0, 30.0, 40.0, 60.0], 3, 3),  # against the best, not against the last
+        ("best", 3, 0.0, [50.0, 30.0, 40.0, 60.0], None, 4),
+        ("last", 3, 0.0, [50.0, 30.0, 60.0, 40.0], None, 4),
+        ("best", 2, 5.0, [50.0, 52.0, 54.0, 70.0], 3, 3),  # better, and not by enough to go on
+        ("best", 2, 0.0, [50.0, 50.0, 50.0, 50.0], 3, 1),  # of equals the first
+    ],
+)
+def test_stopping_and_keeping_follow_the_scores(
+    tiny_bert, tmp_path, keep, patience, min_delta, scores, stops_at, kept
 ):
-    settings = {"epochs": 6, "learning_rate": 1e-2}
-    rules = {"keep": "last", "early_stopping": EarlyStopping(patience=3)}
-    spec = make_spec(tiny_bert, "full", settings=settings, rules=rules)
+    TROUBLE.reset(scores=scores)
+    stopping = EarlyStopping(patience=patience, min_delta=min_delta)
+    spec = make_spec(
+        tiny_bert,
+        "full",
+        stage="trial",
+        settings={"epochs": 4},
+        rules={"keep": keep, "early_stopping": stopping},
+    )
     result = run(spec, tmp_path)
-    evaluations = [r for r in records(spec, tmp_path) if r["kind"] == "eval"]
-    scores = [r["score"] for r in evaluations]
-    assert result.training.best_step == evaluations[-1]["step"] == result.training.steps
-    assert result.score == scores[-1] == result.scores["validation"]["f1"]
-    best, without_gain = -math.inf, 0
-    for count, score in enumerate(scores, start=1):
-        without_gain = 0 if score > best else without_gain + 1
-        best = max(best, score)
-        assert (without_gain == 3) == (count == len(scores) and result.training.stopped_early)
+    assert result.training.stopped_early == (stops_at is not None)
+    assert result.training.steps == 6 * (stops_at or 4)
+    assert result.training.best_step == 6 * kept
+    assert result.score == result.scores["validation"]["f1"] == scores[kept - 1]
+
+
+def test_no_more_is_decayed_than_matrices(tiny_bert, tmp_path):
+    """Biases and norm weights are left alone, as is usual for transformers."""
+    spec = make_spec(tiny_bert, "full", settings={"weight_decay": 0.07})
+    model, _ = open_workbench(spec, folder_of(spec, tmp_path).home).build_tuned()
+    accelerator = make_accelerator(spec.rules)
+    _, optimizer, _ = prepare_optimisation(accelerator, model, spec, 10)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {id(p): 0.07 if p.ndim > 1 else 0.0 for p in model.parameters()}
 
 
 def test_keep_best_scores_and_keeps_the_best_evaluation(tiny_bert, tmp_path):
@@ -392,7 +414,7 @@ def test_logits_that_are_not_numbers_diverge_at_the_step_they_were_seen(tiny_ber
 
 
 def test_a_score_that_is_not_a_number_diverges(tiny_bert, tmp_path):
-    TROUBLE.reset(nan_score=True)
+    TROUBLE.reset(scores=[math.nan])
     result = run(make_spec(tiny_bert, "full"), tmp_path)
     assert (result.outcome, result.reason) == ("diverged", "diverged at step 6: the score is nan")
 

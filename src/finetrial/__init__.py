@@ -1,7 +1,9 @@
 """finetrial: a fair, crash-proof trial for fine-tuning methods.
 
+The whole of it from Python, safe to call again after any crash:
+
     study = finetrial.load_study("study.yaml")
-    summary = finetrial.run_study(study, Path("runs/my-study"))
+    summary = finetrial.run_study(study, "runs/my-study")
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ otherwise, so that everybody who names the same files gets the same splits.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

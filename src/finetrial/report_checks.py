@@ -13,6 +13,7 @@ from finetrial.summary import LedgerRow, Summary
 
 
 def claim_details(summary: Summary) -> Table:
+    """What each verdict rests on: bounds, p-values, power, missing pairs."""
     rows = []
     for claim in summary.claims:
         places = 4 if claim.kind == "drifts_less" else text.claim_decimals(summary, claim) + 1
@@ -120,6 +121,7 @@ def failures(summary: Summary) -> Table:
 
 
 def controls(summary: Summary) -> Table:
+    """What the base measured against itself shows: it has to be 0."""
     rows: list[tuple[Cell, ...]] = []
     for task in summary.tasks:
         if not task.control_drift:
@@ -145,6 +147,7 @@ def controls(summary: Summary) -> Table:
 
 
 def environment(summary: Summary) -> Table:
+    """With what and where the study was made."""
     meta = summary.meta
     rows = [
         ("study hash", summary.study_hash),

@@ -67,6 +67,7 @@ def verdict_badge(claim: ClaimResult) -> Badge:
 
 
 def verdicts(summary: Summary) -> Table:
+    """Every claim on every task: the difference with its interval, seeds, verdict."""
     rows = [
         (
             claim.task,
@@ -86,6 +87,7 @@ def verdicts(summary: Summary) -> Table:
 
 
 def costs(summary: Summary) -> Table:
+    """Memory, time, trained parameters and saved size of every arm, beside the reference method's."""
     rows = []
     for task in summary.tasks:
         arms = text.arms_of(summary, task.name)
@@ -135,6 +137,7 @@ def _against(
 
 
 def scores(summary: Summary, task: TaskSummary) -> Table:
+    """Test scores of the baselines and of every arm, all metrics."""
     arms = text.arms_of(summary, task.name)
     named = [metric for base in task.baselines.values() for metric in base]
     named += [metric for arm in arms for metric in arm.test]
@@ -169,6 +172,7 @@ def _why_no_score(arm: ArmSummary) -> str:
 
 
 def replicates(summary: Summary, task: TaskSummary) -> Table:
+    """Every replicate of a task: its scores, what moved, how it ended."""
     places = text.metric_decimals(summary, task, task.metric)
     rows = []
     for arm in text.arms_of(summary, task.name):
@@ -196,6 +200,7 @@ def replicates(summary: Summary, task: TaskSummary) -> Table:
 
 
 def optima(summary: Summary, task: TaskSummary) -> Table:
+    """The best setting of every searched dimension, with its range and an edge flag."""
     rows: list[tuple[Cell, ...]] = []
     for arm in text.arms_of(summary, task.name):
         best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
@@ -248,6 +253,7 @@ def _edge(dimension: DimensionSummary) -> Cell:
 
 
 def trials(summary: Summary, task: TaskSummary) -> Table:
+    """Every trial of a task: its settings, score and outcome."""
     places = text.metric_decimals(summary, task, task.metric)
     arms = text.arms_of(summary, task.name)
     names = list(dict.fromkeys(d.name for arm in arms for d in arm.search.dimensions if d.kind != "fixed"))
@@ -271,6 +277,7 @@ def trials(summary: Summary, task: TaskSummary) -> Table:
 
 
 def drift(summary: Summary, task: TaskSummary) -> Table:
+    """Each arm's mean drift from the base, and from seed to seed."""
     rows: list[tuple[Cell, ...]] = []
     for arm in text.arms_of(summary, task.name):
         if arm.drift is None:
@@ -295,6 +302,7 @@ def drift(summary: Summary, task: TaskSummary) -> Table:
 
 
 def drift_layers(summary: Summary, task: TaskSummary) -> Table:
+    """Drift of every layer, one column per method."""
     arms = [arm for arm in text.arms_of(summary, task.name) if arm.drift]
     layers = sorted({layer.layer for arm in arms if arm.drift for layer in arm.drift.layers})
     rows: list[tuple[Cell, ...]] = []
