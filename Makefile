@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test checks lint format types layers docs clean
+.PHONY: help setup quickstart test checks lint format types layers docs gpu clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,6 +36,9 @@ layers: .make/dev ## who may import whom (.importlinter)
 
 docs: .make/dev ## the pages against the code
 	$(BIN)/python -m pytest tests/test_docs.py
+
+gpu: ## every check that needs a GPU, with the python in PYTHON (add ARGS=--dry-run to walk it on a CPU)
+	PYTHONPATH=src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
 
 clean: ## remove the virtual environment and all caches; studies stay
 	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis .import_linter_cache

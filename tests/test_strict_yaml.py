@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
 
 import pytest
@@ -94,16 +95,22 @@ def test_shared_nodes_cannot_expand_without_bound():
 
 # Beyond U+FFFF JSON's escapes are pairs, which YAML does not join.
 TEXT = st.text(st.characters(max_codepoint=0xFFFD, exclude_categories=("Cs",)), max_size=20)
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-LARGEST_WHOLE, LARGEST_WHOLE) | TEXT
-    | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-    max_leaves=12,
-)  # fmt: skip
+# PyYAML leaves 0E0 and 1e5 bare, as YAML 1.1 takes them for text; in a study file they are numbers.
+WORDS = TEXT.filter(lambda text: not re.match(r"[-+]?[.]?[0-9]", text))
+
+
+def plain(text):
+    """Any value that a study file can hold, with strings from `text`."""
+    return st.recursive(
+        st.none() | st.booleans() | st.integers(-LARGEST_WHOLE, LARGEST_WHOLE) | text
+        | st.floats(allow_nan=False, allow_infinity=False),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+        max_leaves=12,
+    )  # fmt: skip
 
 
 @untimed
-@given(st.dictionaries(TEXT, PLAIN, min_size=1, max_size=4))
+@given(st.dictionaries(TEXT, plain(TEXT), min_size=1, max_size=4))
 @example({"a": 1e-05, "b": [True, None, "no"], "c": {"0": "010"}})
 def test_what_another_writer_writes_is_read_back(value):
     """JSON is YAML: with its strings quoted, every plain value comes back equal and of the same kind."""
@@ -113,7 +120,9 @@ def test_what_another_writer_writes_is_read_back(value):
 
 
 @untimed
-@given(st.dictionaries(st.text(string.ascii_letters, min_size=1, max_size=8), PLAIN, min_size=1, max_size=4))
+@given(
+    st.dictionaries(st.text(string.ascii_letters, min_size=1, max_size=8), plain(WORDS), min_size=1, max_size=4)
+)
 def test_what_pyyaml_writes_is_read_back_but_for_its_spelling_of_numbers(value):
     """safe_dump writes 1.0e-05 and quotes whatever YAML 1.1 would take for something else."""
     read, _, problems = parse(yaml.safe_dump(value))
