@@ -222,3 +222,12 @@ def test_a_lock_with_an_unknown_key_is_another_version_s(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
     with pytest.raises(HomeError, match="from_the_future"):
         read_lock(Home(folder / "home"))
+
+
+def test_another_study_s_file_in_the_folder_is_not_overwritten(folder):
+    home = folder / "home"
+    home.mkdir()
+    (home / "study.yaml").write_text("study: precious\n")
+    with pytest.raises(HomeError, match="is there and is another study"):
+        opened(study_of(folder), home)
+    assert (home / "study.yaml").read_text() == "study: precious\n"

@@ -189,6 +189,16 @@ def test_a_probe_measures_the_saved_model_against_the_base(tiny_bert, tmp_path, 
         run(probe, tmp_path)
 
 
+def test_a_probe_refuses_a_model_that_another_optimum_has_overwritten(tiny_bert, tmp_path):
+    spec = make_spec(tiny_bert, "lora", settings={"epochs": 1})
+    run(spec, tmp_path)
+    run(make_spec(tiny_bert, "lora", settings={"epochs": 1, "learning_rate": 1e-3}), tmp_path)
+    measures = {"drift": {"use": "drift", "params": {"rows": 12}}}
+    probe = spec.model_copy(update={"stage": "probe", "measures": measures, "subject": spec.run_id})
+    with pytest.raises(HomeError, match="holds the model of another run"):
+        run(probe, tmp_path)
+
+
 def test_what_a_killed_save_left_behind_is_cleared_away(tiny_bert, tmp_path):
     spec = make_spec(tiny_bert, "lora")
     models = folder_of(spec, tmp_path).home.models

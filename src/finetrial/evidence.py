@@ -43,8 +43,10 @@ def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:
 
 
 def trial_score(record: RunRecord) -> float | None:
-    """A finished trial's score on validation."""
+    """A finished trial's score on validation; none if what should have trained did not move."""
     if record.outcome != "done" or record.result is None or record.result.score is None:
+        return None
+    if record.result.proof is not None and record.result.proof.void:
         return None
     return record.result.score if math.isfinite(record.result.score) else None
 

@@ -89,6 +89,9 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
     if not home.lock_file.exists():
         if home.runs.exists():
             raise HomeError(f"{home.path} has runs but no study.lock.json; name another folder with --home")
+        text = Path(study.file).read_bytes()
+        if home.study_file.exists() and home.study_file.read_bytes() != text:
+            raise HomeError(f"{home.study_file} is there and is another study; name another folder with --home")
         lock = Lock(
             identity=study.identity(), inputs=inputs, threads=threads, versions=versions(), study=study,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),

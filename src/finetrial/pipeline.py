@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetrial import analyse, export, plan, plugins, report, search
+from finetrial.errors import RunsFailed
+from finetrial.evidence import trial_score
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
@@ -46,6 +48,9 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, 
         story = Story(study, opened, progress)
         story.phase("baseline", "baseline", story.baselines())
         records = [record for record in story.planned() if record.spec.stage == "baseline"]
+        for record in records:
+            if record.failure:
+                raise RunsFailed(f"{record.spec.run_id}: {record.failure.kind}: {record.failure.reason}")
         return {record.spec.task.name: record.result for record in records if record.result}
 
 
@@ -111,7 +116,8 @@ class Story:
     def _trial(self, task: TaskSpec, method: MethodSpec, number: int) -> RunSpec:
         begun = self.opened.home.find(f"trial.{task.name}.{method.name}.{number:03d}-")
         if begun:  # its settings were proposed from a history that may have been longer or shorter
-            return begun[0].spec()
+            how = plan.how(self.study, self.opened.threads)
+            return begun[0].spec().model_copy(update={"how": how})
         settings = search.propose(
             [_past(record) for record in self._trials(task, method)],
             self.study.spaces[method.name],
@@ -192,5 +198,4 @@ class Story:
 
 
 def _past(record: RunRecord) -> search.Past:
-    score = record.result.score if record.result else None
-    return search.Past(record.spec.number, record.spec.settings, record.outcome, score)
+    return search.Past(record.spec.number, record.spec.settings, record.outcome, trial_score(record))

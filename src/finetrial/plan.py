@@ -70,7 +70,7 @@ def _rules(study: Study) -> LoopRules:
 def baseline(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunSpec:
     """The task's trivial baselines and the untrained model, scored on test."""
     return RunSpec(
-        study=study.study, stage="baseline", task=task, number=0, model=study.model,
+        study=study.study, stage="baseline", task=task, number=0, model=study.model, rules=_rules(study),
         seeds=seeds(study, "baseline", task.name, 0), inputs=dict(inputs[task.name]),
         how=how(study, threads),
     )  # fmt: skip

@@ -93,12 +93,12 @@ class Scheduler:
         """Start the lane's next unfinished run, if it has one."""
         for spec in lane:
             folder = self.home.run(spec.run_id)
-            folder.create(spec)
             failure = folder.failure()
             if folder.result() is not None or (failure and failure.kind not in TRIED_AGAIN):
                 folder.drop_checkpoint()  # a worker killed between its result and this would leave it for good
                 self.on_finished(folder.record())
                 continue
+            folder.create(spec)
             running.append(self._start(lane, spec, folder))
             return
 

@@ -26,6 +26,9 @@ from finetrial.train import Progress, evaluate, make_accelerator, plan_steps, tr
 
 ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")
 
+# In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
+OWNER = "finetrial-run.txt"
+
 
 def run(spec: RunSpec, folder: RunFolder) -> Result:
     """Do what a spec says and give its result; resumes by itself from what the folder holds."""
@@ -151,6 +154,12 @@ def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
             f"the trained model {saved} is damaged: {broken}; move {folder.home.run(run_id).path} away and run "
             f"again to train it anew"
         )
+    owner = saved / OWNER
+    if owner.exists() and owner.read_text(encoding="utf-8").strip() != run_id:
+        raise HomeError(
+            f"{saved} holds the model of another run, {owner.read_text(encoding='utf-8').strip()}; move "
+            f"{folder.home.run(run_id).path} away and run again to train {run_id} anew"
+        )
     plugin, _ = subject.method()
     return plugin.load(subject.build_base().model, saved)
 
@@ -167,6 +176,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
         plugin.save(model, temporary)
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         tokenizer.save_pretrained(temporary)
+        files.write_text(temporary / OWNER, bench.spec.run_id + "\n")
         files.commit_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

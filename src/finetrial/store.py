@@ -46,9 +46,9 @@ class RunFolder:
         return Home(self.path.parent.parent)
 
     def create(self, spec: RunSpec) -> None:
-        """Write the spec first; a folder that already has one keeps it (its id is its content)."""
+        """Write the spec first. A folder that has one keeps its content; where and how may have changed."""
         self.attempts.mkdir(parents=True, exist_ok=True)
-        if not self.spec_file.exists():
+        if not self.spec_file.exists() or self.spec().how != spec.how:
             files.write_text(self.spec_file, spec.model_dump_json(indent=1) + "\n")
 
     def spec(self) -> RunSpec:

@@ -110,11 +110,12 @@ def show_verdicts(summary: Summary, home: Path) -> None:
 
 
 def exit_code(summary: Summary) -> int:
-    """0 done, 3 some runs failed for good, 4 incomplete."""
+    """0 done, 3 some runs failed or an arm has no valid replicate for good, 4 incomplete."""
+    failed = [row for row in summary.failures if row.kind not in ("diverged", "cancelled")]
+    unscored = [arm for arm in summary.arms if arm.search.best is None or arm.failed >= arm.planned]
     if not summary.complete:
-        return EXIT_RUNS_FAILED if summary.failures else EXIT_INCOMPLETE
-    failed = [row for row in summary.failures if row.kind != "diverged"]
-    return EXIT_RUNS_FAILED if failed else EXIT_DONE
+        return EXIT_RUNS_FAILED if failed else EXIT_INCOMPLETE
+    return EXIT_RUNS_FAILED if failed or unscored else EXIT_DONE
 
 
 def show_status(home_path: Path, *, as_json: bool) -> None:

@@ -42,6 +42,7 @@ class Local:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
             "PYTHONUNBUFFERED": "1",
+            "PYTHONHASHSEED": "0",  # a plug-in that goes through a set does so in the same order every time
         }
         with (run_folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
