@@ -8,12 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
 
-torch = pytest.importorskip("torch")
-
-from transformers import BertConfig, BertForSequenceClassification  # noqa: E402
-
-from finetrial.plugins import ProbeInput, load, names  # noqa: E402
+from finetrial.plugins import ProbeInput, load, names
 
 
 def model(seed=0):

@@ -6,11 +6,9 @@ import copy
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -19,13 +17,13 @@ from transformers import (  # noqa: E402
     LlamaForSequenceClassification,
 )
 
-from finetrial.represent import (  # noqa: E402
+from finetrial.represent import (
     compare_models,
     layer_drift,
     masked_mean,
     pooled_layers,
 )
-from finetrial.similarity import linear_cka, mean_cosine, relative_change  # noqa: E402
+from finetrial.similarity import linear_cka, mean_cosine, relative_change
 
 VOCABULARY, PAD, ROWS = 60, 0, 24
 LAYERS = 3  # embeddings and two blocks

@@ -132,8 +132,7 @@ class Progress:
         self._show_finished(record, arm)
 
     def note(self, text: str) -> None:
-        """One line from the scheduler: a retry, a warning."""
-        raise NotImplementedError
+        """One line from the scheduler: a retry, a warning. Shown by the two below; here nothing is."""
 
     def close(self) -> None:
         """Leave the terminal as it was; harmless when called again."""
