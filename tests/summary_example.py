@@ -362,12 +362,16 @@ def example_summary() -> Summary:
                 attempts=1,
             ),
         ),
+        environment={
+            "torch": "2.13.0 (36 runs), 2.14.0 (1 run: trial.squad_v2.lora.002-0a1b2c3d)",
+            "device": "cpu",
+        },
         meta=Meta(
             finetrial_version="0.1.0",
             created_at="2026-11-01T12:00:00+00:00",
             home="runs/squad-and-sst2-minilm",
             wall_seconds=7512.0,
-            environment={"python": "3.11.9", "torch": "2.13.0", "device": "cpu, 2 threads"},
+            environment={"python": "3.11.9", "torch": "2.13.0", "platform": "Linux"},
             run_rules={"engine": "local", "parallel": 1},
         ),
     )

@@ -663,6 +663,46 @@ def test_replicates_with_streams_of_their_own_are_noted():
     assert any("did not share their random streams" in note for note in summary.fairness_notes)
 
 
+def with_result(record, **fields):
+    return record._replace(result=record.result.model_copy(update=fields))
+
+
+def test_a_replicate_scored_on_other_inputs_than_the_baseline_does_not_count():
+    def hashed(r, digest):
+        trained = {} if r.spec.stage == "baseline" else {"train": r.spec.run_id}
+        return with_result(r, input_sha256={"test": digest, **trained})
+
+    found = [hashed(r, "a") if r.spec.stage in ("baseline", "replicate") else r for r in records()]
+    assert summarise(study(), found, META) == summarise(study(), records(), META)
+    odd = hashed(replicate("lora", 2, 0.79), "b")
+    within, less = summarise(study(), replaced(found, odd), META).claims
+    assert within.pairs == less.pairs == (0, 1, 3, 4)
+    assert "lora 2: other test inputs than the baseline's" in within.reason
+
+
+def test_a_probe_on_other_inputs_than_the_control_measured_something_else():
+    odd = probe("lora", 2, 0.09)
+    drift = {**odd.result.measures["drift"], "input_sha256": "y"}
+    found = replaced(records(), with_result(odd, measures={"drift": drift}))
+    summary = summarise(study(), found, META)
+    within, less = summary.claims
+    assert within.pairs == (0, 1, 2, 3, 4)
+    assert less.pairs == (0, 1, 3, 4)
+    assert "lora 2: probe on other inputs" in less.reason
+    assert arm_of(summary, "lora").drift.replicates == (0, 1, 3, 4)
+
+
+def test_runs_of_another_environment_are_named():
+    found = [with_result(r, environment={"torch": "2.13.0", "threads": "1"}) for r in records()]
+    assert summarise(study(), found, META).fairness_notes == ()
+    odd = with_result(replicate("lora", 2, 0.79), environment={"torch": "2.14.0", "threads": "1"})
+    notes = summarise(study(), replaced(found, odd), META).fairness_notes
+    assert notes == (
+        f"runs were not all made with the same torch: 2.13.0 (27 runs), 2.14.0 (1 run: {odd.spec.run_id}); "
+        f"equal settings may then give unequal numbers",
+    )
+
+
 def test_unequal_learning_rate_widths_and_capped_rows_are_noted():
     spaces = {
         "full": {"learning_rate": Fixed(value=1e-5)},

@@ -80,6 +80,19 @@ def test_opening_again_changes_nothing(folder):
     assert (folder / "home" / "study.lock.json").read_bytes() == before
 
 
+def test_a_changed_version_is_said_and_the_lock_keeps_the_first(folder):
+    first = opened(study_of(folder), folder / "home")
+    assert first.notes == ()
+    path = folder / "home" / "study.lock.json"
+    text = path.read_text()
+    torch = read_lock(Home(folder / "home")).versions["torch"]
+    assert text.count(f'"torch": "{torch}"') == 1
+    path.write_text(text.replace(f'"torch": "{torch}"', '"torch": "1.0"'))
+    (note,) = opened(study_of(folder), folder / "home").notes
+    assert note.startswith(f"since this study was begun: torch is {torch} and was 1.0;")
+    assert read_lock(Home(folder / "home")).versions["torch"] == "1.0"
+
+
 def test_trials_seeds_run_and_track_may_change_and_the_lock_follows(folder):
     opened(study_of(folder, more="search: {trials: 5}\n"), folder / "home")
     more = "search: {trials: 7}\ntrain: {seeds: 9}\nrun: {parallel: 2}\ntrack: [wandb]\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -276,6 +277,8 @@ def test_a_task_a_method_a_probe_an_engine_and_a_tracker_are_one_file_each(tmp_p
     assert mine.result.settings_used["trained_biases"] > 0
     assert mine.result.proof.groups["body"].moved > 0
     assert mine.result.proof.void is None
+    source = hashlib.sha256((folder / "my_method.py").read_bytes()).hexdigest()
+    assert mine.result.environment["source of my_method:PLUGIN"] == source[:12]
     assert mine.result.cost.trainable_parameters < 0.02 * mine.result.cost.total_parameters
     # The probe measured each replicate, and the base against itself.
     moved = {r.spec.name: r.result.measures["distance"]["moved"] for r in records if r.spec.stage == "probe"}

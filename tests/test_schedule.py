@@ -17,7 +17,7 @@ from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
 from finetrial.records import Attempt, How, RunRecord, RunSpec
-from finetrial.schedule import COORDINATOR_ENDED, Scheduler
+from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, TRIED_AGAIN, Scheduler
 from finetrial.store import Home
 from scripted import Scripted, done, failed, make_spec
 
@@ -56,9 +56,10 @@ class Bench:
         self.programs[spec.run_id] = list(programs) or [done(spec)]
         return spec
 
-    def run(self, *lanes: Iterator[RunSpec], parallel: int = 1, attempts: int = 3) -> None:
+    def run(self, *lanes: Iterator[RunSpec], parallel: int = 1, attempts: int = 3, retry: bool = False) -> None:
         Scheduler(
-            self.home, self.engine, parallel, attempts, self.progress, self.finished.append
+            self.home, self.engine, parallel, attempts, self.progress, self.finished.append,
+            TRIED_AGAIN | GIVEN_UP if retry else TRIED_AGAIN,
         ).run(list(lanes))  # fmt: skip
 
     def outcomes(self, spec: RunSpec) -> list[str | None]:
@@ -163,6 +164,27 @@ def test_a_run_that_always_crashes_is_given_up_and_the_next_goes_on(bench):
     assert bench.outcomes(after) == ["done"]
     bench.run(iter([spec, after]), attempts=2)
     assert bench.engine.started.count(spec.run_id) == 2  # given up for good
+
+
+def test_a_run_that_was_given_up_has_all_its_attempts_again_when_a_person_asks(bench):
+    spec = bench.spec(0, *["raise SystemExit(3)"] * 5, done(make_spec(0)))
+    bench.run(iter([spec]), attempts=2)
+    bench.run(iter([spec]), attempts=2, retry=True)
+    assert bench.outcomes(spec) == ["crashed"] * 4
+    assert bench.home.run(spec.run_id).failure().attempt == 4
+    bench.run(iter([spec]), attempts=2, retry=True)
+    assert bench.outcomes(spec) == ["crashed"] * 5 + ["done"]
+    assert bench.home.run(spec.run_id).failure() is None
+
+
+@pytest.mark.parametrize("kind", sorted(GIVEN_UP))
+def test_every_way_to_be_given_up_can_be_retried_and_is_not_by_itself(bench, kind):
+    spec = bench.spec(0, failed(make_spec(0), kind, "why"), done(make_spec(0)))
+    bench.run(iter([spec]), attempts=1)
+    bench.run(iter([spec]), attempts=1)
+    assert bench.engine.started.count(spec.run_id) == 1
+    bench.run(iter([spec]), attempts=1, retry=True)
+    assert bench.finished[-1].outcome == "done"
 
 
 def test_an_exit_without_a_result_is_a_crash_whatever_its_code_says(bench):

@@ -20,10 +20,11 @@ from finetrial.evidence import (
     drift_of,
     drift_values,
     run_of_task,
+    same_inputs,
     trial_score,
     void_reason,
 )
-from finetrial.fairness import failure_rows, fairness_notes, ledger_row
+from finetrial.fairness import environment, environment_notes, failure_rows, fairness_notes, ledger_row
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, TaskSpec
 from finetrial.space import Choice, Fixed, Range, Space
@@ -87,8 +88,12 @@ def summarise(
         arms=summaries,
         claims=_claims(study, arms, tasks, ordered),
         ledger=ledger,
-        fairness_notes=fairness_notes(study, tasks, summaries, ledger, best_possible),
+        fairness_notes=(
+            *fairness_notes(study, tasks, summaries, ledger, best_possible),
+            *environment_notes(ordered),
+        ),
         failures=failure_rows(ordered),
+        environment=environment(ordered),
         meta=meta,
     )
 
@@ -326,10 +331,17 @@ def _side(arm: Arm, claim: Claim) -> claims.Side:
             values[number] = drift["cka_drift_mean"]
             run_ids[number] = (probe.spec.run_id,)
         else:
-            outcome = arm.probes[number].outcome if number in arm.probes else None
-            failed = outcome not in (*LEFT_WAITING, "done")
-            absent[number] = f"probe {outcome}".replace("_", " ") if failed else "drift not measured"
+            absent[number] = _why_no_drift(arm, number)
     return claims.Side(arm.method.name, values, run_ids, absent)
+
+
+def _why_no_drift(arm: Arm, number: int) -> str:
+    probe = arm.probes.get(number)
+    outcome = probe.outcome if probe else None
+    if outcome not in (*LEFT_WAITING, "done"):
+        return f"probe {outcome}".replace("_", " ")
+    drift = drift_of(probe)
+    return "drift not measured" if drift is None or same_inputs(arm, drift) else "probe on other inputs"
 
 
 def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:

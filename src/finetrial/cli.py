@@ -105,7 +105,8 @@ def plan(study: Path, as_json: bool) -> None:
 @main.command()
 @study_argument
 @home_option
-def run(study: Path, home: Path | None) -> None:
+@click.option("--retry-failed", is_flag=True, help="Also try again the runs that were given up.")
+def run(study: Path, home: Path | None, retry_failed: bool) -> None:
     """Search, train, measure, analyse, report. Run it again to go on after anything."""
     from finetrial import pipeline, terminal
 
@@ -113,7 +114,7 @@ def run(study: Path, home: Path | None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     with terminal.progress() as progress:
         terminal.show_title(loaded, path)
-        summary = pipeline.run_study(loaded, path, progress)
+        summary = pipeline.run_study(loaded, path, progress, retry_failed=retry_failed)
     terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))
 
@@ -123,9 +124,10 @@ def run(study: Path, home: Path | None) -> None:
 @json_option
 def status(home: Path, as_json: bool) -> None:
     """How far a study is. HOME is its folder or its study file."""
-    from finetrial import terminal
+    from finetrial import pipeline, terminal
 
-    terminal.show_status(_home(home), as_json=as_json)
+    path = _home(home)
+    terminal.show_status(path, *pipeline.runs_so_far(path), as_json=as_json)
 
 
 @main.command()

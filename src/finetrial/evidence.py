@@ -28,6 +28,7 @@ class Arm:
     trials: Sequence[RunRecord]
     replicates: Sequence[RunRecord]
     probes: Mapping[int, RunRecord]  # by the replicate number that is measured
+    probe_inputs: str | None  # hash of what the control probe measured on
     invalid: Mapping[int, str]
 
     @property
@@ -53,10 +54,12 @@ def trial_score(record: RunRecord) -> float | None:
 
 def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence[RunRecord], seeds: int) -> Arm:
     """The arm's runs among `records` (in order of number), with `seeds` replicates planned."""
+    baseline = run_of_task(records, task.name, "baseline")
+    inputs = baseline.result.input_sha256 if baseline and baseline.result else {}
     mine = [r for r in records if r.spec.method and r.spec.arm == f"{task.name}/{method.name}"]
     replicates = [r for r in mine if r.spec.stage == "replicate"]
     reasons: dict[int, str | None] = dict.fromkeys(range(seeds), NOT_FINISHED)
-    reasons |= {r.spec.number: _why_invalid(r, metric) for r in replicates}
+    reasons |= {r.spec.number: _why_invalid(r, metric, inputs) for r in replicates}
     return Arm(
         task=task,
         method=method,
@@ -64,18 +67,22 @@ def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence
         trials=[r for r in mine if r.spec.stage == "trial"],
         replicates=replicates,
         probes={r.spec.number: r for r in mine if r.spec.stage == "probe"},
+        probe_inputs=(drift_of(run_of_task(records, task.name, "probe")) or {}).get("input_sha256"),
         invalid={number: why for number, why in reasons.items() if why},
     )
 
 
-def _why_invalid(record: RunRecord, metric: Metric) -> str | None:
-    """Why a replicate has no valid score on test, or None."""
+def _why_invalid(record: RunRecord, metric: Metric, inputs: Mapping[str, str]) -> str | None:
+    """Why a replicate has no valid score on test, or None. `inputs`: split -> hash of the baseline's inputs."""
     if record.outcome != "done" or record.result is None:
         return (record.outcome or NOT_FINISHED).replace("_", " ")
     if void := void_reason(record):
         return f"void, {void}"
     if metric.name not in record.result.scores.get("test", {}):
         return f"no {metric.name} on test"
+    for split, digest in record.result.input_sha256.items():
+        if inputs.get(split, digest) != digest:
+            return f"other {split} inputs than the baseline's"
     return None
 
 
@@ -105,6 +112,13 @@ def drift_values(arm: Arm) -> dict[int, tuple[RunRecord, dict[str, Any]]]:
     for replicate in arm.valid:
         number = replicate.spec.number
         drift = drift_of(arm.probes.get(number))
-        if drift and drift["cka_drift_mean"] is not None and drift["cosine_drift_mean"] is not None:
+        if drift is None or not same_inputs(arm, drift):
+            continue
+        if drift["cka_drift_mean"] is not None and drift["cosine_drift_mean"] is not None:
             found[number] = (arm.probes[number], drift)
     return found
+
+
+def same_inputs(arm: Arm, drift: Mapping[str, Any]) -> bool:
+    """Whether a probe measured on the inputs that the task's control measured on."""
+    return arm.probe_inputs in (None, drift["input_sha256"])

@@ -112,6 +112,44 @@ def fairness_notes(
     return tuple(notes)
 
 
+def environment(records: Sequence[RunRecord]) -> dict[str, str]:
+    """With what the runs were made: versions, machine, device; where they differ, how many had which."""
+    return {what: _shares(values) for what, values in _facts(records).items()}
+
+
+def environment_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """One sentence for everything about machine and versions in which the study's runs differ."""
+    return tuple(
+        f"runs were not all made with the same {what}: {_shares(values)}; equal settings may then give unequal "
+        f"numbers"
+        for what, values in _facts(records).items()
+        if len(values) > 1
+    )
+
+
+def _facts(records: Sequence[RunRecord]) -> dict[str, dict[str, list[str]]]:
+    """What -> value -> the ids of the runs that had it."""
+    runs: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        if record.result:
+            facts = {**record.result.environment, "device": record.result.cost.device}
+            for what, value in facts.items():
+                runs.setdefault(what, {}).setdefault(value, []).append(record.spec.run_id)
+    return runs
+
+
+def _shares(values: Mapping[str, Sequence[str]]) -> str:
+    """`2.13.0 (19 runs), 2.14.0 (1 run: replicate.sst2.lora.003-1f2e3d4c)`, the most common first."""
+    if len(values) == 1:
+        return next(iter(values))
+    ordered = sorted(values.items(), key=lambda item: -len(item[1]))
+    parts = []
+    for value, run_ids in ordered:
+        count = f"{len(run_ids)} run{'s' if len(run_ids) > 1 else ''}"
+        parts.append(f"{value} ({count}{f': {run_ids[0]}' if len(run_ids) == 1 else ''})")
+    return ", ".join(parts)
+
+
 def _study_notes(study: Study, ledger: Sequence[LedgerRow]) -> list[str]:
     notes = []
     widths = {row.method: row.learning_rate_decades for row in ledger}

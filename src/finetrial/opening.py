@@ -50,6 +50,7 @@ class Opened:
     inputs: dict[str, dict[str, str]]
     threads: int
     started: float | None  # seconds since the epoch; None when nothing is run
+    notes: tuple[str, ...] = ()  # what changed since the folder was first used, for a person to read
 
     @property
     def model_sha256(self) -> str | None:
@@ -102,7 +103,15 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
     _compare(home, lock, study, inputs)
     if lock.study != study:  # more trials or seeds, or another place to run: `status` and `report` read it here
         _write(home, lock.model_copy(update={"study": study}))
-    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time())
+    changed = [
+        f"{name} is {now} and was {lock.versions.get(name, 'not recorded')}"
+        for name, now in versions().items()
+        if lock.versions.get(name) != now
+    ]
+    note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
+    return Opened(
+        home, study, inputs, study.run.threads or lock.threads, time.time(), (note,) if changed else ()
+    )
 
 
 def resolve_inputs(study: Study) -> dict[str, dict[str, str]]:

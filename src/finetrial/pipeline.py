@@ -11,16 +11,18 @@ from finetrial.evidence import trial_score
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
-from finetrial.records import MethodSpec, Result, RunRecord, RunSpec, Stage, TaskSpec
-from finetrial.schedule import Lane, Scheduler
+from finetrial.records import MethodSpec, Outcome, Result, RunRecord, RunSpec, Stage, TaskSpec
+from finetrial.schedule import GIVEN_UP, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.summary import Summary
 from finetrial.tracking import Mirror
 
 
-def run_study(study: Study, home_path: Path, progress: Progress) -> Summary:
+def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed: bool = False) -> Summary:
     """Run every phase that is not yet done, in order, and write the report.
+
+    `retry_failed`: also try again the runs that were given up.
 
     Raises:
         FinetrialError: the study cannot go on; everything finished is kept and the message says what next.
@@ -28,7 +30,7 @@ def run_study(study: Study, home_path: Path, progress: Progress) -> Summary:
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
         opened = open_home(study, home, inputs)
-        story = Story(study, opened, progress)
+        story = Story(study, opened, progress, TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN)
         story.phase("baseline", "baseline", story.baselines())
         story.phase("search", "trial", story.trials())
         story.export_optima()
@@ -61,11 +63,21 @@ def report_again(home_path: Path) -> Summary:
         HomeError: the folder is no study's.
         PluginError: a plug-in beside the study file is no longer there.
     """
+    story = _story_so_far(home_path)
+    return _conclude(story.study, story, story.opened)
+
+
+def runs_so_far(home_path: Path) -> tuple[Study, list[RunRecord]]:
+    """The study of a folder, and the records of those of its runs that have begun; errors as `report_again`."""
+    story = _story_so_far(home_path)
+    return story.study, story.planned()
+
+
+def _story_so_far(home_path: Path) -> Story:
     home = Home(home_path)
     lock = read_lock(home)
     plugins.make_importable(Path(lock.study.base))
-    opened = Opened(home, lock.study, lock.inputs, lock.threads, None)
-    return _conclude(lock.study, Story(lock.study, opened, Progress()), opened)
+    return Story(lock.study, Opened(home, lock.study, lock.inputs, lock.threads, None), Progress())
 
 
 def _conclude(study: Study, story: Story, opened: Opened) -> Summary:
@@ -82,10 +94,13 @@ class Story:
     study: Study
     opened: Opened
     progress: Progress
+    tried_again: frozenset[Outcome] = TRIED_AGAIN
 
     def __post_init__(self) -> None:
         # One for all phases: a tracker that fails is warned of once.
         self.mirror = Mirror(self.opened.home, self.study.track, self.progress.note)
+        for note in self.opened.notes:
+            self.progress.note(note)
 
     def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
         """Finish all runs of some lanes."""
@@ -99,7 +114,9 @@ class Story:
         by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
-        Scheduler(home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror).run(lanes)
+        Scheduler(
+            home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror, self.tried_again
+        ).run(lanes)
 
     def baselines(self) -> list[Lane]:
         """The trivial answers and the untrained model, once per task."""
@@ -136,6 +153,7 @@ class Story:
             records = {record.spec.number: record for record in self._trials(task, method)}
             best = search.best([_past(record) for record in records.values()], metric)
             if best is None:
+                self.opened.home.best_file(task.name, method.name).unlink(missing_ok=True)
                 self.progress.note(f"{task.name}/{method.name}: no trial has a score; nothing can be trained")
                 continue
             found = export.optimum(

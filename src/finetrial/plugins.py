@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from finetrial import files
 from finetrial.errors import PluginError
 from finetrial.records import Frozen, Outcome, Result, RunSpec, Setting, TaskSpec, canonical_json
 from finetrial.space import Space
@@ -284,6 +285,17 @@ def load(kind: Kind, name: str, base: Path | None = None) -> Any:
     if kind == "methods" and "learning_rate" not in plugin.space:
         raise PluginError(f"the method {name!r} has no learning_rate in its space; give it a Range")
     return plugin
+
+
+def own_sources(uses: Iterable[str]) -> dict[str, str]:
+    """`module:object` -> the first 12 digits of its file's SHA-256, of those that are not built in."""
+    found = {}
+    for use in uses:
+        module = sys.modules.get(use.partition(":")[0]) if ":" in use else None
+        path = Path(getattr(module, "__file__", None) or "")
+        if path.is_file():
+            found[use] = files.sha256_file(path)[:12]
+    return found
 
 
 def metric_of(task: TaskSpec) -> Metric:

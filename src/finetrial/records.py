@@ -242,6 +242,19 @@ class Failure(Frozen):
     attempt: int
 
 
+# What a person can do about a run that was given up: outcome -> next step.
+RETRY = "run again with --retry-failed"
+NEXT_STEP: dict[Outcome, str] = {
+    "crashed": f"see its log (`finetrial show RUN`), mend the cause, {RETRY}",
+    "lost": f"see to the machines that its attempts were lost on, {RETRY}",
+    "timed_out": f"raise run.trial_limit, {RETRY}",
+    "out_of_memory": f"set run.micro_batch lower (it changes no result), {RETRY}",
+    "bug": "see its log (`finetrial show RUN`); the same command tries it again",
+    "refused": "do what its reason says; the same command tries it again",
+    "cancelled": "the same command goes on with it",
+}
+
+
 class Attempt(Frozen):
     """One try at a run; one file each, never overwritten once ended."""
 
@@ -254,6 +267,7 @@ class Attempt(Frozen):
     outcome: Outcome | None = None
     exit_code: int | None = None
     reason: str | None = None
+    gave_up: bool = False  # the last that the cap on attempts allowed; a later retry counts from here
 
 
 class RunRecord(NamedTuple):

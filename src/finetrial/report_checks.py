@@ -147,18 +147,21 @@ def controls(summary: Summary) -> Table:
 
 
 def environment(summary: Summary) -> Table:
-    """With what and where the study was made."""
+    """With what and where the runs were made, and then the analysis."""
     meta = summary.meta
+    analysis = {
+        name: value for name, value in meta.environment.items() if summary.environment.get(name) != value
+    }
     rows = [
         ("study hash", summary.study_hash),
         ("model", summary.model),
         ("model revision", summary.model_revision or text.missing("none given")),
         ("model SHA-256", summary.model_sha256 or text.missing("not hashed")),
-        ("finetrial", meta.finetrial_version),
+        *((f"runs: {name}", value) for name, value in summary.environment.items()),
         ("analysed at", meta.created_at),
-        ("wall time", text.duration(meta.wall_seconds, "not recorded")),
+        ("wall time of the last `finetrial run`", text.duration(meta.wall_seconds, "not recorded")),
         ("home", meta.home),
-        *((name, value) for name, value in meta.environment.items()),
+        *((f"analysis: {name}", value) for name, value in analysis.items()),
         *((f"run.{name}", str(value)) for name, value in meta.run_rules.items()),
     ]
     return Table("environment", "Environment", columns_of("What", "Value"), tuple(rows))

@@ -28,6 +28,8 @@ RENEW_SECONDS = 10.0
 GRACE_SECONDS = 10.0
 # Failures that a later `finetrial run` tries again: the cause lies outside the run and may be gone.
 TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
+# Failures that only `--retry-failed` tries again: the run had its chances, or would fail the same way.
+GIVEN_UP: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost", "out_of_memory"})
 # Endings without a result that are resumed at once, up to the cap on attempts.
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
 # An attempt that ended so is the coordinator's doing, not the run's, and does not count towards the cap.
@@ -58,6 +60,7 @@ class Scheduler:
     attempts: int
     progress: Progress
     on_finished: Callable[[RunRecord], None]
+    tried_again: frozenset[Outcome] = TRIED_AGAIN
 
     def run(self, lanes: Sequence[Lane]) -> None:
         """Finish every run of every lane; a run that has ended is not started again.
@@ -94,7 +97,7 @@ class Scheduler:
         for spec in lane:
             folder = self.home.run(spec.run_id)
             failure = folder.failure()
-            if folder.result() is not None or (failure and failure.kind not in TRIED_AGAIN):
+            if folder.result() is not None or (failure and failure.kind not in self.tried_again):
                 folder.drop_checkpoint()  # a worker killed between its result and this would leave it for good
                 self.on_finished(folder.record())
                 continue
@@ -150,18 +153,18 @@ class Scheduler:
     def _settle(self, run: Running, ended: Exit) -> bool:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
         outcome, reason = self._outcome(run, ended)
-        self._close(run.folder, run.attempt, outcome, ended.code, reason)
+        count = self._counted(run.folder) + 1
+        gave_up = outcome in RESUMED and count >= self.attempts
+        self._close(run.folder, run.attempt, outcome, ended.code, reason, gave_up=gave_up)
         leases.release(run.folder.lease_file, run.lease)
         if outcome in RESUMED:
-            ended_so = [a for a in run.folder.attempt_records() if a.outcome in RESUMED]
-            counted = [a for a in ended_so if a.reason != COORDINATOR_ENDED]
-            if len(counted) < self.attempts:
+            if not gave_up:
                 self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming")
                 return False
             run.folder.write_failure(
                 Failure(
                     run_id=run.spec.run_id, kind=outcome, attempt=run.attempt.number,
-                    reason=f"{reason}, {len(counted)} times; its log says why",
+                    reason=f"{reason}, {count} times; its log says why",
                     log_tail=run.folder.log_tail(),
                 )
             )  # fmt: skip
@@ -172,6 +175,14 @@ class Scheduler:
         self.on_finished(record)
         self._stop_on_fault(record)
         return True
+
+    @staticmethod
+    def _counted(folder: RunFolder) -> int:
+        """Ended attempts that count towards the cap: none from before the run was given up and retried."""
+        past = folder.attempt_records()
+        since = max((attempt.number for attempt in past if attempt.gave_up), default=0)
+        ended_so = [a for a in past if a.number > since and a.outcome in RESUMED]
+        return sum(attempt.reason != COORDINATOR_ENDED for attempt in ended_so)
 
     def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None]:
         """What an ending was, by what the folder holds; the exit code alone proves nothing."""
@@ -187,11 +198,13 @@ class Scheduler:
 
     @staticmethod
     def _close(
-        folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None
-    ) -> None:
+        folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None, *,
+        gave_up: bool = False,
+    ) -> None:  # fmt: skip
         if any(a.number == attempt.number and a.outcome for a in folder.attempt_records()):
             return  # ended before, by a coordinator that took the run over
         ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
+        ended |= {"gave_up": gave_up}
         folder.write_attempt(attempt.model_copy(update=ended))
 
     @staticmethod

@@ -58,7 +58,7 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
         input_sha256=hashes,
         split_rows=_split_rows(bench),
         measures={"baselines": bench.task.head.baselines(bench.splits, bench.task_params)},
-        environment=environment(),
+        environment=environment(spec),
     )
 
 
@@ -86,7 +86,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         return Result(
             run_id=spec.run_id, outcome="diverged", reason=reason, cost=_cost(clock, model, progress),
             training=_training_facts(bench, progress, len(features)),
-            input_sha256=hashes, split_rows=_split_rows(bench), environment=environment(),
+            input_sha256=hashes, split_rows=_split_rows(bench), environment=environment(spec),
         )  # fmt: skip
     scores = {"validation": progress.best_metrics}
     per_example = {"validation": progress.best_per_example}
@@ -109,7 +109,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         weights_sha256=weights_hash(checkpoint.trained_tensors(trained.model)),
         input_sha256=hashes,
         split_rows=_split_rows(bench),
-        environment=environment(),
+        environment=environment(spec),
     )
 
 
@@ -140,7 +140,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
         measures[name] = plugin.measure(given, params)
     return Result(
         run_id=spec.run_id, outcome="done", cost=_cost(clock, tuned), measures=measures,
-        split_rows=_split_rows(bench), environment=environment(),
+        split_rows=_split_rows(bench), environment=environment(spec),
     )  # fmt: skip
 
 
@@ -315,8 +315,8 @@ def _split_rows(bench: Workbench) -> dict[str, int]:
     }  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine of this process."""
+def environment(spec: RunSpec) -> dict[str, str]:
+    """Versions and machine of this process, and the source of the user's own plug-ins that a run uses."""
     from importlib.metadata import version
 
     facts = {name: version(name) for name in ENVIRONMENT_PACKAGES}
@@ -326,7 +326,13 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
+        **{f"source of {name}": digest for name, digest in plugins.own_sources(_plugins_of(spec)).items()},
     }
+
+
+def _plugins_of(spec: RunSpec) -> list[str]:
+    own = [spec.task.use, *(measure["use"] for measure in spec.measures.values())]
+    return [*own, spec.method.use] if spec.method else own
 
 
 def describe(spec: RunSpec, folder: Path) -> str:

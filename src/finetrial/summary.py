@@ -190,8 +190,8 @@ class Meta(Frozen):
     finetrial_version: str
     created_at: str
     home: str
-    wall_seconds: float | None
-    environment: dict[str, str]  # versions, device, platform
+    wall_seconds: float | None  # of the last `finetrial run`
+    environment: dict[str, str]  # of the analysis: versions, platform
     run_rules: dict[str, Any]
 
 
@@ -209,4 +209,5 @@ class Summary(Frozen):
     ledger: tuple[LedgerRow, ...]
     fairness_notes: tuple[str, ...]  # rules broken or worth knowing, in words
     failures: tuple[FailureRow, ...]
+    environment: dict[str, str]  # with what the runs were made: versions, device, platform
     meta: Meta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from finetrial import lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
 from finetrial.plan import overview
-from finetrial.records import Result, RunRecord
+from finetrial.records import NEXT_STEP, Result, RunRecord
 from finetrial.store import Home, RunFolder
 from finetrial.study import Study
 
@@ -106,6 +106,8 @@ def show_verdicts(summary: Summary, home: Path) -> None:
         console.print(f"note: {note}", soft_wrap=True)
     for failure in summary.failures:
         console.print(f"{failure.kind}: {failure.run_id}: {failure.reason}", soft_wrap=True)
+    for kind in sorted({failure.kind for failure in summary.failures} & NEXT_STEP.keys()):
+        console.print(f"{kind.replace('_', ' ')}: {NEXT_STEP[kind]}", soft_wrap=True)
     console.print(f"report  {home / 'report' / 'index.html'}", soft_wrap=True)
 
 
@@ -118,12 +120,9 @@ def exit_code(summary: Summary) -> int:
     return EXIT_RUNS_FAILED if failed or unscored else EXIT_DONE
 
 
-def show_status(home_path: Path, *, as_json: bool) -> None:
-    """How many runs of each stage and arm have ended how."""
-    from finetrial.opening import read_lock
-
+def show_status(home_path: Path, study: Study, records: Sequence[RunRecord], *, as_json: bool) -> None:
+    """How many of the study's runs have ended how, by stage and arm."""
     home = Home(home_path)
-    study = read_lock(home).study
     tasks = [task.name for task in study.tasks]
     planned = {("baseline", task): 1 for task in tasks}
     for stage in ("trials", "replicates", "probes"):
@@ -132,15 +131,13 @@ def show_status(home_path: Path, *, as_json: bool) -> None:
     if study.measure:
         planned |= {("probe", task): 1 for task in tasks}  # the control: the base against itself
     counts: dict[tuple[str, str], dict[str, int]] = {key: {} for key in planned}
-    for folder in home.find(""):
-        record = folder.record()
-        held = lease.read(folder.lease_file)
+    for record in records:
+        held = lease.read(home.run(record.spec.run_id).lease_file)
         outcome = record.outcome or ("unfinished" if held is None or lease.is_stale(held) else "running")
         key = (record.spec.stage, record.spec.arm)
-        counts.setdefault(key, {})
         counts[key][outcome] = counts[key].get(outcome, 0) + 1
     rows = [
-        {"stage": stage, "arm": arm, "planned": planned.get((stage, arm), 0), "runs": ended}
+        {"stage": stage, "arm": arm, "planned": planned[stage, arm], "runs": ended}
         for (stage, arm), ended in counts.items()
     ]
     if as_json:
@@ -165,6 +162,8 @@ def show_run(path: Path, *, as_json: bool) -> None:
     reason = record.failure.reason if record.failure else record.result.reason if record.result else None
     if reason:
         table.add_row("reason", reason)
+    if record.outcome in NEXT_STEP:
+        table.add_row("next", NEXT_STEP[record.outcome])
     for name, value in record.spec.settings.items():
         used = record.result.settings_used.get(name) if record.result else None
         table.add_row(name, f"{value}" if used in (None, value) else f"{value} (used {used:.6g})")
