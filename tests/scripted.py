@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetrial.engines.local import Handle, Local
+from finetrial.processes import FreshPython, Handle
 from finetrial.records import Cost, Failure, ModelSource, Result, RunSpec, Seeds, TaskSpec
 
 COST = Cost(wall_seconds=1.0, cpu_seconds=1.0, peak_memory_bytes=1, device="cpu")
@@ -32,7 +32,7 @@ def failed(spec: RunSpec, kind: str, reason: str, attempt: int = 1, log_tail: st
     return f"open('failure.json', 'w').write({failure.model_dump_json()!r}); raise SystemExit(1)"
 
 
-class Scripted(Local):
+class Scripted(FreshPython):
     """Runs, for each run, the programs given for it, one per attempt; the last one again and again."""
 
     def __init__(self, programs: dict[str, list[str]]):

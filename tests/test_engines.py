@@ -9,16 +9,29 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from finetrial import plugins
-from finetrial.engines.local import OUT_OF_MEMORY_SCORE, Handle, Local
+from finetrial.engines.local import Forked, Local
+from finetrial.engines.spawn import Spawn
 from finetrial.lease import FileLock
 from finetrial.plugins import Exit
+from finetrial.processes import OUT_OF_MEMORY_SCORE, Handle
 from finetrial.store import RunFolder
 from scripted import Scripted, make_spec
+
+LOCAL = Local()  # one nursery for the whole file: its imports take seconds
+ENGINES = {"spawn": Spawn(), "local": LOCAL}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_nursery_is_left() -> Iterator[None]:
+    yield
+    if LOCAL.nursery is not None:
+        LOCAL.nursery.end()
 
 
 @pytest.fixture
@@ -28,12 +41,28 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def ended(engine: Local, handle: Handle) -> Exit:
-    deadline = time.monotonic() + 60
-    while (found := engine.poll(handle)) is None and time.monotonic() < deadline:
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Any:
+    return ENGINES[request.param]
+
+
+def wait_for(what, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert found is not None
+    assert found
     return found
+
+
+def ended(engine: Any, handle: Any) -> Exit:
+    return wait_for(lambda: engine.poll(handle))
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def scripted(folder: RunFolder, program: str) -> tuple[Scripted, Handle]:
@@ -42,46 +71,134 @@ def scripted(folder: RunFolder, program: str) -> tuple[Scripted, Handle]:
 
 
 @pytest.fixture
-def worker(folder: RunFolder) -> Iterator[Handle]:
-    """A worker of the local engine that waits for its run's lock: it has started and does nothing."""
+def worker(folder: RunFolder, engine: Any) -> Iterator[Any]:
+    """A worker that waits for its run's lock: it has started and does nothing."""
     lock = FileLock(folder.lock_file)
     assert lock.acquire() is None
-    handle = Local().start(folder.path, make_spec())
+    handle = engine.start(folder.path, make_spec())
     yield handle
-    Local().stop(handle, 0)
+    engine.stop(handle, 0)
     lock.release()
 
 
-def test_the_local_child_has_its_own_session_and_goes_first_when_memory_runs_out(worker):
-    assert os.getsid(worker.pid) == worker.pid != os.getsid(0)
+# ---- spawned and forked workers alike --------------------------------------------------------------------
+
+
+def test_a_child_has_its_own_session_and_goes_first_when_memory_runs_out(worker):
+    wait_for(lambda: os.getsid(worker.pid) == worker.pid)
+    assert os.getsid(0) != worker.pid
     if Path("/proc/self/oom_score_adj").exists():
         assert Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() == OUT_OF_MEMORY_SCORE
-    environment = psutil.Process(worker.pid).environ()
-    assert environment["FINETRIAL_PARENT"] == str(os.getpid())
-    assert environment["OMP_NUM_THREADS"] == str(make_spec().how.threads)
 
 
-def test_a_child_is_asked_to_end_and_its_end_is_named(worker):
-    engine = Local()
+def test_a_child_holds_nothing_open_but_its_own(worker, folder):
+    def own():
+        paths = {str(link.readlink()) for link in Path(f"/proc/{worker.pid}/fd").iterdir()}
+        return paths if str(folder.lock_file) in paths else None
+
+    paths = wait_for(own)
+    assert paths == {"/dev/null", str(folder.log_file), str(folder.lock_file)}
+
+
+def test_a_child_is_asked_to_end_and_its_end_is_named(engine, worker):
+    wait_for(lambda: os.getsid(worker.pid) == worker.pid)
     assert engine.poll(worker) is None
     engine.stop(worker, 10.0)
     assert engine.poll(worker) == Exit(-signal.SIGTERM, reason="killed by SIGTERM")
+    assert gone(worker.pid)
 
 
-def test_a_damaged_spec_ends_the_worker_with_a_reason_in_the_log(folder):
+def test_a_damaged_spec_ends_the_worker_with_a_reason_in_the_log(engine, folder):
     folder.spec_file.write_text("{")
-    engine = Local()
-    assert ended(engine, engine.start(folder.path, make_spec())) == Exit(1, reason="exit code 1")
+    handle = engine.start(folder.path, make_spec())
+    assert ended(engine, handle) == Exit(1, reason="exit code 1")
+    assert engine.poll(handle) == Exit(1, reason="exit code 1")
     assert "spec.json cannot be read" in folder.log_tail()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's parent-death signal")
-def test_a_worker_whose_parent_is_already_gone_does_nothing(folder):
+@pytest.mark.parametrize("module", ["worker", "nursery"])
+def test_a_child_whose_parent_is_already_gone_does_nothing(folder, module):
     environment = {**os.environ, "FINETRIAL_PARENT": "1"}
-    command = [sys.executable, "-m", "finetrial.worker", str(folder.path)]
+    command = [sys.executable, "-m", f"finetrial.{module}", str(folder.path)]
     done = subprocess.run(command, env=environment, timeout=60, capture_output=True, check=False)
     assert done.returncode == 1
     assert not folder.lock_file.exists()
+    assert not done.stdout
+
+
+# ---- the nursery -----------------------------------------------------------------------------------------
+
+forks = pytest.mark.skipif(not LOCAL.forking, reason="workers are not forked on this machine")
+
+
+@forks
+def test_workers_are_forked_from_one_nursery_and_take_after_this_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETRIAL_TEST", "said later")
+    first, second = RunFolder(tmp_path / "runs" / "a"), RunFolder(tmp_path / "runs" / "b")
+    for each in (first, second):
+        each.create(make_spec())
+        each.spec_file.write_text("{")
+    monkeypatch.chdir(tmp_path)
+    handles = [LOCAL.start(each.path, make_spec()) for each in (first, second)]
+    assert all(isinstance(handle, Forked) for handle in handles)
+    assert handles[0].nursery is handles[1].nursery
+    assert psutil.Process(handles[0].nursery.process.pid).num_threads() == 1
+    assert [ended(LOCAL, handle).code for handle in handles] == [1, 1]
+    assert all("spec.json cannot be read" in each.log_tail() for each in (first, second))
+
+
+@forks
+def test_an_ended_worker_s_id_is_free_only_after_its_end_was_heard(folder):
+    folder.spec_file.write_text("{")
+    handle = LOCAL.start(folder.path, make_spec())
+    wait_for(lambda: gone(handle.pid))
+    assert psutil.pid_exists(handle.pid)  # a zombie: nobody else can have this id
+    assert ended(LOCAL, handle).code == 1
+    wait_for(lambda: not psutil.pid_exists(handle.pid))
+
+
+@forks
+def test_workers_end_with_a_killed_nursery_and_the_next_run_has_a_new_one(folder):
+    lock = FileLock(folder.lock_file)
+    assert lock.acquire() is None
+    handle = LOCAL.start(folder.path, make_spec())
+    wait_for(lambda: os.getsid(handle.pid) == handle.pid)
+    handle.nursery.process.kill()
+    wait_for(lambda: gone(handle.pid))
+    assert ended(LOCAL, handle) == Exit(
+        None, reason="the process that it was forked from was killed, and it with that"
+    )
+    LOCAL.stop(handle, 1.0)  # nothing left to end
+    lock.release()
+    folder.spec_file.write_text("{")
+    again = LOCAL.start(folder.path, make_spec())
+    assert isinstance(again, Forked)
+    assert again.nursery is not handle.nursery
+    assert ended(LOCAL, again).code == 1
+
+
+def test_where_forking_is_not_safe_a_fresh_python_does_it(folder):
+    engine = Local()
+    engine.forking = False
+    folder.spec_file.write_text("{")
+    handle = engine.start(folder.path, make_spec())
+    assert isinstance(handle, Handle)
+    assert ended(engine, handle).code == 1
+    engine.stop(handle, 0)
+
+
+def test_a_nursery_that_cannot_import_is_done_without(folder, monkeypatch):
+    engine = Local()
+    monkeypatch.setenv("PYTHONPATH", str(folder.path))
+    (folder.path / "torch.py").write_text("raise ImportError('broken')\n")
+    folder.spec_file.write_text("{")
+    handle = engine.start(folder.path, make_spec())
+    assert isinstance(handle, Handle)
+    assert ended(engine, handle).code == 1
+
+
+# ---- how an end is told ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,21 @@ def test_a_run_that_always_crashes_is_given_up_and_the_next_goes_on(bench):
     assert bench.engine.started.count(spec.run_id) == 2  # given up for good
 
 
+def test_a_run_that_got_further_each_time_it_was_killed_is_never_given_up(bench):
+    def killed(step):
+        return f"import os; os.makedirs('checkpoint/step-{step:08d}', exist_ok=True); os.kill(os.getpid(), 9)"
+
+    spec = bench.spec(0, *[killed(step) for step in (5, 10, 15, 15, 20)], done(make_spec(0)))
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["crashed"] * 5 + ["done"]
+    attempts = bench.home.run(spec.run_id).attempt_records()
+    assert [a.from_step for a in attempts] == [0, 5, 10, 15, 15, 20]
+    assert [a.counts for a in attempts[:5]] == [False, False, False, True, False]
+    stuck = bench.spec(1, killed(5))
+    bench.run(iter([stuck]), attempts=2)
+    assert bench.outcomes(stuck) == ["crashed"] * 3  # the first got further, two did not
+
+
 def test_a_run_that_was_given_up_has_all_its_attempts_again_when_a_person_asks(bench):
     spec = bench.spec(0, *["raise SystemExit(3)"] * 5, done(make_spec(0)))
     bench.run(iter([spec]), attempts=2)

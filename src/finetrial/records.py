@@ -267,6 +267,8 @@ class Attempt(Frozen):
     outcome: Outcome | None = None
     exit_code: int | None = None
     reason: str | None = None
+    from_step: int = 0  # of the checkpoint that it went on from
+    counts: bool = True  # towards the cap on attempts
     gave_up: bool = False  # the last that the cap on attempts allowed; a later retry counts from here
 
 

@@ -32,7 +32,7 @@ TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
 GIVEN_UP: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost", "out_of_memory"})
 # Endings without a result that are resumed at once, up to the cap on attempts.
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
-# An attempt that ended so is the coordinator's doing, not the run's, and does not count towards the cap.
+# Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 
 
@@ -113,10 +113,12 @@ class Scheduler:
         past = folder.attempt_records()
         for attempt in past:
             if attempt.outcome is None:  # whoever started it did not live to see its end
-                self._close(folder, attempt, "lost", None, COORDINATOR_ENDED)
+                self._close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
         number = max((attempt.number for attempt in past), default=0) + 1
         now = time.time()
-        attempt = Attempt(number=number, host=socket.gethostname(), pid=0, started_at=now)
+        attempt = Attempt(
+            number=number, host=socket.gethostname(), pid=0, started_at=now, from_step=folder.checkpoint_step()
+        )
         folder.write_attempt(attempt)
         try:
             handle = self.engine.start(folder.path, spec)
@@ -153,9 +155,11 @@ class Scheduler:
     def _settle(self, run: Running, ended: Exit) -> bool:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
         outcome, reason = self._outcome(run, ended)
-        count = self._counted(run.folder) + 1
+        # Killed after it had got further: that may happen any number of times, for the steps are finite.
+        further = run.folder.checkpoint_step() > run.attempt.from_step and outcome != "timed_out"
+        count = self._counted(run.folder) + (0 if further else 1)
         gave_up = outcome in RESUMED and count >= self.attempts
-        self._close(run.folder, run.attempt, outcome, ended.code, reason, gave_up=gave_up)
+        self._close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
         leases.release(run.folder.lease_file, run.lease)
         if outcome in RESUMED:
             if not gave_up:
@@ -181,8 +185,7 @@ class Scheduler:
         """Ended attempts that count towards the cap: none from before the run was given up and retried."""
         past = folder.attempt_records()
         since = max((attempt.number for attempt in past if attempt.gave_up), default=0)
-        ended_so = [a for a in past if a.number > since and a.outcome in RESUMED]
-        return sum(attempt.reason != COORDINATOR_ENDED for attempt in ended_so)
+        return sum(a.number > since and a.outcome in RESUMED and a.counts for a in past)
 
     def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None]:
         """What an ending was, by what the folder holds; the exit code alone proves nothing."""
@@ -199,12 +202,12 @@ class Scheduler:
     @staticmethod
     def _close(
         folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None, *,
-        gave_up: bool = False,
+        counts: bool = True, gave_up: bool = False,
     ) -> None:  # fmt: skip
         if any(a.number == attempt.number and a.outcome for a in folder.attempt_records()):
             return  # ended before, by a coordinator that took the run over
         ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
-        ended |= {"gave_up": gave_up}
+        ended |= {"counts": counts, "gave_up": gave_up}
         folder.write_attempt(attempt.model_copy(update=ended))
 
     @staticmethod

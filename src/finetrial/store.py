@@ -101,6 +101,11 @@ class RunFolder:
             text = stream.read().decode("utf-8", errors="replace")
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
 
+    def checkpoint_step(self) -> int:
+        """The step of the newest checkpoint, damaged or not; 0 if there is none."""
+        steps = [path.name.removeprefix("step-") for path in self.checkpoint.glob("step-*")]
+        return max((int(step) for step in steps if step.isdigit()), default=0)
+
     def drop_checkpoint(self) -> None:
         shutil.rmtree(self.checkpoint, ignore_errors=True)
 

@@ -1,101 +1,197 @@
-"""A process of its own for every run, on this machine, in its own session and process group.
+"""A process of its own for every run, forked from one that has done the imports, where that is safe.
 
-The child ends with its parent (see `worker.follow_parent`), is killed before its parent when memory runs
-out, and is ended together with everything it started.
+As isolated as `spawn` (session, memory, signals, log; it ends with its parent, and with all that it started),
+without five seconds of imports a run. Forking is safe from a process with one thread and no device opened
+(see `nursery.py`), so it is done on Linux where there is no GPU driver; elsewhere, and where the nursery
+cannot be had, this is a fresh Python. docs/decisions/0006 has the reasons and the measurements.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import psutil
-
+from finetrial import processes
 from finetrial.plugins import Exit
 from finetrial.records import RunSpec
 
-# A child that the kernel should end before anything else when memory runs out (-1000 .. 1000).
-OUT_OF_MEMORY_SCORE = "900"
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+READY_SECONDS = 120.0
+POLL_SECONDS = 0.02
 
 
-class Handle(NamedTuple):
+class Forked(NamedTuple):
+    """A worker that a nursery forked."""
+
     pid: int
-    process: subprocess.Popen[bytes]
+    nursery: Nursery
+
+
+class Nursery:
+    """This side of one nursery process: asks it for workers, and hears of their ends."""
+
+    def __init__(self, threads: int):
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "finetrial.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a worker says the same in its log
+            env=processes.child_environment(threads),
+            start_new_session=True,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        self._pending = b""
+        self._count = 0
+        self._started: dict[int, int] = {}  # request -> process id
+        self._failed: dict[int, str] = {}  # request -> why
+        self._codes: dict[int, int] = {}  # process id -> return code, of the ended
+        self.ready: bool | None = None  # None: it is still importing
+        self.gone = False
+
+    def usable(self) -> bool:
+        """Wait until it is ready; False if it cannot be had."""
+        deadline = time.monotonic() + READY_SECONDS
+        while self.ready is None and not self.gone and time.monotonic() < deadline:
+            self.listen(0.5)
+        return self.ready is True and not self.gone
+
+    def start(self, run_folder: Path, threads: int) -> int | None:
+        """The process id of a new worker; None if the nursery is gone.
+
+        Raises:
+            OSError: the system gives no more processes.
+        """
+        self._count += 1
+        number = self._count
+        request = {
+            "start": number, "folder": str(run_folder), "log": str(run_folder / "log.txt"),
+            "cwd": str(Path.cwd()), "environment": processes.child_environment(threads),
+        }  # fmt: skip
+        self._send(request)
+        while number not in self._started and number not in self._failed and not self.gone:
+            self.listen(0.5)
+        if number in self._failed:
+            raise OSError(self._failed.pop(number))
+        return self._started.pop(number, None)
+
+    def code(self, pid: int) -> int | None:
+        """A worker's return code once it has ended."""
+        self.listen(0)
+        return self._codes.get(pid)
+
+    def let_go(self, pid: int) -> None:
+        """Its id may be given to another process now."""
+        self._send({"let_go": pid})
+
+    def listen(self, seconds: float) -> None:
+        """Take in what the nursery has said."""
+        while not self.gone and select.select([self._answers], [], [], seconds)[0]:
+            data = os.read(self._answers, 65536)
+            if not data:
+                self.gone = True
+                self.process.kill()
+                self.process.wait()
+            self._pending += data
+            *lines, self._pending = self._pending.split(b"\n")
+            for line in lines:
+                self._take(json.loads(line))
+            seconds = 0
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        if "ready" in answer:
+            self.ready = answer["ready"]
+        elif "started" in answer:
+            self._started[answer["started"]] = answer["pid"]
+        elif "failed" in answer:
+            self._failed[answer["failed"]] = answer["why"]
+        else:
+            self._codes[answer["ended"]] = answer["code"]
+
+    def _send(self, request: dict[str, Any]) -> None:
+        data = json.dumps(request).encode() + b"\n"
+        try:
+            while data:  # an environment may be longer than a pipe takes at once
+                data = data[os.write(self._requests, data) :]
+        except BrokenPipeError:
+            self.listen(0)
+
+    def end(self) -> None:
+        """End it, and with it every worker that still runs."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait()
+        self.gone = True
 
 
 class Local:
-    """`python -m finetrial.worker` in a new session, output to the run's log."""
+    """Workers forked from a nursery, which is started with the first run; else fresh Pythons."""
 
-    def start(self, run_folder: Path, spec: RunSpec) -> Handle:
-        environment = {
-            **os.environ,
-            "FINETRIAL_PARENT": str(os.getpid()),
-            "OMP_NUM_THREADS": str(spec.how.threads),
-            "MKL_NUM_THREADS": str(spec.how.threads),
-            "TOKENIZERS_PARALLELISM": "false",
-            "TQDM_DISABLE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONHASHSEED": "0",  # a plug-in that goes through a set does so in the same order every time
-        }
-        with (run_folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                # -P: a file in the working folder (random.py, datasets.py) must not stand in for a module.
-                [sys.executable, "-P", "-m", "finetrial.worker", str(run_folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-        with contextlib.suppress(OSError):  # not everywhere, and only a preference
-            Path(f"/proc/{process.pid}/oom_score_adj").write_text(OUT_OF_MEMORY_SCORE)
-        return Handle(process.pid, process)
+    def __init__(self) -> None:
+        self.fresh = processes.FreshPython()
+        self.nursery: Nursery | None = None
+        self._key: Any = None
+        self.forking = sys.platform.startswith("linux") and not any(map(os.path.exists, GPU_DRIVERS))
 
-    def poll(self, handle: Handle) -> Exit | None:
-        code = handle.process.poll()
-        if code is None:
-            return None
-        self._end_group(handle.pid, signal.SIGKILL)  # whatever the child left behind
-        if code < 0:
-            return Exit(code, reason=f"killed by {_signal_name(-code)}")
-        return Exit(code, reason=f"exit code {code}" if code else None)
+    def start(self, run_folder: Path, spec: RunSpec) -> Forked | processes.Handle:
+        while self.forking:
+            nursery = self._nursery(spec.how.threads)
+            if not nursery.usable():
+                self.forking = False
+                break
+            pid = nursery.start(run_folder, spec.how.threads)
+            if pid is not None:
+                processes.go_first_when_memory_runs_out(pid)
+                return Forked(pid, nursery)
+        return self.fresh.start(run_folder, spec)
 
-    def stop(self, handle: Handle, grace_seconds: float) -> None:
-        started = _descendants(handle.pid)
-        self._end_group(handle.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            handle.process.wait(timeout=grace_seconds)
-        self._end_group(handle.pid, signal.SIGKILL)
-        for process in started:  # those that left the group
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        handle.process.wait()
+    def _nursery(self, threads: int) -> Nursery:
+        """The nursery, made anew where there is none or what a Python fixes at its start has changed."""
+        key = (os.getpid(), threads, os.environ.get("PYTHONPATH"), sys.executable)
+        if self.nursery is None or self.nursery.gone or self._key != key:
+            self.nursery, self._key = Nursery(threads), key
+        return self.nursery
 
-    @staticmethod
-    def _end_group(pid: int, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, number)
+    def poll(self, handle: Forked | processes.Handle) -> Exit | None:
+        if isinstance(handle, processes.Handle):
+            return self.fresh.poll(handle)
+        code = handle.nursery.code(handle.pid)
+        if code is not None:
+            processes.end_group(handle.pid, signal.SIGKILL)  # whatever the worker left behind
+            handle.nursery.let_go(handle.pid)
+            return processes.exit_of(code)
+        if handle.nursery.gone:
+            return Exit(None, reason="the process that it was forked from was killed, and it with that")
+        return None
 
+    def stop(self, handle: Forked | processes.Handle, grace_seconds: float) -> None:
+        if isinstance(handle, processes.Handle):
+            self.fresh.stop(handle, grace_seconds)
+            return
+        if self.poll(handle) is not None:
+            return
+        started = processes.descendants(handle.pid)
+        processes.end_group(handle.pid, signal.SIGTERM)
+        self._await(handle, grace_seconds)
+        processes.end_group(handle.pid, signal.SIGKILL)
+        processes.kill_each(started)  # those that left the group
+        self._await(handle, None)
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+    def _await(self, handle: Forked, seconds: float | None) -> None:
+        deadline = time.monotonic() + seconds if seconds is not None else None
+        while handle.nursery.code(handle.pid) is None and not handle.nursery.gone:
+            if deadline is not None and time.monotonic() > deadline:
+                return
+            time.sleep(POLL_SECONDS)
 
 
 PLUGIN = Local()

@@ -1,0 +1,152 @@
+"""`python -m finetrial.nursery`: a process that has imported everything a worker needs, and forks workers.
+
+Child side, for `engines/local.py`. A fork of it is a worker in milliseconds, and as much a process of its own
+as a fresh one: its own session, memory, signals, environment and log, nothing open that is not its own. This
+process does nothing but import, fork and tell of ends; it has one thread, which is what makes forking
+safe, and says so before the first fork.
+
+Requests come as JSON lines on standard input, answers go out on standard output:
+
+| request                                                | answer                                             |
+|--------------------------------------------------------|----------------------------------------------------|
+| (at its start)                                         | `{"ready": true}` or `{"ready": false, "why"}`     |
+| `{"start": n, "folder", "log", "cwd", "environment"}`  | `{"started": n, "pid"}` or `{"failed": n, "why"}`  |
+| (a worker ended; it stays a zombie until it is let go) | `{"ended": pid, "code"}`                           |
+| `{"let_go": pid}`                                      |                                                    |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from finetrial import worker
+
+
+def main() -> int:
+    """Serve until standard input closes; 1 if forking would not be safe."""
+    worker.follow_parent()
+    requests, answers = 0, os.dup(1)
+    os.dup2(2, 1)  # whatever an import prints
+    try:
+        _import_all()
+    except Exception as error:  # noqa: BLE001 - a worker of its own will say it in its log
+        _answer(answers, {"ready": False, "why": f"{type(error).__name__}: {error}"})
+        return 1
+    if _threads() != 1:
+        _answer(answers, {"ready": False, "why": f"{_threads()} threads after the imports"})
+        return 1
+    gc.collect()
+    gc.freeze()  # what is here by now stays: a worker's collections need not touch (and so copy) its pages
+    _answer(answers, {"ready": True})
+    return _serve(requests, answers)
+
+
+def _import_all() -> None:
+    from finetrial import plugins, stages  # noqa: F401 - what a worker imports
+
+    for kind in ("tasks", "methods", "probes"):
+        for name in plugins.names(kind):
+            plugins.load(kind, name)
+
+
+def _threads() -> int:
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
+
+
+def _serve(requests: int, answers: int) -> int:
+    wake_reader, wake_writer = os.pipe()
+    os.set_blocking(wake_writer, False)
+    os.set_blocking(wake_reader, False)
+    signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # wakes the loop
+    running: set[int] = set()
+    pending = b""
+    while True:
+        ready, _, _ = select.select([requests, wake_reader], [], [])
+        if wake_reader in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(wake_reader, 4096)
+            _tell_ends(running, answers)
+        if requests not in ready:
+            continue
+        data = os.read(requests, 65536)
+        if not data:
+            return 0  # the coordinator is gone; so are, by their own rule, its workers
+        pending += data
+        while b"\n" in pending:
+            line, _, pending = pending.partition(b"\n")
+            _obey(json.loads(line), running, answers)
+
+
+def _obey(request: dict[str, Any], running: set[int], answers: int) -> None:
+    if "let_go" in request:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(request["let_go"], 0)
+        return
+    number = request["start"]
+    try:
+        pid = os.fork()
+    except OSError as error:
+        _answer(answers, {"failed": number, "why": str(error)})
+        return
+    if pid == 0:
+        _be_a_worker(request)
+    running.add(pid)
+    _answer(answers, {"started": number, "pid": pid})
+
+
+def _tell_ends(running: set[int], answers: int) -> None:
+    """Tell of every worker that has ended. It is not waited for, so that its id means nobody else yet."""
+    for pid in sorted(running):
+        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if info is not None:
+            running.discard(pid)
+            code = info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+            _answer(answers, {"ended": pid, "code": code})
+
+
+def _be_a_worker(request: dict[str, Any]) -> None:
+    """In the fork: become what `python -m finetrial.worker` would have been; never returns."""
+    code = 1
+    try:
+        parent = os.getppid()
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.chdir(request["cwd"])
+        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 1024)
+        os.environ.clear()
+        os.environ.update(request["environment"], **{worker.PARENT_VARIABLE: str(parent)})
+        code = worker.main(request["folder"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - the end of this process, as an interpreter would have it
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _answer(descriptor: int, answer: dict[str, Any]) -> None:
+    os.write(descriptor, json.dumps(answer).encode() + b"\n")  # shorter than a pipe's atomic write
+
+
+if __name__ == "__main__":
+    sys.exit(main())

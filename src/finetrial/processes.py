@@ -1,0 +1,118 @@
+"""Processes of runs on this machine: started in their own session, watched, ended with all that they started.
+
+Serves the engines `spawn` and `local`. A child ends with its parent (see `worker.follow_parent`) and is killed
+before its parent when memory runs out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from finetrial.plugins import Exit
+from finetrial.records import RunSpec
+
+# A child that the kernel should end before anything else when memory runs out (-1000 .. 1000).
+OUT_OF_MEMORY_SCORE = "900"
+
+
+class Handle(NamedTuple):
+    pid: int
+    process: subprocess.Popen[bytes]
+
+
+class FreshPython:
+    """`python -m finetrial.worker` in a new session, output to the run's log."""
+
+    def start(self, run_folder: Path, spec: RunSpec) -> Handle:
+        with (run_folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                # -P: a file in the working folder (random.py, datasets.py) must not stand in for a module.
+                [sys.executable, "-P", "-m", "finetrial.worker", str(run_folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=child_environment(spec.how.threads),
+                start_new_session=True,
+            )
+        go_first_when_memory_runs_out(process.pid)
+        return Handle(process.pid, process)
+
+    def poll(self, handle: Handle) -> Exit | None:
+        code = handle.process.poll()
+        if code is None:
+            return None
+        end_group(handle.pid, signal.SIGKILL)  # whatever the child left behind
+        return exit_of(code)
+
+    def stop(self, handle: Handle, grace_seconds: float) -> None:
+        started = descendants(handle.pid)
+        end_group(handle.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            handle.process.wait(timeout=grace_seconds)
+        end_group(handle.pid, signal.SIGKILL)
+        kill_each(started)  # those that left the group
+        handle.process.wait()
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """This process's environment, with what every run's process is given."""
+    return {
+        **os.environ,
+        "FINETRIAL_PARENT": str(os.getpid()),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # a plug-in that goes through a set does so in the same order every time
+    }
+
+
+def go_first_when_memory_runs_out(pid: int) -> None:
+    """Have the kernel end this process before its coordinator; not everywhere, and only a preference."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text(OUT_OF_MEMORY_SCORE)
+
+
+def exit_of(code: int) -> Exit:
+    """A return code in words; negative means ended by that signal."""
+    if code < 0:
+        return Exit(code, reason=f"killed by {_signal_name(-code)}")
+    return Exit(code, reason=f"exit code {code}" if code else None)
+
+
+def end_group(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Everything that a process has started and that still runs, whatever group it is in."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_each(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
