@@ -116,7 +116,16 @@ def test_show_takes_the_beginning_of_an_id_its_whole_or_its_folder(there):
     assert {result.exit_code for result in shown.values()} == {0}
     assert len({result.stdout for result in shown.values()}) == 1
     text = shown["repl"].stdout
-    for word in (run.name, "outcome", "done", "learning_rate", "test", "moved: body", "attempt 1"):
+    for word in (
+        run.name,
+        "outcome",
+        "done",
+        "learning_rate",
+        "test",
+        "moved: body",
+        "attempt 1",
+        "gradient norm",
+    ):
         assert word in text
     record = json.loads(call("show", "repl", "--json").stdout)
     assert record["outcome"] == "done"

@@ -13,9 +13,11 @@ import torch
 from finetrial import checkpoint, plugins
 from finetrial.assemble import open_workbench
 from finetrial.batching import collate, epoch_batches, model_inputs
-from finetrial.records import EarlyStopping, RunSpec
+from finetrial.errors import Diverged
+from finetrial.optimisation import evaluation_steps, prepare_optimisation
+from finetrial.records import EarlyStopping, LoopRules, RunSpec
 from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
-from finetrial.train import evaluation_steps, make_accelerator, prepare_optimisation
+from finetrial.train import Progress, guard, make_accelerator
 from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run
 
@@ -294,13 +296,55 @@ def test_a_loss_that_is_not_a_number_ends_the_run_at_that_step(tiny_bert, tmp_pa
     assert result.training.steps == 5
     assert result.training.tokens > 0
     assert result.cost.flops > 0
-    assert [r["step"] for r in records(spec, tmp_path)] == [1, 2, 3, 4]
+    found = records(spec, tmp_path)
+    assert [r["step"] for r in found] == [1, 2, 3, 4, 5]
+    assert (found[-1]["kind"], found[-1]["reason"]) == ("diverged", "the loss is nan")
 
 
 def test_an_absurd_learning_rate_diverges(tiny_bert, tmp_path):
     result = run(make_spec(tiny_bert, "full", settings={"learning_rate": 1e30}), tmp_path)
     assert result.outcome == "diverged"
     assert "diverged at step" in result.reason
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_learning_rate_of_ten_diverges_within_twenty_steps(tiny_bert, tmp_path, method):
+    settings = {"learning_rate": 10.0, "epochs": 8}
+    result = run(make_spec(tiny_bert, method, settings=settings), tmp_path)
+    assert result.outcome == "diverged"
+    assert result.training.planned_steps > 20
+    assert result.training.steps <= 20
+    assert "times its start of" in result.reason or "is nan" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("later", "step"),
+    [
+        ([1.9] * 30, None),  # above, not far above
+        ([2.1] * 30, 5 + 3),  # three steps
+        ([2.1, 2.1, 1.0, 2.1, 2.1, 2.1], 5 + 6),  # in a row
+        ([2.1, math.nan], 5 + 2),
+    ],
+)
+def test_a_loss_that_stays_far_above_its_start_has_diverged(later, step):
+    progress, rules = Progress(), LoopRules(divergence_factor=2.0, divergence_steps=3)
+    seen = None
+    for progress.step, loss in enumerate([1.2, 0.8, 1.0, 1.1, 0.9, *later], start=1):
+        try:
+            guard(progress, rules, loss, 1.0)
+        except Diverged as diverged:
+            seen = diverged.step
+            break
+    assert seen == step
+
+
+def test_a_jump_in_the_first_steps_is_no_part_of_the_start():
+    progress, rules = Progress(), LoopRules(divergence_factor=2.0, divergence_steps=3)
+    for progress.step, loss in enumerate([1.0, 50.0, 60.0], start=1):
+        guard(progress, rules, loss, 1.0)
+    progress.step = 4
+    with pytest.raises(Diverged, match=r"the loss, 70, was above 2 times its start of 1 for 3 steps"):
+        guard(progress, rules, 70.0, 1.0)
 
 
 @pytest.mark.parametrize(

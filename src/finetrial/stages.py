@@ -19,10 +19,11 @@ from finetrial.assemble import Workbench, input_hash, open_workbench, pick_devic
 from finetrial.batching import collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged, HomeError
+from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.records import Cost, GroupProof, Proof, Result, RunSpec, Training, canonical_json
 from finetrial.store import RunFolder
-from finetrial.train import Progress, evaluate, make_accelerator, plan_steps, train
+from finetrial.train import Progress, evaluate, make_accelerator, train
 
 ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetrial import lease
+from finetrial import files, lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
 from finetrial.plan import overview
 from finetrial.records import NEXT_STEP, Result, RunRecord
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 console = Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
     console = Console(highlight=False, markup=False, emoji=False, width=160)
+
+
+LAST_RECORDS = 8  # of a run's training, in `show`
 
 
 def progress() -> Progress:
@@ -181,8 +184,24 @@ def show_run(path: Path, *, as_json: bool) -> None:
         table.add_row(f"attempt {attempt.number}", f"{attempt.host}, process {attempt.pid}: {ended}")
     table.add_row("folder", str(path))
     console.print(table)
+    _show_losses(folder)
     if record.failure and record.failure.log_tail:
         console.print(record.failure.log_tail, markup=False, soft_wrap=True)
+
+
+def _show_losses(folder: RunFolder) -> None:
+    """The last training records: what the loss and the gradient did before the end."""
+    records = [r for r in files.json_lines(folder.metrics_file) if r["kind"] in ("train", "diverged")]
+    if not records:
+        return
+    table = _table("step", "loss", "gradient norm", "learning rate")
+    for record in records[-LAST_RECORDS:]:
+        rate = f"{record['learning_rate']:.3g}"
+        if record["kind"] == "diverged":
+            table.add_row(str(record["step"]), record["reason"], "", rate)
+        else:
+            table.add_row(str(record["step"]), f"{record['loss']:.4g}", f"{record['gradient_norm']:.4g}", rate)
+    console.print(table)
 
 
 def _run_json(record: RunRecord) -> dict[str, Any]:

@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import get_scheduler
 
 from finetrial import checkpoint
 from finetrial.assemble import Workbench
 from finetrial.batching import collate, epoch_batches, evaluation_batches, model_inputs
 from finetrial.errors import Diverged
 from finetrial.files import append_json_line
+from finetrial.optimisation import evaluation_steps, plan_steps, prepare_optimisation, settings_used
 from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
 from finetrial.store import RunFolder
+
+# The start of the loss is the mean of so many: one batch may be lucky.
+START_LOSSES = 5
 
 
 @dataclass
@@ -39,6 +42,8 @@ class Progress:
     padded_tokens: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
+    steps_above_start: int = 0
     unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
     best_step: int | None = None
     best_score: float | None = None
@@ -73,12 +78,6 @@ class Trained:
     settings_used: dict[str, Setting]
 
 
-def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
-    """(Optimiser steps in all, steps per epoch) for that many training inputs."""
-    steps_per_epoch = math.ceil(inputs / int(spec.settings["batch_size"]))
-    return max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch)), steps_per_epoch
-
-
 def train(
     bench: Workbench,
     folder: RunFolder,
@@ -93,7 +92,8 @@ def train(
     `progress` is kept up to date, so that it tells how far a run came that diverged.
 
     Raises:
-        Diverged: a loss, gradient norm or score was not finite; nothing is skipped or filtered.
+        Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed far above its
+            start; nothing is skipped or filtered.
     """
     spec, rules = bench.spec, bench.spec.rules
     accelerator = make_accelerator(rules)
@@ -115,6 +115,15 @@ def train(
         batch = [features[i] for i in indices]
         model.train()
         loss, norm, rate = _step(accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress)
+        try:
+            guard(progress, rules, loss, norm)
+        except Diverged as diverged:
+            record = {
+                "kind": "diverged", "step": progress.step, "reason": diverged.reason,
+                "losses_before": progress.unlogged_losses, "learning_rate": rate,
+            }  # fmt: skip
+            append_json_line(folder.metrics_file, record)
+            raise
         progress.unlogged_losses.append(loss)
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
         progress.last_loss = loss
@@ -123,7 +132,7 @@ def train(
             losses = progress.unlogged_losses
             record = {
                 "kind": "train", "step": progress.step, "planned_steps": planned_steps,
-                "loss": math.fsum(losses) / len(losses), "gradient_norm": norm,
+                "loss": _mean(losses), "gradient_norm": norm,
                 "learning_rate": rate, "tokens": progress.tokens,
                 "seconds": round(clock.train(), 3),
             }  # fmt: skip
@@ -132,6 +141,7 @@ def train(
         if progress.step in evaluate_at:
             clock.train()
             try:
+                _check_weights(model)
                 scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
             except Diverged as diverged:  # a head knows no step
                 raise Diverged(progress.step, diverged.reason) from diverged
@@ -145,7 +155,9 @@ def train(
     clock.train()
 
     trained = accelerator.unwrap_model(model)
-    used = settings_used(bench, trained, optimizer, scheduler, progress, planned_steps, steps_per_epoch)
+    largest = progress.largest_batch
+    used = settings_used(spec.settings, optimizer, scheduler, largest, planned_steps, steps_per_epoch)
+    used |= bench.method()[0].read_back(trained)
     if _keeps_best(spec) and progress.best_step != progress.step:
         checkpoint.load_best(folder.checkpoint, progress.best_step or 0, model)
     return Trained(trained, accelerator, used)
@@ -157,36 +169,6 @@ def make_accelerator(rules: LoopRules) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-
-
-def prepare_optimisation(
-    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
-) -> tuple[Any, Any, Any]:
-    """AdamW over the trained parameters (fp32 master weights) with warm-up and decay.
-
-    Biases and norm weights (one-dimensional tensors) get no weight decay, as is usual for transformers.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = float(spec.settings["weight_decay"])
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=float(spec.settings["learning_rate"])
-    )
-    warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
-    name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)
-    model, prepared = accelerator.prepare(model, optimizer)
-    return model, prepared, scheduler
-
-
-def evaluation_steps(planned_steps: int, steps_per_epoch: int, per_epoch: int) -> set[int]:
-    """After which steps to evaluate: evenly within each epoch, and always after the last."""
-    count = math.ceil(planned_steps / steps_per_epoch * per_epoch)
-    steps = {round(k * steps_per_epoch / per_epoch) for k in range(1, count + 1)}
-    return {step for step in steps if 0 < step < planned_steps} | {planned_steps}
 
 
 def _remaining(
@@ -223,10 +205,6 @@ def _step(
         progress.padded_tokens += tensors["input_ids"].numel()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     norm = float(accelerator.clip_grad_norm_(trained, spec.rules.max_grad_norm))
-    if not math.isfinite(total):
-        raise Diverged(progress.step, f"the loss is {total}")
-    if not math.isfinite(norm):
-        raise Diverged(progress.step, f"the gradient norm is {norm}")
     rate = float(scheduler.get_last_lr()[0])
     optimizer.step()
     scheduler.step()
@@ -234,6 +212,37 @@ def _step(
     progress.largest_batch = max(progress.largest_batch, len(batch))
     progress.tokens += sum(len(feature.input_ids) for feature in batch)
     return total, norm, rate
+
+
+def guard(progress: Progress, rules: LoopRules, loss: float, norm: float) -> None:
+    """Whether training still is where finite numbers come back from; called after every step."""
+    if not math.isfinite(loss):
+        raise Diverged(progress.step, f"the loss is {loss}")
+    if not math.isfinite(norm):
+        raise Diverged(progress.step, f"the gradient norm is {norm}")
+    if len(progress.first_losses) < START_LOSSES and progress.steps_above_start == 0:
+        known = progress.first_losses
+        if not known or loss <= rules.divergence_factor * _mean(known):  # a jump is no part of the start
+            known.append(loss)
+    start = _mean(progress.first_losses)
+    above = loss > rules.divergence_factor * start
+    progress.steps_above_start = progress.steps_above_start + 1 if above else 0
+    if progress.steps_above_start >= rules.divergence_steps:
+        raise Diverged(
+            progress.step,
+            f"the loss, {loss:.3g}, was above {rules.divergence_factor:g} times its start of {start:.3g} "
+            f"for {rules.divergence_steps} steps",
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _check_weights(model: Any) -> None:
+    for name, parameter in checkpoint.trained_tensors(model).items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise Diverged(0, f"{name} holds a weight that is not finite")
 
 
 def evaluate(
@@ -294,34 +303,6 @@ def _judge(
 def _keeps_best(spec: RunSpec) -> bool:
     """A trial's weights are never used again; a replicate's best are what is tested and saved."""
     return spec.stage == "replicate" and spec.rules.keep == "best"
-
-
-def settings_used(
-    bench: Workbench, model: Any, optimizer: Any, scheduler: Any, progress: Progress,
-    planned_steps: int, steps_per_epoch: int,
-) -> dict[str, Setting]:  # fmt: skip
-    """The settings as the optimiser, the schedule, the batches and the modules had them.
-
-    Read back, not copied from the spec: a setting that was searched and did not arrive shows here. Warm-up
-    and epochs become whole steps; they are confirmed when the steps found are those that they round to.
-    """
-    asked = bench.spec.settings
-    shape = scheduler.lr_lambdas[0]
-    warmup_steps = next((step for step in range(planned_steps) if shape(step) == 1.0), planned_steps)
-    plugin, _ = bench.method()
-    return {
-        "learning_rate": float(max(group["initial_lr"] for group in optimizer.param_groups)),
-        "weight_decay": float(max(group["weight_decay"] for group in optimizer.param_groups)),
-        "warmup_steps": warmup_steps,
-        "warmup_ratio": asked["warmup_ratio"]
-        if warmup_steps == round(float(asked["warmup_ratio"]) * planned_steps)
-        else warmup_steps / planned_steps,
-        "batch_size": progress.largest_batch,
-        "epochs": asked["epochs"]
-        if planned_steps == max(1, math.ceil(float(asked["epochs"]) * steps_per_epoch))
-        else planned_steps / steps_per_epoch,
-        **plugin.read_back(model),
-    }
 
 
 def _checkpoint_rule(spec: RunSpec, start: int) -> Callable[[int], bool]:

@@ -1,0 +1,77 @@
+"""What a run's settings become: steps, AdamW, a schedule, evaluation points; and the settings read back.
+
+The same for every method. Child side; nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import get_scheduler
+
+from finetrial.records import RunSpec, Setting
+
+
+def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
+    """(Optimiser steps in all, steps per epoch) for that many training inputs."""
+    steps_per_epoch = math.ceil(inputs / int(spec.settings["batch_size"]))
+    return max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch)), steps_per_epoch
+
+
+def prepare_optimisation(
+    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
+) -> tuple[Any, Any, Any]:
+    """AdamW over the trained parameters (fp32 master weights) with warm-up and decay.
+
+    Biases and norm weights (one-dimensional tensors) get no weight decay, as is usual for transformers.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = float(spec.settings["weight_decay"])
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=float(spec.settings["learning_rate"])
+    )
+    warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
+    name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)
+    model, prepared = accelerator.prepare(model, optimizer)
+    return model, prepared, scheduler
+
+
+def evaluation_steps(planned_steps: int, steps_per_epoch: int, per_epoch: int) -> set[int]:
+    """After which steps to evaluate: evenly within each epoch, and always after the last."""
+    count = math.ceil(planned_steps / steps_per_epoch * per_epoch)
+    steps = {round(k * steps_per_epoch / per_epoch) for k in range(1, count + 1)}
+    return {step for step in steps if 0 < step < planned_steps} | {planned_steps}
+
+
+def settings_used(
+    asked: Mapping[str, Setting], optimizer: Any, scheduler: Any, largest_batch: int,
+    planned_steps: int, steps_per_epoch: int,
+) -> dict[str, Setting]:  # fmt: skip
+    """The settings as the optimiser, the schedule, the batches and the modules had them.
+
+    Read back, not copied from the spec: a setting that was searched and did not arrive shows here. Warm-up
+    and epochs become whole steps; they are confirmed when the steps found are those that they round to.
+    """
+    shape = scheduler.lr_lambdas[0]
+    warmup_steps = next((step for step in range(planned_steps) if shape(step) == 1.0), planned_steps)
+    return {
+        "learning_rate": float(max(group["initial_lr"] for group in optimizer.param_groups)),
+        "weight_decay": float(max(group["weight_decay"] for group in optimizer.param_groups)),
+        "warmup_steps": warmup_steps,
+        "warmup_ratio": asked["warmup_ratio"]
+        if warmup_steps == round(float(asked["warmup_ratio"]) * planned_steps)
+        else warmup_steps / planned_steps,
+        "batch_size": largest_batch,
+        "epochs": asked["epochs"]
+        if planned_steps == max(1, math.ceil(float(asked["epochs"]) * steps_per_epoch))
+        else planned_steps / steps_per_epoch,
+    }
