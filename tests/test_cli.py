@@ -225,6 +225,13 @@ def test_what_init_comments_out_are_the_defaults():
     assert (after.tasks, after.spaces) == (before.tasks, before.spaces)
 
 
+def test_init_gives_a_sentence_embedding_model_no_token_types():
+    call("init")  # the default model is one
+    assert not load_study("study.yaml").model.token_type_ids
+    call("init", "--model", "org/name", "-o", "other.yaml")
+    assert load_study("other.yaml").model.token_type_ids
+
+
 def test_init_never_overwrites():
     Path("study.yaml").write_text("mine")
     result = call("init")

@@ -93,6 +93,14 @@ def test_a_changed_version_is_said_and_the_lock_keeps_the_first(folder):
     assert read_lock(Home(folder / "home")).versions["torch"] == "1.0"
 
 
+def test_a_sentence_embedding_model_that_is_given_token_types_is_advised_against(folder):
+    (folder / "model" / "modules.json").write_text("[]")
+    (note,) = opened(study_of(folder), folder / "home").notes
+    assert "learns much faster with `model: {name: ./model, token_type_ids: false}`" in note
+    advised = study_of(folder, ("model: ./model", "model: {name: ./model, token_type_ids: false}"))
+    assert opened(advised, folder / "other").notes == ()
+
+
 def test_trials_seeds_run_and_track_may_change_and_the_lock_follows(folder):
     opened(study_of(folder, more="search: {trials: 5}\n"), folder / "home")
     more = "search: {trials: 7}\ntrain: {seeds: 9}\nrun: {parallel: 2}\ntrack: [wandb]\n"

@@ -13,9 +13,11 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetrial import checkpoint, files, worker
 from finetrial.assemble import input_hash, open_workbench
+from finetrial.batching import collate, model_inputs
 from finetrial.errors import HomeError, OutOfMemory
-from finetrial.records import RunSpec
+from finetrial.records import ModelSource, RunSpec
 from finetrial.stages import prove, weights_hash
+from finetrial.store import Home
 from fragile import TROUBLE
 from tiny_runs import examples, folder_of, make_spec, run
 
@@ -269,6 +271,18 @@ def test_a_model_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):
     assert failure.kind == "refused"
     assert "is not there" in failure.reason
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_token_types_reach_the_model_unless_the_study_says_no(tiny_bert, tmp_path, marked):
+    model = ModelSource(name=str(tiny_bert), token_type_ids=marked)
+    spec = make_spec(tiny_bert).model_copy(update={"model": model})
+    bench = open_workbench(spec, Home(tmp_path))
+    built = bench.build_base()
+    features = bench.encode(bench.splits.test, built)
+    assert all((feature.token_type_ids is not None) == marked for feature in features)
+    batch = collate(features[:4], built.tokenizer.pad_token_id)
+    assert ("token_type_ids" in model_inputs(batch)) == marked
 
 
 def test_a_diverged_run_is_a_result_and_not_a_failure(tiny_bert, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ class Workbench:
         return plugin.attach(given, self.spec.settings, params), built
 
     def encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
-        return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
+        features = self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
+        if not self.spec.model.token_type_ids:
+            features = [replace(feature, token_type_ids=None) for feature in features]
+        return features
 
 
 def open_workbench(spec: RunSpec, home: Home) -> Workbench:

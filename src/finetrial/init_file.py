@@ -5,6 +5,7 @@ Not for what the keys mean or may be: `study_file.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from finetrial import files, plugins
-from finetrial.errors import PluginError, Problem, StudyError
-from finetrial.records import Frozen
+from finetrial.errors import DataError, ModelError, PluginError, Problem, StudyError
+from finetrial.records import Frozen, ModelSource
+from finetrial.sources import is_sentence_embedding
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 from finetrial.study_file import parse_study
 
@@ -108,6 +110,10 @@ def _study_name(model: str, tasks: Sequence[str]) -> str:
 def _model_text(model: str) -> str:
     if not model.startswith(("package:", ".", "/", "~", "$")):
         return f"{{name: {_plain_or_quoted(model)}, revision: main}}  # put a commit here: main moves"
+    with contextlib.suppress(ModelError, DataError):  # it need not be there yet
+        if is_sentence_embedding(ModelSource(name=model), Path()):
+            seen = "a sentence-embedding model has seen single texts only"
+            return f"{{name: {_plain_or_quoted(model)}, token_type_ids: false}}  # {seen}"
     return _plain_or_quoted(model)
 
 

@@ -21,7 +21,7 @@ from finetrial import files
 from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyError
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen
-from finetrial.sources import data_inputs, model_inputs
+from finetrial.sources import data_inputs, is_sentence_embedding, model_inputs
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.summary import Meta
@@ -86,6 +86,7 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
     Raises:
         HomeError: the folder belongs to another study, or an input has changed since it was first used.
     """
+    notes = _model_notes(study)
     threads = study.run.threads or max(1, (os.cpu_count() or 1) // study.run.parallel)
     if not home.lock_file.exists():
         if home.runs.exists():
@@ -98,7 +99,7 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _write(home, lock)
-        return Opened(home, study, inputs, threads, time.time())
+        return Opened(home, study, inputs, threads, time.time(), notes)
     lock = read_lock(home)
     _compare(home, lock, study, inputs)
     if lock.study != study:  # more trials or seeds, or another place to run: `status` and `report` read it here
@@ -108,9 +109,18 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
         for name, now in versions().items()
         if lock.versions.get(name) != now
     ]
-    note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
-    return Opened(
-        home, study, inputs, study.run.threads or lock.threads, time.time(), (note,) if changed else ()
+    if changed:
+        note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
+        notes = (*notes, note)
+    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes)
+
+
+def _model_notes(study: Study) -> tuple[str, ...]:
+    if not (study.model.token_type_ids and is_sentence_embedding(study.model, Path(study.base))):
+        return ()
+    return (
+        f"{study.model.name} is a sentence-embedding model, which has seen single texts only; on pairs of "
+        f"texts it learns much faster with `model: {{name: {study.model.name}, token_type_ids: false}}`",
     )
 
 

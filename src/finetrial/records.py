@@ -69,6 +69,8 @@ class ModelSource(Frozen):
     `package:NAME/folder`, a folder inside an installed Python package. `gguf_file` names a GGUF file in
     it, which is dequantised once. `config` changes entries of the model's own config, e.g.
     `{attention_probs_dropout_prob: 0.0}`, for every method alike; a name that it does not have is refused.
+    `token_type_ids`: whether the second text of a pair is marked as such where the tokenizer does so; not
+    good for sentence-embedding models, which have seen single texts only.
     """
 
     name: str
@@ -76,6 +78,7 @@ class ModelSource(Frozen):
     gguf_file: str | None = None
     trust_remote_code: bool = False
     config: dict[str, Setting] = {}
+    token_type_ids: bool = True
 
 
 class TaskSpec(Frozen):

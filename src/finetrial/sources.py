@@ -49,6 +49,15 @@ def locate_model(source: ModelSource, base: Path) -> Location:
     return Location(str(folder), None, True)
 
 
+def is_sentence_embedding(source: ModelSource, base: Path) -> bool:
+    """Whether the model lies in a sentence-transformers folder: trained on single texts, never on pairs.
+
+    Only a folder can be looked into; of a Hub name it is not known. Raises ModelError as `locate_model`.
+    """
+    location = locate_model(source, base)
+    return location.is_local and (Path(location.name) / "modules.json").exists()
+
+
 def _package_folder(text: str) -> Path:
     package, _, inside = text.partition("/")
     spec = importlib.util.find_spec(package)
