@@ -195,6 +195,22 @@ def test_the_folder_of_another_study_is_refused_and_told_what_differs(there, ver
     )
 
 
+def test_a_run_whose_result_was_damaged_is_done_anew_alone_and_gives_the_same(there):
+    home = Home(Path("runs/small"))
+    run, other = home.find("replicate.")[0], home.find("trial.")[0]
+    before, untouched = run.result(), other.result_file.stat().st_mtime_ns
+    text = run.result_file.read_text()
+    run.result_file.write_text(text.replace('"score": ', '"score": 1', 1))
+    shown = call("status", "runs/small")
+    assert shown.exit_code == 1
+    assert "result.json is damaged" in shown.stderr
+    done = call("run", "study.yaml")
+    assert done.exit_code == 0, done.output
+    assert "its run is set aside in" in done.output
+    assert (run.result().weights_sha256, run.result().scores) == (before.weights_sha256, before.scores)
+    assert other.result_file.stat().st_mtime_ns == untouched
+
+
 def test_more_seeds_are_run_on_top_and_seen_by_status(there):
     before = Home(Path("runs/small")).find("replicate.")[0].result_file.stat().st_mtime_ns
     edit("seeds: 1", "seeds: 2")

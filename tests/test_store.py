@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetrial.evidence import trial_score
 from finetrial.records import (
+    Attempt,
     Cost,
+    Failure,
     GroupProof,
     How,
     ModelSource,
@@ -19,7 +23,7 @@ from finetrial.records import (
     Seeds,
     TaskSpec,
 )
-from finetrial.store import RunFolder
+from finetrial.store import Damaged, Home, RunFolder
 from finetrial.terminal import exit_code
 from summary_example import example_summary
 
@@ -28,6 +32,73 @@ SPEC = RunSpec(
     study="s", stage="trial", task=TaskSpec(name="t", use="t", params={}), number=0,
     model=ModelSource(name="./m"), seeds=SEEDS, how=How(base="/here"),
 )  # fmt: skip
+
+
+def written(home: Home) -> RunFolder:
+    """A run with one record of each kind."""
+    folder = home.run(SPEC.run_id)
+    folder.create(SPEC)
+    folder.write_attempt(Attempt(number=1, host="h", pid=1, started_at=1.5))
+    folder.write_failure(Failure(run_id=SPEC.run_id, kind="crashed", reason="why", attempt=1))
+    cost = Cost(wall_seconds=1.0, cpu_seconds=1.0, peak_memory_bytes=1, device="cpu")
+    folder.write_result(Result(run_id=SPEC.run_id, outcome="done", score=0.1 + 0.2, cost=cost))
+    return folder
+
+
+RECORDS = ("spec.json", "attempts/1.json", "failure.json", "result.json")
+
+
+@pytest.fixture(scope="module")
+def one_of_each(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return written(Home(tmp_path_factory.mktemp("records")))
+
+
+@settings(deadline=None, max_examples=150)
+@given(name=st.sampled_from(RECORDS), where=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_a_record_changes_nothing_unseen(one_of_each, name, where, bit):
+    path, before = one_of_each.path / name, one_of_each.record()
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[where % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        after = one_of_each.record()
+    except Damaged as damaged:
+        assert str(path) in str(damaged)
+    else:  # in white space, or where and how it is executed, which is no part of what the run is
+        assert after._replace(spec=before.spec) == before
+        assert after.spec.run_id == before.spec.run_id
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(deadline=None, max_examples=50)
+@given(name=st.sampled_from(RECORDS), share=st.floats(0, 0.99))
+def test_a_record_cut_short_is_seen(one_of_each, name, share):
+    path = one_of_each.path / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    try:
+        with pytest.raises(Damaged, match="does what is damaged anew"):
+            one_of_each.record()
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
+    home = Home(tmp_path)
+    folder = written(home)
+    other = home.run(SPEC.model_copy(update={"number": 1}).run_id)
+    other.create(SPEC.model_copy(update={"number": 1}))
+    assert home.set_aside_damaged() == []
+    for count in (1, 2):  # it may happen again to the same run
+        written(home)
+        folder.result_file.write_text(folder.result_file.read_text().replace("0.30000000000000004", "0.9"))
+        (said,) = home.set_aside_damaged()
+        assert f"its run is set aside in {home.damaged / folder.path.name}.{count}" in said
+        assert not folder.path.exists()
+    assert [run.path.name for run in home.find("")] == [other.path.name]
+    assert (home.damaged / f"{folder.path.name}.1" / "attempts" / "1.json").exists()
 
 
 def test_a_begun_run_follows_a_changed_place_and_limit_and_keeps_its_id(tmp_path: Path):

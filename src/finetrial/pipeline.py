@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetrial import analyse, export, plan, plugins, report, search
 from finetrial.errors import RunsFailed
@@ -29,14 +30,14 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
     """
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
-        opened = open_home(study, home, inputs)
-        story = Story(study, opened, progress, TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN)
+        tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
+        story = Story.begin(study, home, inputs, progress, tried_again=tried_again)
         story.phase("baseline", "baseline", story.baselines())
         story.phase("search", "trial", story.trials())
         story.export_optima()
         story.phase("train", "replicate", story.replicates())
         story.phase("measure", "probe", story.probes())
-        return _conclude(study, story, opened)
+        return _conclude(story)
 
 
 def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, Result]:
@@ -46,8 +47,7 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, 
     """
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
-        opened = open_home(study, home, inputs)
-        story = Story(study, opened, progress)
+        story = Story.begin(study, home, inputs, progress)
         story.phase("baseline", "baseline", story.baselines())
         records = [record for record in story.planned() if record.spec.stage == "baseline"]
         for record in records:
@@ -63,8 +63,7 @@ def report_again(home_path: Path) -> Summary:
         HomeError: the folder is no study's.
         PluginError: a plug-in beside the study file is no longer there.
     """
-    story = _story_so_far(home_path)
-    return _conclude(story.study, story, story.opened)
+    return _conclude(_story_so_far(home_path))
 
 
 def runs_so_far(home_path: Path) -> tuple[Study, list[RunRecord]]:
@@ -80,7 +79,8 @@ def _story_so_far(home_path: Path) -> Story:
     return Story(lock.study, Opened(home, lock.study, lock.inputs, lock.threads, None), Progress())
 
 
-def _conclude(study: Study, story: Story, opened: Opened) -> Summary:
+def _conclude(story: Story) -> Summary:
+    study, opened = story.study, story.opened
     summary = analyse.summarise(study, story.planned(), opened.meta(), model_sha256=opened.model_sha256)
     opened.home.write_summary(summary)
     report.write(summary, opened.home.path)
@@ -101,6 +101,16 @@ class Story:
         self.mirror = Mirror(self.opened.home, self.study.track, self.progress.note)
         for note in self.opened.notes:
             self.progress.note(note)
+
+    @classmethod
+    def begin(
+        cls, study: Study, home: Home, inputs: dict[str, dict[str, str]], progress: Progress, **options: Any
+    ) -> Story:
+        """A study that this process coordinates: its folder opened, damaged runs set aside."""
+        opened = open_home(study, home, inputs)
+        for note in home.set_aside_damaged():
+            progress.note(note)
+        return cls(study, opened, progress, **options)
 
     def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
         """Finish all runs of some lanes."""

@@ -6,6 +6,7 @@ file decides nothing and starts nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from finetrial import files
 from finetrial.errors import HomeError
 from finetrial.lease import FileLock
-from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec
+from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec, canonical_json
 from finetrial.summary import Summary
 
 M = TypeVar("M", bound=BaseModel)
@@ -49,10 +50,13 @@ class RunFolder:
         """Write the spec first. A folder that has one keeps its content; where and how may have changed."""
         self.attempts.mkdir(parents=True, exist_ok=True)
         if not self.spec_file.exists() or self.spec().how != spec.how:
-            files.write_text(self.spec_file, spec.model_dump_json(indent=1) + "\n")
+            _write(self.spec_file, spec)
 
     def spec(self) -> RunSpec:
-        return _read(self.spec_file, RunSpec)
+        spec = _read(self.spec_file, RunSpec)
+        if spec.run_id != self.path.name:  # the id is a hash of what the spec says
+            raise Damaged(self.spec_file, f"it is the spec of {spec.run_id}")
+        return spec
 
     def result(self) -> Result | None:
         return _read(self.result_file, Result) if self.result_file.exists() else None
@@ -68,13 +72,13 @@ class RunFolder:
         return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())
 
     def write_result(self, result: Result) -> None:
-        files.write_text(self.result_file, result.model_dump_json(indent=1) + "\n")
+        _write(self.result_file, result)
 
     def write_failure(self, failure: Failure) -> None:
-        files.write_text(self.failure_file, failure.model_dump_json(indent=1) + "\n")
+        _write(self.failure_file, failure)
 
     def write_attempt(self, attempt: Attempt) -> None:
-        files.write_text(self.attempts / f"{attempt.number}.json", attempt.model_dump_json(indent=1) + "\n")
+        _write(self.attempts / f"{attempt.number}.json", attempt)
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole record of metrics.jsonl, read from its end."""
@@ -118,6 +122,7 @@ class Home:
         self.study_file = path / "study.yaml"
         self.lock_file = path / "study.lock.json"
         self.runs = path / "runs"
+        self.damaged = path / "damaged"
         self.best = path / "best"
         self.models = path / "models"
         self.analysis = path / "analysis"
@@ -136,6 +141,25 @@ class Home:
             return []
         paths = sorted(p for p in self.runs.iterdir() if p.name.startswith(prefix) and p.is_dir())
         return [RunFolder(path) for path in paths if (path / "spec.json").exists()]
+
+    def set_aside_damaged(self) -> list[str]:
+        """Move every run whose records do not hold to `damaged/`, so that it is done anew; a sentence each."""
+        said = []
+        for folder in self.find(""):
+            try:
+                folder.record()
+            except Damaged as damaged:
+                place = self._free_place(folder.path.name)
+                place.parent.mkdir(exist_ok=True)
+                folder.path.rename(place)
+                said.append(f"{damaged.path} is damaged: {damaged.why}; its run is set aside in {place}")
+        return said
+
+    def _free_place(self, name: str) -> Path:
+        number = 1
+        while (place := self.damaged / f"{name}.{number}").exists():
+            number += 1
+        return place
 
     def best_file(self, task: str, method: str) -> Path:
         return self.best / f"{task}.{method}.yaml"
@@ -178,13 +202,40 @@ class Home:
             lock.release()
 
 
+class Damaged(HomeError):
+    """A record that is not what was written; `finetrial run` sets its run aside and does that run anew."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(path, why)
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is damaged, or written by another version: {self.why}; `finetrial run` does what is "
+            f"damaged anew"
+        )
+
+
+def _write(path: Path, record: BaseModel) -> None:
+    """Write a record with the SHA-256 of its canonical JSON: a flipped bit must not pass for a number."""
+    content = record.model_dump(mode="json")
+    files.write_json(path, {**content, "sha256": _digest(content)})
+
+
 def _read(path: Path, model: type[M]) -> M:
     try:
-        return model.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        stated = content.pop("sha256", None) if isinstance(content, dict) else None
+        if stated is not None and stated != _digest(content):
+            raise Damaged(path, "its SHA-256 is not the one that it states")
+        return model.model_validate_json(canonical_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise HomeError(
-            f"{path} cannot be read: {where}: {first['msg']}. It was damaged or written by another version; "
-            f"move that run's folder away and run again to redo this run alone"
-        ) from None
+        raise Damaged(path, f"{where}: {first['msg']}") from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise Damaged(path, str(error)) from None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
