@@ -63,13 +63,13 @@ def test_a_flipped_bit_in_a_record_changes_nothing_unseen(one_of_each, name, whe
     path.write_bytes(data)
     try:
         after = one_of_each.record()
-    except Damaged as damaged:
-        assert str(path) in str(damaged)
-    else:  # in white space, or where and how it is executed, which is no part of what the run is
-        assert after._replace(spec=before.spec) == before
-        assert after.spec.run_id == before.spec.run_id
+    except Damaged:
+        return
     finally:
         path.write_bytes(whole)
+    # In white space, or where and how it is executed, which is no part of what the run is.
+    assert after._replace(spec=before.spec) == before
+    assert after.spec.run_id == before.spec.run_id
 
 
 @settings(deadline=None, max_examples=50)
