@@ -675,8 +675,13 @@ def test_a_replicate_scored_on_other_inputs_than_the_baseline_does_not_count():
     found = [hashed(r, "a") if r.spec.stage in ("baseline", "replicate") else r for r in records()]
     assert summarise(study(), found, META) == summarise(study(), records(), META)
     odd = hashed(replicate("lora", 2, 0.79), "b")
-    within, less = summarise(study(), replaced(found, odd), META).claims
+    summary = summarise(study(), replaced(found, odd), META)
+    within, less = summary.claims
     assert within.pairs == less.pairs == (0, 1, 3, 4)
+    assert arm_of(summary, "lora").replicates[2].void == "other test inputs than the baseline's"
+    assert any(
+        n.startswith("toy: runs were not all evaluated on the same test") for n in summary.fairness_notes
+    )
     assert "lora 2: other test inputs than the baseline's" in within.reason
 
 

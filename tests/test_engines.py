@@ -20,6 +20,7 @@ from finetrial.engines.spawn import Spawn
 from finetrial.lease import FileLock
 from finetrial.plugins import Exit
 from finetrial.processes import OUT_OF_MEMORY_SCORE, Handle
+from finetrial.records import How, TaskSpec
 from finetrial.store import RunFolder
 from scripted import Scripted, make_spec
 
@@ -113,7 +114,7 @@ def test_a_damaged_spec_ends_the_worker_with_a_reason_in_the_log(engine, folder)
     handle = engine.start(folder.path, make_spec())
     assert ended(engine, handle) == Exit(1, reason="exit code 1")
     assert engine.poll(handle) == Exit(1, reason="exit code 1")
-    assert "spec.json cannot be read" in folder.log_tail()
+    assert "spec.json is damaged" in folder.log_tail()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's parent-death signal")
@@ -132,20 +133,45 @@ def test_a_child_whose_parent_is_already_gone_does_nothing(folder, module):
 forks = pytest.mark.skipif(not LOCAL.forking, reason="workers are not forked on this machine")
 
 
-@forks
-def test_workers_are_forked_from_one_nursery_and_take_after_this_process(tmp_path, monkeypatch):
+TELLER = """\
+import os, random, sys
+
+import numpy
+
+raise RuntimeError(f"{os.getcwd()} {os.environ['FINETRIAL_TEST']} {random.random()} {numpy.random.rand()}")
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_worker_is_what_a_fresh_python_would_be(tmp_path, monkeypatch, threads):
+    """Told by a plug-in that fails with what it sees: folder, environment, global random streams."""
+    (tmp_path / "ft_teller.py").write_text(TELLER)
     monkeypatch.setenv("FINETRIAL_TEST", "said later")
-    first, second = RunFolder(tmp_path / "runs" / "a"), RunFolder(tmp_path / "runs" / "b")
-    for each in (first, second):
-        each.create(make_spec())
-        each.spec_file.write_text("{")
     monkeypatch.chdir(tmp_path)
-    handles = [LOCAL.start(each.path, make_spec()) for each in (first, second)]
-    assert all(isinstance(handle, Forked) for handle in handles)
+    task = TaskSpec(name="t", use="ft_teller:TASK", params={})
+    told = {}
+    for name, engine in ENGINES.items():
+        spec = make_spec(task=task, how=How(base=str(tmp_path), threads=threads))
+        folder = RunFolder(tmp_path / name / "runs" / spec.run_id)
+        folder.create(spec)
+        handle = engine.start(folder.path, spec)
+        assert isinstance(handle, Forked) == (name == "local" and LOCAL.forking)
+        assert ended(engine, handle).code == 1
+        told[name] = folder.failure().reason
+    assert f"{tmp_path} said later" in told["spawn"]
+    assert told["local"] == told["spawn"]
+
+
+@forks
+def test_one_nursery_with_one_thread_serves_all_runs(tmp_path):
+    folders = [RunFolder(tmp_path / "runs" / name) for name in ("a", "b")]
+    for each in folders:
+        each.create(make_spec())
+    handles = [LOCAL.start(each.path, make_spec()) for each in folders]
     assert handles[0].nursery is handles[1].nursery
     assert psutil.Process(handles[0].nursery.process.pid).num_threads() == 1
-    assert [ended(LOCAL, handle).code for handle in handles] == [1, 1]
-    assert all("spec.json cannot be read" in each.log_tail() for each in (first, second))
+    assert [ended(LOCAL, handle).code for handle in handles] == [1, 1]  # folders not named after their spec
+    assert all("is the spec of" in each.log_tail() for each in folders)
 
 
 @forks

@@ -281,6 +281,10 @@ def test_token_types_reach_the_model_unless_the_study_says_no(tiny_bert, tmp_pat
     built = bench.build_base()
     features = bench.encode(bench.splits.test, built)
     assert all((feature.token_type_ids is not None) == marked for feature in features)
+    # Whoever loads the tokenizer saved beside a model makes the inputs that the model was trained on.
+    built.tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert ("token_type_ids" in again("a question", "a context")) == marked
     batch = collate(features[:4], built.tokenizer.pad_token_id)
     assert ("token_type_ids" in model_inputs(batch)) == marked
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetrial.errors import HomeError
 from finetrial.evidence import trial_score
 from finetrial.records import (
     Attempt,
@@ -85,6 +88,31 @@ def test_a_record_cut_short_is_seen(one_of_each, name, share):
         path.write_bytes(whole)
 
 
+def test_a_record_of_another_version_is_no_damage(tmp_path):
+    """Whole, and with a field that this version does not know: nothing is set aside, nothing is done anew."""
+    home = Home(tmp_path)
+    folder = written(home)
+    content = json.loads(folder.result_file.read_text())
+    del content["sha256"]
+    content["of_tomorrow"] = 1
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+    folder.result_file.write_text(json.dumps(content))
+    with pytest.raises(HomeError, match="written by another version of finetrial") as refused:
+        home.set_aside_damaged()
+    assert not isinstance(refused.value, Damaged)
+    assert folder.result_file.exists()
+
+
+def test_what_a_damaged_run_was_to_do_is_kept(tmp_path):
+    home = Home(tmp_path)
+    folder = written(home)
+    folder.result_file.write_text("{")
+    home.set_aside_damaged()
+    assert folder.spec() == SPEC
+    assert folder.record() == RunRecord(SPEC, None, None, ())
+
+
 def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
     home = Home(tmp_path)
     folder = written(home)
@@ -96,8 +124,8 @@ def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
         folder.result_file.write_text(folder.result_file.read_text().replace("0.30000000000000004", "0.9"))
         (said,) = home.set_aside_damaged()
         assert f"its run is set aside in {home.damaged / folder.path.name}.{count}" in said
-        assert not folder.path.exists()
-    assert [run.path.name for run in home.find("")] == [other.path.name]
+        assert not folder.result_file.exists()
+    assert home.run(other.path.name).spec().number == 1
     assert (home.damaged / f"{folder.path.name}.1" / "attempts" / "1.json").exists()
 
 

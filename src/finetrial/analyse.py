@@ -22,9 +22,15 @@ from finetrial.evidence import (
     run_of_task,
     same_inputs,
     trial_score,
-    void_reason,
 )
-from finetrial.fairness import environment, environment_notes, failure_rows, fairness_notes, ledger_row
+from finetrial.fairness import (
+    environment,
+    environment_notes,
+    failure_rows,
+    fairness_notes,
+    input_notes,
+    ledger_row,
+)
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, TaskSpec
 from finetrial.space import Choice, Fixed, Range, Space
@@ -90,6 +96,7 @@ def summarise(
         ledger=ledger,
         fairness_notes=(
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
+            *input_notes(ordered),
             *environment_notes(ordered),
         ),
         failures=failure_rows(ordered),
@@ -148,7 +155,7 @@ def _arm_summary(study: Study, arm: Arm) -> ArmSummary:
         task=arm.task.name,
         method=arm.method.name,
         search=_search(study, arm),
-        replicates=tuple(_replicate(r, arm.metric) for r in arm.replicates if r.outcome),
+        replicates=tuple(_replicate(r, arm) for r in arm.replicates if r.outcome),
         test={name: _interval([test[name] for test in tests]) for name in sorted(shared)},
         failed=sum(r.spec.number in arm.invalid for r in ended),
         planned=study.train.seeds,
@@ -203,7 +210,7 @@ def _dimensions(space: Space, best: RunRecord | None) -> tuple[DimensionSummary,
     return tuple(found)
 
 
-def _replicate(record: RunRecord, metric: Metric) -> ReplicatePoint:
+def _replicate(record: RunRecord, arm: Arm) -> ReplicatePoint:
     result = record.result
     test = result.scores.get("test", {}) if result else {}
     assert record.outcome is not None
@@ -211,8 +218,8 @@ def _replicate(record: RunRecord, metric: Metric) -> ReplicatePoint:
         run_id=record.spec.run_id,
         number=record.spec.number,
         outcome=record.outcome,
-        void=void_reason(record),
-        score=test.get(metric.name),
+        void=_void(record, arm),
+        score=test.get(arm.metric.name),
         validation_score=result.score if result else None,
         test=test,
         weights_sha256=result.weights_sha256 if result else None,
@@ -222,6 +229,12 @@ def _replicate(record: RunRecord, metric: Metric) -> ReplicatePoint:
             if group.relative_change is not None
         },
     )
+
+
+def _void(record: RunRecord, arm: Arm) -> str | None:
+    """Why a replicate that is done does not count."""
+    reason = arm.invalid.get(record.spec.number) if record.outcome == "done" else None
+    return reason.removeprefix("void, ") if reason else None
 
 
 def _cost(arm: Arm) -> ArmCost | None:

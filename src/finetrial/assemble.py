@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,7 @@ class Workbench:
         return plugin.attach(given, self.spec.settings, params), built
 
     def encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
-        features = self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
-        if not self.spec.model.token_type_ids:
-            features = [replace(feature, token_type_ids=None) for feature in features]
-        return features
+        return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
 
 
 def open_workbench(spec: RunSpec, home: Home) -> Workbench:

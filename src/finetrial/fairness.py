@@ -127,6 +127,22 @@ def environment_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     )
 
 
+def input_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """One sentence for every task whose runs were not all evaluated on the same inputs."""
+    seen: dict[tuple[str, str], dict[str, list[str]]] = {}  # task, split -> hash -> run ids
+    for record in records:
+        for split, digest in record.result.input_sha256.items() if record.result else ():
+            if split != "train":
+                seen.setdefault((record.spec.task.name, split), {}).setdefault(digest[:12], []).append(
+                    record.spec.run_id
+                )
+    return tuple(
+        f"{task}: runs were not all evaluated on the same {split} inputs: {_shares(hashes)}"
+        for (task, split), hashes in seen.items()
+        if len(hashes) > 1
+    )
+
+
 def _facts(records: Sequence[RunRecord]) -> dict[str, dict[str, list[str]]]:
     """What -> value -> the ids of the runs that had it."""
     runs: dict[str, dict[str, list[str]]] = {}

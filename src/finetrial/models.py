@@ -100,10 +100,13 @@ def load_tokenizer(location: Location, source: ModelSource) -> Any:
     """The model's tokenizer, padding on the right, with a pad token.
 
     A decoder without a pad token gets its unknown or end token for it: the attention mask, not the token,
-    says what is padding, and the head reads the last position that is not padding.
+    says what is padding, and the head reads the last position that is not padding. What it makes is what the
+    model is given, here and by whoever loads it from beside a trained model: no token types if the study
+    says so.
     """
+    makes = {} if source.token_type_ids else {"model_input_names": ["input_ids", "attention_mask"]}
     tokenizer = AutoTokenizer.from_pretrained(
-        location.name, revision=location.revision, trust_remote_code=source.trust_remote_code
+        location.name, revision=location.revision, trust_remote_code=source.trust_remote_code, **makes
     )
     if not tokenizer.is_fast:
         raise ModelError(f"{source.name} has no fast tokenizer (tokenizer.json), which offsets need")

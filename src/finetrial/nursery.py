@@ -25,7 +25,6 @@ import select
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from finetrial import worker
 
 
 def main() -> int:
-    """Serve until standard input closes; 1 if forking would not be safe."""
+    """Serve until standard input closes; 1 if forking would not be safe. In a fork: do its run."""
     worker.follow_parent()
     requests, answers = 0, os.dup(1)
     os.dup2(2, 1)  # whatever an import prints
@@ -65,6 +64,7 @@ def _threads() -> int:
 
 
 def _serve(requests: int, answers: int) -> int:
+    """Until standard input closes: 0. In a fork: what the worker's exit code is to be."""
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     os.set_blocking(wake_reader, False)
@@ -86,24 +86,33 @@ def _serve(requests: int, answers: int) -> int:
         pending += data
         while b"\n" in pending:
             line, _, pending = pending.partition(b"\n")
-            _obey(json.loads(line), running, answers)
+            request = json.loads(line)
+            if "let_go" in request:
+                _let_go(request["let_go"], running)
+            elif _fork(request["start"], running, answers):
+                return _be_a_worker(request)
 
 
-def _obey(request: dict[str, Any], running: set[int], answers: int) -> None:
-    if "let_go" in request:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(request["let_go"], 0)
-        return
-    number = request["start"]
+def _let_go(pid: int, running: set[int]) -> None:
+    running.discard(pid)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _fork(number: int, running: set[int], answers: int) -> bool:
+    """Make a worker and tell of it; True in the worker itself."""
+    nursery = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
         _answer(answers, {"failed": number, "why": str(error)})
-        return
+        return False
     if pid == 0:
-        _be_a_worker(request)
+        os.environ[worker.PARENT_VARIABLE] = str(nursery)
+        return True
     running.add(pid)
     _answer(answers, {"started": number, "pid": pid})
+    return False
 
 
 def _tell_ends(running: set[int], answers: int) -> None:
@@ -116,32 +125,21 @@ def _tell_ends(running: set[int], answers: int) -> None:
             _answer(answers, {"ended": pid, "code": code})
 
 
-def _be_a_worker(request: dict[str, Any]) -> None:
-    """In the fork: become what `python -m finetrial.worker` would have been; never returns."""
-    code = 1
-    try:
-        parent = os.getppid()
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.chdir(request["cwd"])
-        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
-            os.dup2(descriptor, number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 1024)
-        os.environ.clear()
-        os.environ.update(request["environment"], **{worker.PARENT_VARIABLE: str(parent)})
-        code = worker.main(request["folder"])
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 - the end of this process, as an interpreter would have it
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+def _be_a_worker(request: dict[str, Any]) -> int:
+    """In the fork: become what `python -m finetrial.worker` would have been, and do the run."""
+    parent = os.environ[worker.PARENT_VARIABLE]
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(descriptor, number)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"], **{worker.PARENT_VARIABLE: parent})
+    return worker.main(request["folder"])
 
 
 def _answer(descriptor: int, answer: dict[str, Any]) -> None:

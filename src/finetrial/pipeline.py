@@ -120,7 +120,8 @@ class Story:
             each = study.search.trials if stage == "trial" else study.train.seeds
             totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
         metrics = {task.name: metric_of(task) for task in study.tasks}
-        done = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
+        mine = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
+        done = [r for r in mine if r.result or r.outcome not in self.tried_again]
         by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -65,8 +66,12 @@ class FreshPython:
 
 def child_environment(threads: int) -> dict[str, str]:
     """This process's environment, with what every run's process is given."""
+    # NumPy's own threads, which it would start at import: a process that has them cannot be forked from. On
+    # other machines torch may compute with OpenBLAS, too, and keeps its threads.
+    numpy_threads = {"OPENBLAS_NUM_THREADS": "1"} if platform.machine() in ("x86_64", "AMD64") else {}
     return {
         **os.environ,
+        **numpy_threads,
         "FINETRIAL_PARENT": str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

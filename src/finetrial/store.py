@@ -55,7 +55,10 @@ class RunFolder:
     def spec(self) -> RunSpec:
         spec = _read(self.spec_file, RunSpec)
         if spec.run_id != self.path.name:  # the id is a hash of what the spec says
-            raise Damaged(self.spec_file, f"it is the spec of {spec.run_id}")
+            raise HomeError(
+                f"{self.spec_file} is the spec of {spec.run_id}: its folder was renamed, or another version of "
+                f"finetrial wrote it; use that version, or name another folder with --home"
+            )
         return spec
 
     def result(self) -> Result | None:
@@ -143,15 +146,21 @@ class Home:
         return [RunFolder(path) for path in paths if (path / "spec.json").exists()]
 
     def set_aside_damaged(self) -> list[str]:
-        """Move every run whose records do not hold to `damaged/`, so that it is done anew; a sentence each."""
+        """Move every run whose records do not hold to `damaged/`, so that it is done anew; a sentence each.
+
+        A spec that holds stays: what a trial's settings are was decided by the history of that time.
+        """
         said = []
         for folder in self.find(""):
             try:
                 folder.record()
             except Damaged as damaged:
+                spec = folder.spec() if damaged.path != folder.spec_file else None
                 place = self._free_place(folder.path.name)
                 place.parent.mkdir(exist_ok=True)
                 folder.path.rename(place)
+                if spec is not None:
+                    folder.create(spec)
                 said.append(f"{damaged.path} is damaged: {damaged.why}; its run is set aside in {place}")
         return said
 
@@ -203,17 +212,17 @@ class Home:
 
 
 class Damaged(HomeError):
-    """A record that is not what was written; `finetrial run` sets its run aside and does that run anew."""
+    """A record that is not what was written; `finetrial run` sets its run aside and does that run anew.
+
+    Not for a whole record of another version: that is a plain HomeError, and nothing is set aside.
+    """
 
     def __init__(self, path: Path, why: str):
         super().__init__(path, why)
         self.path, self.why = path, why
 
     def __str__(self) -> str:
-        return (
-            f"{self.path} is damaged, or written by another version: {self.why}; `finetrial run` does what is "
-            f"damaged anew"
-        )
+        return f"{self.path} is damaged: {self.why}; `finetrial run` does what is damaged anew"
 
 
 def _write(path: Path, record: BaseModel) -> None:
@@ -223,6 +232,7 @@ def _write(path: Path, record: BaseModel) -> None:
 
 
 def _read(path: Path, model: type[M]) -> M:
+    stated = None
     try:
         content = json.loads(path.read_bytes())
         stated = content.pop("sha256", None) if isinstance(content, dict) else None
@@ -231,8 +241,13 @@ def _read(path: Path, model: type[M]) -> M:
         return model.model_validate_json(canonical_json(content))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise Damaged(path, f"{where}: {first['msg']}") from None
+        why = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+        if stated is None:
+            raise Damaged(path, why) from None
+        raise HomeError(
+            f"{path} was written by another version of finetrial ({why}); use that version, or name another "
+            f"folder with --home"
+        ) from None
     except ValueError as error:  # no JSON, or no UTF-8
         raise Damaged(path, str(error)) from None
 

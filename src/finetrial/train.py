@@ -9,6 +9,7 @@ which activations dropout drops.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -27,8 +28,9 @@ from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
 from finetrial.store import RunFolder
 
-# The start of the loss is the mean of so many: one batch may be lucky.
+# What divergence is measured against: the median of so many losses, at most so many times the first.
 START_LOSSES = 5
+LUCK = 10.0
 
 
 @dataclass
@@ -220,12 +222,12 @@ def guard(progress: Progress, rules: LoopRules, loss: float, norm: float) -> Non
         raise Diverged(progress.step, f"the loss is {loss}")
     if not math.isfinite(norm):
         raise Diverged(progress.step, f"the gradient norm is {norm}")
-    if len(progress.first_losses) < START_LOSSES and progress.steps_above_start == 0:
-        known = progress.first_losses
-        if not known or loss <= rules.divergence_factor * _mean(known):  # a jump is no part of the start
-            known.append(loss)
-    start = _mean(progress.first_losses)
-    above = loss > rules.divergence_factor * start
+    if len(progress.first_losses) < START_LOSSES:
+        progress.first_losses.append(loss)
+    # One batch may be lucky, so the start is the median of the first; but no explosion is taken for a start.
+    first, usual = progress.first_losses[0], statistics.median(progress.first_losses)
+    start = max(first, min(usual, LUCK * first))
+    above = start > 0 and loss > rules.divergence_factor * start  # a loss that may be negative has no such rule
     progress.steps_above_start = progress.steps_above_start + 1 if above else 0
     if progress.steps_above_start >= rules.divergence_steps:
         raise Diverged(

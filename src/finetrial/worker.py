@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import sys
 import traceback
@@ -62,9 +63,13 @@ def _do(folder: RunFolder) -> int:
     attempt = max((a.number for a in folder.attempt_records()), default=1)
     plugins.make_importable(Path(spec.how.base))
     try:
+        import numpy
         import torch
 
         torch.set_num_threads(spec.how.threads)
+        # Nothing here draws from these; a plug-in may, and then the same in every process that does this run.
+        random.seed(spec.seeds.data_order)
+        numpy.random.seed(spec.seeds.data_order % 2**32)  # noqa: NPY002 - the global stream is the point
         # Warned of, not refused: an operation without a deterministic form costs bit-equality, not the run.
         torch.use_deterministic_algorithms(True, warn_only=True)
         from finetrial import stages

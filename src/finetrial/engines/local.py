@@ -15,6 +15,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,10 @@ from finetrial import processes
 from finetrial.plugins import Exit
 from finetrial.records import RunSpec
 
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128")
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128", "/dev/dxg")
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.02
+KILL_SECONDS = 30.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's driver
 
 
 class Forked(NamedTuple):
@@ -53,7 +55,8 @@ class Nursery:
         self._pending = b""
         self._count = 0
         self._started: dict[int, int] = {}  # request -> process id
-        self._failed: dict[int, str] = {}  # request -> why
+        self._failed: set[int] = set()  # requests
+        self._let_go: set[int] = set()  # process ids of ended workers
         self._codes: dict[int, int] = {}  # process id -> return code, of the ended
         self.ready: bool | None = None  # None: it is still importing
         self.gone = False
@@ -66,22 +69,20 @@ class Nursery:
         return self.ready is True and not self.gone
 
     def start(self, run_folder: Path, threads: int) -> int | None:
-        """The process id of a new worker; None if the nursery is gone.
-
-        Raises:
-            OSError: the system gives no more processes.
-        """
+        """The process id of a new worker; None if there is none to be had from here."""
         self._count += 1
         number = self._count
         request = {
             "start": number, "folder": str(run_folder), "log": str(run_folder / "log.txt"),
             "cwd": str(Path.cwd()), "environment": processes.child_environment(threads),
         }  # fmt: skip
-        self._send(request)
-        while number not in self._started and number not in self._failed and not self.gone:
-            self.listen(0.5)
-        if number in self._failed:
-            raise OSError(self._failed.pop(number))
+        try:
+            self._send(request)
+            while number not in self._started and number not in self._failed and not self.gone:
+                self.listen(0.5)
+        except BaseException:  # a worker that nobody knows of must not run
+            self.end()
+            raise
         return self._started.pop(number, None)
 
     def code(self, pid: int) -> int | None:
@@ -89,8 +90,12 @@ class Nursery:
         self.listen(0)
         return self._codes.get(pid)
 
+    def has_let_go(self, pid: int) -> bool:
+        return pid in self._let_go
+
     def let_go(self, pid: int) -> None:
         """Its id may be given to another process now."""
+        self._let_go.add(pid)
         self._send({"let_go": pid})
 
     def listen(self, seconds: float) -> None:
@@ -112,8 +117,10 @@ class Nursery:
             self.ready = answer["ready"]
         elif "started" in answer:
             self._started[answer["started"]] = answer["pid"]
+            self._let_go.discard(answer["pid"])
+            self._codes.pop(answer["pid"], None)  # of an earlier worker with the same id
         elif "failed" in answer:
-            self._failed[answer["failed"]] = answer["why"]
+            self._failed.add(answer["failed"])
         else:
             self._codes[answer["ended"]] = answer["code"]
 
@@ -143,9 +150,10 @@ class Local:
         self.forking = sys.platform.startswith("linux") and not any(map(os.path.exists, GPU_DRIVERS))
 
     def start(self, run_folder: Path, spec: RunSpec) -> Forked | processes.Handle:
-        while self.forking:
+        for _ in range(2 if self.forking else 0):  # twice: the nursery may have been killed since the last run
             nursery = self._nursery(spec.how.threads)
             if not nursery.usable():
+                nursery.end()
                 self.forking = False
                 break
             pid = nursery.start(run_folder, spec.how.threads)
@@ -156,7 +164,8 @@ class Local:
 
     def _nursery(self, threads: int) -> Nursery:
         """The nursery, made anew where there is none or what a Python fixes at its start has changed."""
-        key = (os.getpid(), threads, os.environ.get("PYTHONPATH"), sys.executable)
+        # The thread, too: the nursery ends with the one that started it.
+        key = (threading.get_ident(), sys.executable, processes.child_environment(threads))
         if self.nursery is None or self.nursery.gone or self._key != key:
             self.nursery, self._key = Nursery(threads), key
         return self.nursery
@@ -166,8 +175,9 @@ class Local:
             return self.fresh.poll(handle)
         code = handle.nursery.code(handle.pid)
         if code is not None:
-            processes.end_group(handle.pid, signal.SIGKILL)  # whatever the worker left behind
-            handle.nursery.let_go(handle.pid)
+            if not handle.nursery.has_let_go(handle.pid):
+                processes.end_group(handle.pid, signal.SIGKILL)  # whatever the worker left behind
+                handle.nursery.let_go(handle.pid)
             return processes.exit_of(code)
         if handle.nursery.gone:
             return Exit(None, reason="the process that it was forked from was killed, and it with that")
@@ -180,18 +190,27 @@ class Local:
         if self.poll(handle) is not None:
             return
         started = processes.descendants(handle.pid)
-        processes.end_group(handle.pid, signal.SIGTERM)
-        self._await(handle, grace_seconds)
-        processes.end_group(handle.pid, signal.SIGKILL)
+        self._signal(handle, signal.SIGTERM)
+        if not self._ends_within(grace_seconds, handle):
+            self._signal(handle, signal.SIGKILL)
         processes.kill_each(started)  # those that left the group
-        self._await(handle, None)
+        if not self._ends_within(KILL_SECONDS, handle):
+            handle.nursery.end()
 
-    def _await(self, handle: Forked, seconds: float | None) -> None:
-        deadline = time.monotonic() + seconds if seconds is not None else None
-        while handle.nursery.code(handle.pid) is None and not handle.nursery.gone:
-            if deadline is not None and time.monotonic() > deadline:
-                return
+    @staticmethod
+    def _signal(handle: Forked, number: signal.Signals) -> None:
+        """To the worker and its group; it may not have its own yet."""
+        processes.end_group(handle.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(handle.pid, number)
+
+    def _ends_within(self, seconds: float, handle: Forked) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.poll(handle) is None:
+            if time.monotonic() > deadline:
+                return False
             time.sleep(POLL_SECONDS)
+        return True
 
 
 PLUGIN = Local()
