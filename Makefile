@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup quickstart test checks lint format types layers docs gpu clean
+.PHONY: help setup quickstart test checks lint format types layers docs gpu crash clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -39,6 +39,9 @@ docs: .make/dev ## the pages against the code
 
 gpu: ## every check that needs a GPU, with the python in PYTHON (add ARGS=--dry-run to walk it on a CPU)
 	PYTHONPATH=src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
+
+crash: .make/dev ## attack a small study at a thousand points and compare (an hour; FAULTS=60 for a slice)
+	$(BIN)/python bench/crash.py --faults $(or $(FAULTS),1000) --output bench/results/crash.json
 
 clean: ## remove the virtual environment and all caches; studies stay
 	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,11 +2,11 @@
 
     python bench/crash.py [--faults 1000] [--seed 0] [--jobs 2] [--output bench/results/crash.json]
 
-The study is small (a random two-layer model, two arms, trials, replicates, probes, a tracker) and otherwise real:
-processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each fault happen at a point before or
-after a call, in the coordinator or in a worker. A *chain* is one study that meets several faults, one after the
-other; after each, the same command is run again. In the end: no run lost, none done twice, attempts numbered in
-sequence, and every number and weight hash equal to the undisturbed study's.
+The study is small (a random two-layer model, two arms, trials, replicates, probes, a tracker) and otherwise
+real: processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each fault happen at a point
+before or after a call, in the coordinator or in a worker. A *chain* is one study that meets several faults, one
+after the other; after each, the same command is run again. In the end: no run lost, none done twice, attempts
+numbered in sequence, and every number and weight hash equal to the undisturbed study's.
 """
 
 from __future__ import annotations
@@ -232,8 +232,10 @@ def chosen(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
     for group in groups.values():
         rng.shuffle(group)
     found: list[Fault] = []
+    keys = sorted(groups)
+    rng.shuffle(keys)
     while len(found) < count and any(groups.values()):
-        for key in sorted(groups):
+        for key in keys:
             if groups[key] and len(found) < count:
                 found.append(groups[key].pop())
     return found
@@ -250,7 +252,7 @@ def fight(field_: Field, chain: Chain, number: int) -> Chain:
     home, plan = field_.folder / f"attacked-{number}", field_.folder / f"attacked-{number}.plan"
     plan.mkdir()
     waiting = list(chain.faults)
-    code, restarts = -1, 0
+    code, restarts, output = -1, 0, ""
     while code != 0 or waiting:
         (plan / "fired.json").unlink(missing_ok=True)
         if code == 0:  # finished: what is left was never passed
@@ -285,7 +287,7 @@ def fight(field_: Field, chain: Chain, number: int) -> Chain:
 
 
 def campaign(count: int, *, seed: int, jobs: int, folder: Path) -> tuple[Field, list[Chain]]:
-    """A whole campaign of so many faults; what was missed in a chain is tried once more in a study of its own."""
+    """So many faults; what was missed in a chain is tried once more in a study of its own."""
     sys.path.insert(0, str(SHIM))
     import sitecustomize as shim  # the campaign's, whatever Python found at its start
 
@@ -342,6 +344,7 @@ def main() -> int:
                 for (kind, phase), count in sorted(Counter((f.kind, f.phase) for f in fired).items())
             ],
         }  # fmt: skip
+        given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if wrong else 0
 

@@ -6,6 +6,8 @@ They go through the same doors as a user's own (`fragile:QA`), so nothing of fin
 from __future__ import annotations
 
 import math
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ class Trouble:
     """What goes wrong, counted in loss computations (micro-batches) from 1; and what was seen."""
 
     interrupt_at: int | None = None
+    sigterm_at: int | None = None
     error_at: tuple[int, Exception] | None = None
     nan_loss_at: int | None = None
     nan_logits_at_evaluation: int | None = None
@@ -53,6 +56,8 @@ class FragileHead(ExtractiveQa):
         TROUBLE.batches.append([row[:length] for row, length in zip(rows, lengths, strict=True)])
         if TROUBLE.losses == TROUBLE.interrupt_at:
             raise Interrupted
+        if TROUBLE.losses == TROUBLE.sigterm_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         if TROUBLE.error_at and TROUBLE.losses == TROUBLE.error_at[0]:
             raise TROUBLE.error_at[1]
         loss = super().loss_sum(outputs, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def test_a_run_that_was_cut_off_and_resumed_is_the_same_to_the_bit(tiny_bert, tm
         expected += [at] if at else []
     assert resumed.training.resumed_from == tuple(expected)
     assert whole.training.resumed_from == ()
+
+
+@pytest.mark.parametrize("step", [1, 5, 12])
+def test_a_notice_to_end_is_answered_with_a_checkpoint_and_nothing_is_done_twice(tiny_bert, tmp_path, step):
+    spec = make_spec(tiny_bert, "lora", rules={"evaluations_per_epoch": 2})  # no checkpoint is ever due
+    whole = run(spec, tmp_path / "whole")
+    TROUBLE.reset(sigterm_at=step)
+    if step < 12:
+        with pytest.raises(SystemExit) as left:
+            run(spec, tmp_path / "cut")
+        assert left.value.code == 143
+        assert folder_of(spec, tmp_path / "cut").checkpoint_step() == step
+        TROUBLE.reset()
+    resumed = run(spec, tmp_path / "cut")  # the last step is not cut off: there is nothing left to do
+    assert TROUBLE.losses == 12 - (step if step < 12 else 0)
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert records(spec, tmp_path / "cut") == records(spec, tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_cases_of_resuming_are_what_they_say(tiny_bert, tmp_path):

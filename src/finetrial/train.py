@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,7 @@ from finetrial.assemble import Workbench
 from finetrial.batching import collate, epoch_batches, evaluation_batches, model_inputs
 from finetrial.errors import Diverged
 from finetrial.files import append_json_line
+from finetrial.notice import EXIT_CODE, termination_notice
 from finetrial.optimisation import evaluation_steps, plan_steps, prepare_optimisation, settings_used
 from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
@@ -112,48 +114,55 @@ def train(
     clock = _Clock(progress)
     due = _checkpoint_rule(spec, progress.step)
 
-    for indices in _remaining(lengths, batch_size, spec.seeds.data_order, planned_steps, progress.step):
-        progress.step += 1
-        batch = [features[i] for i in indices]
-        model.train()
-        loss, norm, rate = _step(accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress)
-        try:
-            guard(progress, rules, loss, norm)
-        except Diverged as diverged:
-            record = {
-                "kind": "diverged", "step": progress.step, "reason": diverged.reason,
-                "losses_before": progress.unlogged_losses, "learning_rate": rate,
-            }  # fmt: skip
-            append_json_line(folder.metrics_file, record)
-            raise
-        progress.unlogged_losses.append(loss)
-        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-        progress.last_loss = loss
-        last = progress.step == planned_steps
-        if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
-            losses = progress.unlogged_losses
-            record = {
-                "kind": "train", "step": progress.step, "planned_steps": planned_steps,
-                "loss": _mean(losses), "gradient_norm": norm,
-                "learning_rate": rate, "tokens": progress.tokens,
-                "seconds": round(clock.train(), 3),
-            }  # fmt: skip
-            append_json_line(folder.metrics_file, record)
-            losses.clear()
-        if progress.step in evaluate_at:
-            clock.train()
+    with termination_notice() as asked:
+        for indices in _remaining(lengths, batch_size, spec.seeds.data_order, planned_steps, progress.step):
+            progress.step += 1
+            batch = [features[i] for i in indices]
+            model.train()
+            loss, norm, rate = _step(
+                accelerator, model, optimizer, scheduler, bench, tokenizer, batch, progress
+            )
             try:
-                _check_weights(model)
-                scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
-            except Diverged as diverged:  # a head knows no step
-                raise Diverged(progress.step, diverged.reason) from diverged
-            clock.evaluate()
-            _judge(bench, folder, model, scored, progress, rules)
-        if progress.stopped_early:
-            break
-        if due(progress.step) and not last:
-            clock.train()
-            checkpoint.save(folder.checkpoint, progress.step, model, optimizer, scheduler, asdict(progress))
+                guard(progress, rules, loss, norm)
+            except Diverged as diverged:
+                record = {
+                    "kind": "diverged", "step": progress.step, "reason": diverged.reason,
+                    "losses_before": progress.unlogged_losses, "learning_rate": rate,
+                }  # fmt: skip
+                append_json_line(folder.metrics_file, record)
+                raise
+            progress.unlogged_losses.append(loss)
+            progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+            progress.last_loss = loss
+            last = progress.step == planned_steps
+            if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
+                losses = progress.unlogged_losses
+                record = {
+                    "kind": "train", "step": progress.step, "planned_steps": planned_steps,
+                    "loss": _mean(losses), "gradient_norm": norm,
+                    "learning_rate": rate, "tokens": progress.tokens,
+                    "seconds": round(clock.train(), 3),
+                }  # fmt: skip
+                append_json_line(folder.metrics_file, record)
+                losses.clear()
+            if progress.step in evaluate_at:
+                clock.train()
+                try:
+                    _check_weights(model)
+                    scored = evaluate(accelerator, model, bench, tokenizer, validation, bench.splits.validation)
+                except Diverged as diverged:  # a head knows no step
+                    raise Diverged(progress.step, diverged.reason) from diverged
+                clock.evaluate()
+                _judge(bench, folder, model, scored, progress, rules)
+            if progress.stopped_early:
+                break
+            leaving = asked()
+            if (leaving or due(progress.step)) and not last:
+                clock.train()
+                checkpoint.save(folder.checkpoint, progress.step, model, optimizer, scheduler, asdict(progress))
+            if leaving and not last:
+                sys.stderr.write(f"asked to end: left after step {progress.step}, with a checkpoint\n")
+                sys.exit(EXIT_CODE)
     clock.train()
 
     trained = accelerator.unwrap_model(model)
