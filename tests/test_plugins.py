@@ -37,7 +37,7 @@ def test_the_folders_hold_what_the_docs_say():
         "tasks": ["classification", "mrpc", "rte", "squad_v2", "sst2", "synthetic_qa"],
         "methods": ["full", "lora"],
         "probes": ["drift"],
-        "engines": ["inline", "local"],
+        "engines": ["inline", "local", "spawn"],
         "trackers": ["wandb"],
     }
 
@@ -189,15 +189,20 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_in_its_place(beside):
         plugins.load("methods", "colorsys:PLUGIN", beside.base)
 
 
-def test_a_file_called_like_an_installed_module_breaks_nothing(tmp_path):
+@pytest.mark.parametrize("engine", ["local", "spawn"])
+def test_a_file_called_like_an_installed_module_breaks_nothing(tmp_path, engine):
     """Neither beside the study file nor in the folder that a command is given in."""
     (tmp_path / "psutil.py").write_text("raise SystemExit('shadowed')")
     code = f"""
+        import time
         from pathlib import Path
         from finetrial import plugins
         plugins.make_importable(Path({str(tmp_path)!r}))
         spec = type("Spec", (), {{"how": type("How", (), {{"threads": 1}})}})
-        plugins.load("engines", "local").start(Path({str(tmp_path)!r}), spec).process.wait()
+        engine = plugins.load("engines", {engine!r})
+        handle = engine.start(Path({str(tmp_path)!r}), spec)
+        while engine.poll(handle) is None:
+            time.sleep(0.01)
     """
     (tmp_path / "start.py").write_text(textwrap.dedent(code))
     done = subprocess.run([sys.executable, "-P", "start.py"], cwd=tmp_path, capture_output=True, text=True)

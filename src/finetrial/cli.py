@@ -111,10 +111,13 @@ def run(study: Path, home: Path | None, retry_failed: bool) -> None:
     from finetrial import pipeline, terminal
 
     loaded, path = _load(study, home)
-    signal.signal(signal.SIGTERM, _interrupt)
-    with terminal.progress() as progress:
-        terminal.show_title(loaded, path)
-        summary = pipeline.run_study(loaded, path, progress, retry_failed=retry_failed)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with terminal.progress() as progress:
+            terminal.show_title(loaded, path)
+            summary = pipeline.run_study(loaded, path, progress, retry_failed=retry_failed)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))
 
