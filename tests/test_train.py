@@ -17,7 +17,8 @@ from finetrial.errors import Diverged
 from finetrial.optimisation import evaluation_steps, prepare_optimisation
 from finetrial.records import EarlyStopping, LoopRules, RunSpec
 from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
-from finetrial.train import Progress, guard, make_accelerator
+from finetrial.train import make_accelerator
+from finetrial.training_state import Progress, guard
 from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run
 

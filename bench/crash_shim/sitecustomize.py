@@ -37,7 +37,9 @@ POINTS = {
         "Home.write_summary": "report", "Home.set_aside_damaged": "clean-up",
     },
     "finetrial.optimisation": {"prepare_optimisation": "train", "settings_used": "train"},
-    "finetrial.train": {"train": "train", "_step": "train", "evaluate": "evaluate", "_judge": "evaluate"},
+    "finetrial.train": {
+        "train": "train", "_Loop.step": "train", "_Loop.judge": "evaluate", "evaluate": "evaluate",
+    },
     "finetrial.checkpoint": {
         "save": "save", "save_best": "save", "load_best": "save", "newest": "save", "restore": "save",
         "_drop_all_but": "clean-up",

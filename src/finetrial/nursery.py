@@ -2,14 +2,14 @@
 
 Child side, for `engines/local.py`. A fork of it is a worker in milliseconds, and as much a process of its own
 as a fresh one: its own session, memory, signals, environment and log, nothing open that is not its own. This
-process does nothing but import, fork and tell of ends; it has one thread, which is what makes forking
-safe, and says so before the first fork.
+process does nothing but import, fork and tell of ends. It has one thread, which is what makes forking safe;
+if the imports fail or leave more than one, it ends instead of getting ready.
 
 Requests come as JSON lines on standard input, answers go out on standard output:
 
 | request                                                | answer                                             |
 |--------------------------------------------------------|----------------------------------------------------|
-| (at its start)                                         | `{"ready": true}` or `{"ready": false, "why"}`     |
+| (once the imports are done)                            | `{"ready": true}`                                  |
 | `{"start": n, "folder", "log", "cwd", "environment"}`  | `{"started": n, "pid"}` or `{"failed": n, "why"}`  |
 | (a worker ended; it stays a zombie until it is let go) | `{"ended": pid, "code"}`                           |
 | `{"let_go": pid}`                                      |                                                    |
@@ -36,13 +36,9 @@ def main() -> int:
     worker.follow_parent()
     requests, answers = 0, os.dup(1)
     os.dup2(2, 1)  # whatever an import prints
-    try:
-        _import_all()
-    except Exception as error:  # noqa: BLE001 - a worker of its own will say it in its log
-        _answer(answers, {"ready": False, "why": f"{type(error).__name__}: {error}"})
-        return 1
+    _import_all()
     if _threads() != 1:
-        _answer(answers, {"ready": False, "why": f"{_threads()} threads after the imports"})
+        sys.stderr.write(f"{_threads()} threads after the imports\n")
         return 1
     gc.collect()
     gc.freeze()  # what is here by now stays: a worker's collections need not touch (and so copy) its pages
@@ -88,15 +84,9 @@ def _serve(requests: int, answers: int) -> int:
             line, _, pending = pending.partition(b"\n")
             request = json.loads(line)
             if "let_go" in request:
-                _let_go(request["let_go"], running)
+                os.waitpid(request["let_go"], os.WNOHANG)
             elif _fork(request["start"], running, answers):
                 return _be_a_worker(request)
-
-
-def _let_go(pid: int, running: set[int]) -> None:
-    running.discard(pid)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
 
 
 def _fork(number: int, running: set[int], answers: int) -> bool:

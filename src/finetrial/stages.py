@@ -23,7 +23,8 @@ from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.records import Cost, GroupProof, Proof, Result, RunSpec, Training, canonical_json
 from finetrial.store import RunFolder
-from finetrial.train import Progress, evaluate, make_accelerator, train
+from finetrial.train import evaluate, make_accelerator, train
+from finetrial.training_state import Progress
 
 ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")
 

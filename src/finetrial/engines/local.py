@@ -1,9 +1,9 @@
 """A process of its own for every run, forked from one that has done the imports, where that is safe.
 
 As isolated as `spawn` (session, memory, signals, log; it ends with its parent, and with all that it started),
-without five seconds of imports a run. Forking is safe from a process with one thread and no device opened
+without the imports of every run. Forking is safe from a process with one thread and no device opened
 (see `nursery.py`), so it is done on Linux where there is no GPU driver; elsewhere, and where the nursery
-cannot be had, this is a fresh Python. docs/decisions/0006 has the reasons and the measurements.
+cannot be had, this is a fresh Python. docs/decisions/0006 has the reasons.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetrial import processes
 from finetrial.plugins import Exit
@@ -30,11 +31,14 @@ POLL_SECONDS = 0.02
 KILL_SECONDS = 30.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's driver
 
 
-class Forked(NamedTuple):
-    """A worker that a nursery forked."""
+@dataclass
+class Forked:
+    """A worker that a nursery forked; once ended, a zombie until it is let go: its id is nobody else's."""
 
     pid: int
     nursery: Nursery
+    code: int | None = None  # once it has ended
+    let_go: bool = False
 
 
 class Nursery:
@@ -54,22 +58,20 @@ class Nursery:
         self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
         self._pending = b""
         self._count = 0
-        self._started: dict[int, int] = {}  # request -> process id
-        self._failed: set[int] = set()  # requests
-        self._let_go: set[int] = set()  # process ids of ended workers
-        self._codes: dict[int, int] = {}  # process id -> return code, of the ended
-        self.ready: bool | None = None  # None: it is still importing
+        self._answered: dict[int, Forked | None] = {}  # request -> its worker, not yet given out
+        self._running: dict[int, Forked] = {}  # process id -> worker
+        self.ready = False  # until it has imported everything
         self.gone = False
 
     def usable(self) -> bool:
         """Wait until it is ready; False if it cannot be had."""
         deadline = time.monotonic() + READY_SECONDS
-        while self.ready is None and not self.gone and time.monotonic() < deadline:
+        while not self.ready and not self.gone and time.monotonic() < deadline:
             self.listen(0.5)
-        return self.ready is True and not self.gone
+        return self.ready and not self.gone
 
-    def start(self, run_folder: Path, threads: int) -> int | None:
-        """The process id of a new worker; None if there is none to be had from here."""
+    def start(self, run_folder: Path, threads: int) -> Forked | None:
+        """A new worker; None if there is none to be had from here."""
         self._count += 1
         number = self._count
         request = {
@@ -78,25 +80,17 @@ class Nursery:
         }  # fmt: skip
         try:
             self._send(request)
-            while number not in self._started and number not in self._failed and not self.gone:
+            while number not in self._answered and not self.gone:
                 self.listen(0.5)
         except BaseException:  # a worker that nobody knows of must not run
             self.end()
             raise
-        return self._started.pop(number, None)
+        return self._answered.pop(number, None)
 
-    def code(self, pid: int) -> int | None:
-        """A worker's return code once it has ended."""
-        self.listen(0)
-        return self._codes.get(pid)
-
-    def has_let_go(self, pid: int) -> bool:
-        return pid in self._let_go
-
-    def let_go(self, pid: int) -> None:
-        """Its id may be given to another process now."""
-        self._let_go.add(pid)
-        self._send({"let_go": pid})
+    def let_go(self, worker: Forked) -> None:
+        """The id of an ended worker may be given to another process now."""
+        worker.let_go = True
+        self._send({"let_go": worker.pid})
 
     def listen(self, seconds: float) -> None:
         """Take in what the nursery has said."""
@@ -114,15 +108,14 @@ class Nursery:
 
     def _take(self, answer: dict[str, Any]) -> None:
         if "ready" in answer:
-            self.ready = answer["ready"]
+            self.ready = True
         elif "started" in answer:
-            self._started[answer["started"]] = answer["pid"]
-            self._let_go.discard(answer["pid"])
-            self._codes.pop(answer["pid"], None)  # of an earlier worker with the same id
+            worker = Forked(answer["pid"], self)
+            self._answered[answer["started"]] = self._running[worker.pid] = worker
         elif "failed" in answer:
-            self._failed.add(answer["failed"])
+            self._answered[answer["failed"]] = None
         else:
-            self._codes[answer["ended"]] = answer["code"]
+            self._running.pop(answer["ended"]).code = answer["code"]
 
     def _send(self, request: dict[str, Any]) -> None:
         data = json.dumps(request).encode() + b"\n"
@@ -156,10 +149,10 @@ class Local:
                 nursery.end()
                 self.forking = False
                 break
-            pid = nursery.start(run_folder, spec.how.threads)
-            if pid is not None:
-                processes.go_first_when_memory_runs_out(pid)
-                return Forked(pid, nursery)
+            worker = nursery.start(run_folder, spec.how.threads)
+            if worker is not None:
+                processes.go_first_when_memory_runs_out(worker.pid)
+                return worker
         return self.fresh.start(run_folder, spec)
 
     def _nursery(self, threads: int) -> Nursery:
@@ -173,12 +166,12 @@ class Local:
     def poll(self, handle: Forked | processes.Handle) -> Exit | None:
         if isinstance(handle, processes.Handle):
             return self.fresh.poll(handle)
-        code = handle.nursery.code(handle.pid)
-        if code is not None:
-            if not handle.nursery.has_let_go(handle.pid):
+        handle.nursery.listen(0)
+        if handle.code is not None:
+            if not handle.let_go:
                 processes.end_group(handle.pid, signal.SIGKILL)  # whatever the worker left behind
-                handle.nursery.let_go(handle.pid)
-            return processes.exit_of(code)
+                handle.nursery.let_go(handle)
+            return processes.exit_of(handle.code)
         if handle.nursery.gone:
             return Exit(None, reason="the process that it was forked from was killed, and it with that")
         return None

@@ -1,0 +1,111 @@
+"""Where a training run is, what it has cost so far, and whether its numbers still mean anything. Child side."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from finetrial.errors import Diverged
+from finetrial.plugins import Scored
+from finetrial.records import LoopRules
+
+# What divergence is measured against: the median of so many losses, at most so many times the first.
+START_LOSSES = 5
+LUCK = 10.0
+
+
+@dataclass
+class Progress:
+    """Where a training run is: everything a checkpoint must hold besides tensors. Plain JSON."""
+
+    step: int = 0
+    examples: int = 0
+    largest_batch: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    gradient_norm: float = 0.0  # of the last step, before clipping
+    learning_rate: float = 0.0  # that the last step was made with
+    first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
+    steps_above_start: int = 0
+    unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
+    best_step: int | None = None
+    best_score: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    best_calibration: dict[str, float] = field(default_factory=dict)
+    best_per_example: dict[str, float] = field(default_factory=dict)
+    peak_score: float | None = None  # the best of all evaluations, kept or not: what early stopping compares
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    resumed_from: list[int] = field(default_factory=list)
+    earlier_wall_seconds: float = 0.0  # of the attempts before this one, up to its checkpoint
+    earlier_cpu_seconds: float = 0.0
+
+    def go_on_from(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint of that step holds."""
+        for each in fields(self):
+            setattr(self, each.name, state[each.name])
+        self.resumed_from.append(step)
+        self.earlier_wall_seconds, self.earlier_cpu_seconds = self.wall_seconds, self.cpu_seconds
+
+    def keep(self, score: float, scored: Scored) -> None:
+        """Remember an evaluation as that of the weights that are kept."""
+        self.best_step, self.best_score = self.step, score
+        self.best_metrics = dict(scored.metrics)
+        self.best_calibration = dict(scored.calibration)
+        self.best_per_example = dict(scored.per_example)
+
+
+def guard(progress: Progress, rules: LoopRules, loss: float, norm: float) -> None:
+    """Whether training still is where finite numbers come back from; called after every step."""
+    if not math.isfinite(loss):
+        raise Diverged(progress.step, f"the loss is {loss}")
+    if not math.isfinite(norm):
+        raise Diverged(progress.step, f"the gradient norm is {norm}")
+    if len(progress.first_losses) < START_LOSSES:
+        progress.first_losses.append(loss)
+    # One batch may be lucky, so the start is the median of the first; but no explosion is taken for a start.
+    first, usual = progress.first_losses[0], statistics.median(progress.first_losses)
+    start = max(first, min(usual, LUCK * first))
+    above = start > 0 and loss > rules.divergence_factor * start  # a loss that may be negative has no such rule
+    progress.steps_above_start = progress.steps_above_start + 1 if above else 0
+    if progress.steps_above_start >= rules.divergence_steps:
+        raise Diverged(
+            progress.step,
+            f"the loss, {loss:.3g}, was above {rules.divergence_factor:g} times its start of {start:.3g} "
+            f"for {rules.divergence_steps} steps",
+        )
+
+
+class Clock:
+    """Adds up seconds by what they were spent on, over all attempts of a run."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.last = time.perf_counter()
+        self.last_cpu = time.process_time()
+
+    def _lap(self) -> float:
+        now, cpu = time.perf_counter(), time.process_time()
+        passed = now - self.last
+        self.progress.cpu_seconds += cpu - self.last_cpu
+        self.progress.wall_seconds += passed
+        self.last, self.last_cpu = now, cpu
+        return passed
+
+    def train(self) -> float:
+        """Book the time since the last lap as training; all training seconds so far."""
+        self.progress.train_seconds += self._lap()
+        return self.progress.train_seconds
+
+    def evaluate(self) -> None:
+        self.progress.evaluate_seconds += self._lap()
