@@ -265,6 +265,21 @@ def test_a_run_whose_coordinator_died_is_lost_resumed_and_not_charged_for_it(ben
     assert folder.attempt_records()[0].reason == COORDINATOR_ENDED
 
 
+def test_what_a_dead_coordinator_left_beside_a_result_is_cleared_up(bench):
+    spec = bench.spec(0, done(make_spec(0)))
+    bench.run(iter([spec]))
+    folder = bench.home.run(spec.run_id)
+    mine = lease.claim(folder.lease_file)
+    dead = mine.model_copy(update={"process_started_at": 0.0})  # its process id is another's by now
+    folder.lease_file.write_text(dead.model_dump_json())
+    folder.write_attempt(folder.attempt_records()[0].model_copy(update={"outcome": None}))
+    (folder.checkpoint / "step-00000001").mkdir(parents=True)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+    assert not folder.checkpoint.exists()
+    assert not folder.lease_file.exists()
+
+
 class LosesEverything(Scripted):
     """An engine whose machines all go away."""
 

@@ -5,21 +5,22 @@ Typed and versioned, with the range that was searched and a flag where the optim
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
 
 from finetrial import files, strict_yaml
-from finetrial.errors import HomeError
 from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, Setting
 from finetrial.space import Space
-from finetrial.store import Home
+from finetrial.store import Damaged, Home, digest
 
 HEADER = """\
 # The optimum of this arm: the trial with the best validation score. Written by `finetrial run`; the training
-# phase reads `settings` from here. `edges` names settings within 5 % of the end of their range: the optimum
-# may lie outside it, so widen the range and search again.
+# phase reads `settings` from here. A change is seen by its SHA-256 and undone by the next `finetrial run`.
+# `edges` names settings within 5 % of the end of their range: the optimum may lie outside it, so widen the
+# range and search again.
 """
 
 
@@ -57,7 +58,9 @@ def optimum(record: RunRecord, space: Space, *, metric: str, trials: int) -> Opt
 
 
 def write(home: Home, found: Optimum) -> None:
-    body = yaml.safe_dump(found.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    content = found.model_dump(mode="json")
+    content = {**content, "sha256": digest(content)}
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
     path = home.best_file(found.task, found.method)
     if not path.exists() or path.read_text(encoding="utf-8") != HEADER + body:
         files.write_text(path, HEADER + body)
@@ -67,12 +70,30 @@ def read(home: Home, task: str, method: str) -> Optimum:
     """The optimum that the training phase uses.
 
     Raises:
-        HomeError: the file is not what the search wrote; the message says how to get it back.
+        Damaged: the file is not what the search wrote.
     """
     path = home.best_file(task, method)
-    value, _, problems = strict_yaml.parse(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    value, _, problems = strict_yaml.parse(text)
+    stated = value.pop("sha256", None) if isinstance(value, dict) else None
     try:
-        return Optimum.model_validate(value)
+        found = Optimum.model_validate(value)
     except ValidationError as error:
-        first = problems[0] if problems else error.errors()[0]["msg"]
-        raise HomeError(f"{path} cannot be read: {first}; delete it and run again to export it anew") from None
+        raise Damaged(path, str(problems[0] if problems else error.errors()[0]["msg"])) from None
+    if stated != digest(found.model_dump(mode="json")):
+        raise Damaged(path, "its SHA-256 is not the one that it states")
+    return found
+
+
+def drop_damaged(home: Home, arms: Iterable[tuple[str, str]]) -> list[str]:
+    """Delete every optimum that is not what the search wrote, for it is exported anew; a sentence each."""
+    said = []
+    for task, method in arms:
+        path = home.best_file(task, method)
+        try:
+            if path.exists():
+                read(home, task, method)
+        except Damaged as damaged:
+            path.unlink()
+            said.append(f"{path} is damaged: {damaged.why}; it is exported anew")
+    return said

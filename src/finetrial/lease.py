@@ -63,6 +63,13 @@ def release(path: Path, lease: Lease) -> None:
         path.unlink(missing_ok=True)
 
 
+def drop_stale(path: Path) -> None:
+    """Remove a lease whose holder is gone."""
+    held = read(path)
+    if held is None or is_stale(held):
+        path.unlink(missing_ok=True)
+
+
 def read(path: Path) -> Lease | None:
     """The lease in a file; None if there is none or it is unreadable (then nobody can renew it)."""
     try:

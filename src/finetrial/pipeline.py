@@ -106,9 +106,10 @@ class Story:
     def begin(
         cls, study: Study, home: Home, inputs: dict[str, dict[str, str]], progress: Progress, **options: Any
     ) -> Story:
-        """A study that this process coordinates: its folder opened, damaged runs set aside."""
+        """A study that this process coordinates: its folder opened, what is damaged set aside."""
         opened = open_home(study, home, inputs)
-        for note in home.set_aside_damaged():
+        arms = [(task.name, method.name) for task, method in study.arms]
+        for note in (*home.set_aside_damaged(), *export.drop_damaged(home, arms)):
             progress.note(note)
         return cls(study, opened, progress, **options)
 

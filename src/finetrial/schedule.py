@@ -98,16 +98,17 @@ class Scheduler:
             folder = self.home.run(spec.run_id)
             failure = folder.failure()
             if folder.result() is not None or (failure and failure.kind not in self.tried_again):
-                self._close_ended(folder)
-                folder.drop_checkpoint()  # a worker killed between its result and this would leave it for good
+                self._tidy_up(folder)
                 self.on_finished(folder.record())
                 continue
             folder.create(spec)
             running.append(self._start(lane, spec, folder))
             return
 
-    def _close_ended(self, folder: RunFolder) -> None:
-        """Say how the last attempt ended where its coordinator did not live to."""
+    def _tidy_up(self, folder: RunFolder) -> None:
+        """Do for an ended run what its worker or its coordinator did not live to do."""
+        folder.drop_checkpoint()
+        leases.drop_stale(folder.lease_file)
         result = folder.result()
         for attempt in folder.attempt_records():
             if attempt.outcome is None and result is not None:

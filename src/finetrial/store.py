@@ -212,7 +212,7 @@ class Home:
 
 
 class Damaged(HomeError):
-    """A record that is not what was written; `finetrial run` sets its run aside and does that run anew.
+    """A record that is not what was written; `finetrial run` does its run, or exports its optimum, anew.
 
     Not for a whole record of another version: that is a plain HomeError, and nothing is set aside.
     """
@@ -228,7 +228,7 @@ class Damaged(HomeError):
 def _write(path: Path, record: BaseModel) -> None:
     """Write a record with the SHA-256 of its canonical JSON: a flipped bit must not pass for a number."""
     content = record.model_dump(mode="json")
-    files.write_json(path, {**content, "sha256": _digest(content)})
+    files.write_json(path, {**content, "sha256": digest(content)})
 
 
 def _read(path: Path, model: type[M]) -> M:
@@ -236,7 +236,7 @@ def _read(path: Path, model: type[M]) -> M:
     try:
         content = json.loads(path.read_bytes())
         stated = content.pop("sha256", None) if isinstance(content, dict) else None
-        if stated is not None and stated != _digest(content):
+        if stated is not None and stated != digest(content):
             raise Damaged(path, "its SHA-256 is not the one that it states")
         return model.model_validate_json(canonical_json(content))
     except ValidationError as error:
@@ -252,5 +252,6 @@ def _read(path: Path, model: type[M]) -> M:
         raise Damaged(path, str(error)) from None
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """The SHA-256 of a record's canonical JSON."""
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
