@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Counting:
     def replay(self, folder, spec, records, result):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "runs.txt").open("a") as stream:
-            stream.write(spec.run_id + "\\\\n")
+            stream.write(spec.run_id + "\\n")
 
 
 PLUGIN = Counting()
@@ -77,7 +78,8 @@ CHECKED = (
     "commit_folder best",
 )
 STEPS_SECONDS = 300.0
-MOST_RESTARTS = 8
+MOST_RESTARTS = 8  # beyond one for each fault
+HUNG = 99  # an exit code that finetrial does not have
 CHAIN = 12
 
 
@@ -90,6 +92,11 @@ class Fault:
     kind: str
     phase: str
     order: int
+
+    @property
+    def run(self) -> str:
+        """The run that the point is about; empty for none."""
+        return self.point.partition(" [")[2].rstrip("]")
 
 
 @dataclass
@@ -141,7 +148,7 @@ class Field:
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-            return 99, output + "\nit hung"
+            return HUNG, output
         return process.returncode, output
 
 
@@ -208,11 +215,17 @@ def phase_of(label: str, shim: Any) -> str:
 
 
 def possible(field_: Field, shim: Any) -> list[Fault]:
-    """Every fault that makes sense at every point that the undisturbed study passed."""
+    """Every fault that makes sense at every point that the undisturbed study passed.
+
+    A point that is about no run is counted by each coordinator anew, so only its first passing (and all of
+    the report's, which each coordinator that gets there writes whole) can be aimed at.
+    """
     faults = []
     for order, (label, occurrence, role) in enumerate(field_.passed):
         when, name, *kind = label.partition(" [")[0].split(" ")
         phase = phase_of(label, shim)
+        if "[" not in label and occurrence > 1 and phase != "report":
+            continue
         kinds = list(PARENT_KILLS) if role == "parent" else [*KILLS, *SIGNALS]
         writes = name.startswith("files.")
         if writes and when == "before":
@@ -223,71 +236,67 @@ def possible(field_: Field, shim: Any) -> list[Fault]:
     return faults
 
 
-def chosen(faults: Sequence[Fault], count: int, seed: int) -> list[Fault]:
-    """So many faults, evenly over phases and kinds, and over points within them."""
+def in_order_of_choice(faults: Sequence[Fault], seed: int) -> list[Fault]:
+    """All of them, evenly over phases and kinds, and at random over points within them."""
     rng = random.Random(seed)
     groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
         groups.setdefault((fault.phase, fault.kind), []).append(fault)
     for group in groups.values():
         rng.shuffle(group)
-    found: list[Fault] = []
     keys = sorted(groups)
     rng.shuffle(keys)
-    while len(found) < count and any(groups.values()):
-        for key in keys:
-            if groups[key] and len(found) < count:
-                found.append(groups[key].pop())
-    return found
+    rounds = zip_longest(*(groups[key] for key in keys))
+    return [fault for each in rounds for fault in each if fault is not None]
 
 
-def chains(faults: Sequence[Fault], length: int) -> list[Chain]:
-    """Faults dealt out to studies, each in the order in which their points are passed."""
-    count = max(1, -(-len(faults) // length))
-    return [Chain(sorted(faults[i::count], key=lambda fault: fault.order)) for i in range(count)]
+def chains(faults: Sequence[Fault]) -> list[Chain]:
+    """Faults dealt out to studies, each in the order in which their points are passed.
+
+    A study meets one fault about each run at most: the first changes how often the run passes its points.
+    """
+    dealt: list[list[Fault]] = [[] for _ in range(max(1, -(-len(faults) // CHAIN)))]
+    for fault in faults:
+        open_ = [chain for chain in dealt if fault.run not in {f.run for f in chain if f.run}]
+        if not open_:
+            dealt.append([])
+            open_ = dealt[-1:]
+        min(open_, key=len).append(fault)
+    return [Chain(sorted(chain, key=lambda fault: fault.order)) for chain in dealt]
 
 
 def fight(field_: Field, chain: Chain, number: int) -> Chain:
-    """Let one study meet its faults, finish it, and compare."""
+    """Let one study meet its faults, run it until it is finished, and compare."""
     home, plan = field_.folder / f"attacked-{number}", field_.folder / f"attacked-{number}.plan"
     plan.mkdir()
-    waiting = list(chain.faults)
-    code, restarts, output = -1, 0, ""
-    while code != 0 or waiting:
-        (plan / "fired.json").unlink(missing_ok=True)
-        if code == 0:  # finished: what is left was never passed
-            chain.missed += waiting
+    for index, fault in enumerate(chain.faults):
+        armed = {"point": fault.point, "occurrence": fault.occurrence, "kind": fault.kind}
+        (plan / f"armed-{index:02d}.json").write_text(json.dumps(armed))
+    code, output = -1, ""
+    while code != 0 or "running again replays" in output:  # a tracker that could not write was left out
+        if chain.starts > len(chain.faults) + MOST_RESTARTS:
+            chain.wrong.append(f"it does not finish: {output[-2000:]}")
             break
-        fault = waiting.pop(0) if waiting else None
-        if fault:
-            armed = {"point": fault.point, "occurrence": fault.occurrence, "kind": fault.kind}
-            (plan / "armed.json").write_text(json.dumps(armed))
-        else:
-            restarts += 1
-            if restarts > MOST_RESTARTS:
-                chain.wrong.append(f"it does not finish: {output[-2000:]}")
-                return chain
         code, output = field_.run(home, plan)
         chain.starts += 1
-        if fault and (plan / "fired.json").exists():
-            chain.fired.append(fault)
-        elif fault:
-            (plan / "armed.json").unlink(missing_ok=True)
-            chain.missed.append(fault)
         if "Traceback" in output:
-            chain.wrong.append(f"a traceback after {fault}: {output[-1500:]}")
-        if code == 99:
-            chain.wrong.append(f"it hung after {fault}")
-    outcome = outcome_of(home)
-    chain.wrong += [f"{key} differs" for key in outcome if outcome[key] != field_.outcome[key]]
-    chain.wrong += untidy(home)
+            chain.wrong.append(f"a traceback: {output[-1500:]}")
+        if code == HUNG:
+            chain.wrong.append("it hung")
+    left = {int(path.stem.partition("-")[2]) for path in plan.glob("armed-*.json")}
+    chain.fired = [fault for index, fault in enumerate(chain.faults) if index not in left]
+    chain.missed = [fault for index, fault in enumerate(chain.faults) if index in left]
+    if code == 0:
+        outcome = outcome_of(home)
+        chain.wrong += [f"{key} differs" for key in outcome if outcome[key] != field_.outcome[key]]
+        chain.wrong += untidy(home)
     if not chain.wrong:
         shutil.rmtree(home)
     return chain
 
 
 def campaign(count: int, *, seed: int, jobs: int, folder: Path) -> tuple[Field, list[Chain]]:
-    """So many faults; what was missed in a chain is tried once more in a study of its own."""
+    """At least so many faults that happened; for those that missed their point, others are tried."""
     sys.path.insert(0, str(SHIM))
     import sitecustomize as shim  # the campaign's, whatever Python found at its start
 
@@ -295,12 +304,15 @@ def campaign(count: int, *, seed: int, jobs: int, folder: Path) -> tuple[Field, 
         del sys.modules["sitecustomize"]
         import sitecustomize as shim
     field_ = Field(folder)
-    first = chains(chosen(possible(field_, shim), count, seed), CHAIN)
+    waiting = in_order_of_choice(possible(field_, shim), seed)
+    fought: list[Chain] = []
+    missing = count
     with ThreadPoolExecutor(jobs) as pool:
-        fought = list(pool.map(lambda item: fight(field_, item[1], item[0]), enumerate(first)))
-        again = [Chain([fault]) for chain in fought for fault in chain.missed]
-        offset = len(first)
-        fought += pool.map(lambda item: fight(field_, item[1], offset + item[0]), enumerate(again))
+        while missing > 0 and waiting:
+            numbered = enumerate(chains(waiting[:missing]), start=len(fought))
+            del waiting[:missing]
+            fought += pool.map(lambda item: fight(field_, item[1], item[0]), numbered)
+            missing = count - sum(len(chain.fired) for chain in fought)
     return field_, fought
 
 

@@ -3,8 +3,8 @@
 For `bench/crash.py` alone; nothing in finetrial knows of it. When one of finetrial's modules has been imported,
 the functions named in `POINTS` are wrapped, so that "before" and "after" each call is a *point*: a name and
 the run that it is about. `FINETRIAL_CRASH` names a folder. With a file `record` in it, every point passed is
-written down; with `armed.json` (`{"point", "occurrence", "kind"}`) the fault happens at that point, once: the
-file is renamed first.
+written down. Each file `armed-*.json` in it (`{"point", "occurrence", "kind"}`) is a fault that happens at
+that point, once: the file is renamed to `fired-*.json` first.
 """
 
 from __future__ import annotations
@@ -67,16 +67,21 @@ WRITTEN = {
 
 
 class State:
-    """This process's: the run that it is about, and how often it has passed each point."""
+    """This process's: the run that it is about, how often it has passed each point, what it wrote last."""
 
     run = ""
     passed: dict[str, int] = {}
+    written = "other"
 
 
 def about(arguments: tuple) -> str:
     """The run that a call is about: named in a path or a spec among its arguments, else this process's own."""
     for argument in arguments:
-        for text in (getattr(argument, "path", argument), getattr(argument, "run_id", None)):
+        spec = getattr(argument, "spec", None)  # a record's; a folder's is a method
+        for text in (
+            getattr(argument, "path", argument),
+            *(getattr(a, "run_id", None) for a in (argument, spec)),
+        ):
             found = RUN.search(str(text)) if isinstance(text, Path | str) else None
             if found:
                 return found[0]
@@ -107,17 +112,19 @@ def point(name: str, path: Path | None, run: str) -> None:
         with (plan / "record").open("a") as stream:
             stream.write(json.dumps([label, State.passed[label], role]) + "\n")
         return
-    try:
-        armed = json.loads((plan / "armed.json").read_text())
-    except (OSError, ValueError):
-        return
-    if armed["point"] != label or armed["occurrence"] != State.passed[label]:
-        return
-    try:
-        (plan / "armed.json").rename(plan / "fired.json")
-    except OSError:
-        return
-    happen(armed["kind"], path)
+    for file, fault in armed().items():
+        if fault["point"] == label and fault["occurrence"] == State.passed[label]:
+            try:
+                file.rename(file.with_name(file.name.replace("armed", "fired")))
+            except OSError:  # it has happened, in another process
+                continue
+            happen(fault["kind"], path)
+
+
+@functools.cache
+def armed() -> dict[Path, dict]:
+    """The faults of this study, as they were when this process (or the one it was forked from) began."""
+    return {file: json.loads(file.read_text()) for file in sorted(Path(PLAN or "").glob("armed-*.json"))}
 
 
 def coordinator() -> int:
@@ -171,7 +178,9 @@ def wrapped(function, name: str, phase: str | None):
                 next(a for a in reversed(arguments) if isinstance(a, Path)) if name.endswith("folder") else None
             )
             path = path or next(a for a in arguments if isinstance(a, Path))
-            label = f"{name} {kind_of_file(path)}"
+            # A folder is synced for the sake of what was written into it.
+            State.written = State.written if name == "files.sync_folder" else kind_of_file(path)
+            label = f"{name} {State.written}"
         run = about(arguments)
         point(f"before {label}", path, run)
         result = function(*arguments, **options)
