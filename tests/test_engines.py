@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,7 +95,10 @@ def test_a_child_has_its_own_session_and_goes_first_when_memory_runs_out(worker)
 
 def test_a_child_holds_nothing_open_but_its_own(worker, folder):
     def own():
-        paths = {str(link.readlink()) for link in Path(f"/proc/{worker.pid}/fd").iterdir()}
+        paths = set()
+        for link in Path(f"/proc/{worker.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                paths.add(str(link.readlink()))
         return paths if str(folder.lock_file) in paths else None
 
     paths = wait_for(own)

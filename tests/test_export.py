@@ -11,8 +11,8 @@ from finetrial.export import Optimum
 from finetrial.store import Damaged, Home
 
 FOUND = Optimum(
-    study="tiny", task="sst2", method="lora", metric="accuracy", score=83.0, trial=4,
-    settings={"learning_rate": 1.2345e-5, "rank": 8, "dropout": 0.0, "epochs": 3.0},
+    study="1e5", task="sst2", method="lora", metric="accuracy", score=83.0, trial=4,
+    settings={"learning_rate": 1.2345e-5, "rank": 8, "dropout": 0.0, "flavour": "1e-4", "epochs": 3.0},
     run_id="trial.sst2.lora.004-0123abcd", trials=15, rows=None,
     searched={"learning_rate": {"kind": "range", "low": 1e-6, "high": 1e-4, "log": True}},
     edges={"learning_rate": "high"},

@@ -280,6 +280,17 @@ def test_what_a_dead_coordinator_left_beside_a_result_is_cleared_up(bench):
     assert not folder.lease_file.exists()
 
 
+def test_a_run_that_was_given_up_keeps_its_checkpoint_and_its_last_ending(bench):
+    spec = bench.spec(0, failed(make_spec(0), "out_of_memory", "too large"))
+    bench.run(iter([spec]))
+    folder = bench.home.run(spec.run_id)
+    folder.write_attempt(folder.attempt_records()[0].model_copy(update={"outcome": None}))
+    (folder.checkpoint / "step-00000001").mkdir(parents=True)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory"]
+    assert folder.checkpoint.exists()
+
+
 class LosesEverything(Scripted):
     """An engine whose machines all go away."""
 

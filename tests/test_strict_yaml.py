@@ -12,7 +12,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finetrial.strict_yaml import LARGEST_WHOLE, parse, parse_duration, parse_size
+from finetrial.strict_yaml import LARGEST_WHOLE, dump, parse, parse_duration, parse_size
 
 untimed = settings(deadline=None)  # a busy machine is no fault
 
@@ -209,3 +209,20 @@ def test_a_thousand_of_a_unit_is_one_of_the_next(count, unit):
     following = {"kB": "MB", "MB": "GB", "GB": "TB", "TB": "TB"}[unit]
     factor = 1 if unit == "TB" else 1000
     assert parse_size(f"{count * factor} {unit}") == parse_size(f"{count} {following}")
+
+
+PLAIN = (
+    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
+)
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=20) | st.sampled_from(
+    ["1e-4", "1e5", ".5e3", "010", "no", "1_000", "12:30", "2026-01-01", "null", "~", "true", "0x1f", "1.", ""]
+)
+
+
+@untimed
+@given(st.dictionaries(TEXT.filter(bool), PLAIN | TEXT | st.lists(TEXT, max_size=3), max_size=4))
+def test_what_is_dumped_is_parsed_back(value):
+    parsed, _, problems = parse(dump(value))
+    assert problems == []
+    assert parsed == value
+    assert all(type(parsed[key]) is type(value[key]) for key in value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from finetrial import files, strict_yaml
@@ -60,7 +59,7 @@ def optimum(record: RunRecord, space: Space, *, metric: str, trials: int) -> Opt
 def write(home: Home, found: Optimum) -> None:
     content = found.model_dump(mode="json")
     content = {**content, "sha256": digest(content)}
-    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    body = strict_yaml.dump(content)
     path = home.best_file(found.task, found.method)
     if not path.exists() or path.read_text(encoding="utf-8") != HEADER + body:
         files.write_text(path, HEADER + body)
@@ -80,6 +79,8 @@ def read(home: Home, task: str, method: str) -> Optimum:
         found = Optimum.model_validate(value)
     except ValidationError as error:
         raise Damaged(path, str(problems[0] if problems else error.errors()[0]["msg"])) from None
+    if stated is None:
+        raise Damaged(path, "it states no SHA-256; an earlier version of finetrial wrote it")
     if stated != digest(found.model_dump(mode="json")):
         raise Damaged(path, "its SHA-256 is not the one that it states")
     return found

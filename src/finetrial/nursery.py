@@ -38,7 +38,6 @@ def main() -> int:
     os.dup2(2, 1)  # whatever an import prints
     _import_all()
     if _threads() != 1:
-        sys.stderr.write(f"{_threads()} threads after the imports\n")
         return 1
     gc.collect()
     gc.freeze()  # what is here by now stays: a worker's collections need not touch (and so copy) its pages

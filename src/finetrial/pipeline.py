@@ -31,6 +31,9 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
         tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
+        arms = [(task.name, method.name) for task, method in study.arms]
+        for note in export.drop_damaged(home, arms):
+            progress.note(note)
         story = Story.begin(study, home, inputs, progress, tried_again=tried_again)
         story.phase("baseline", "baseline", story.baselines())
         story.phase("search", "trial", story.trials())
@@ -106,10 +109,9 @@ class Story:
     def begin(
         cls, study: Study, home: Home, inputs: dict[str, dict[str, str]], progress: Progress, **options: Any
     ) -> Story:
-        """A study that this process coordinates: its folder opened, what is damaged set aside."""
+        """A study that this process coordinates: its folder opened, damaged runs set aside."""
         opened = open_home(study, home, inputs)
-        arms = [(task.name, method.name) for task, method in study.arms]
-        for note in (*home.set_aside_damaged(), *export.drop_damaged(home, arms)):
+        for note in home.set_aside_damaged():
             progress.note(note)
         return cls(study, opened, progress, **options)
 

@@ -113,7 +113,7 @@ class LoopRules(Frozen):
     evaluations_per_epoch: int = Field(default=1, ge=1)
     keep: Literal["best", "last"] = "best"
     early_stopping: EarlyStopping | None = None
-    # Diverged: the loss lies above so many times its start (the mean of the first losses) for so many steps.
+    # Diverged: the loss lies above so many times its start (see `training_state.guard`) for so many steps.
     divergence_factor: float = Field(default=2.0, gt=1)
     divergence_steps: int = Field(default=10, ge=1)
 

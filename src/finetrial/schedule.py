@@ -107,12 +107,15 @@ class Scheduler:
 
     def _tidy_up(self, folder: RunFolder) -> None:
         """Do for an ended run what its worker or its coordinator did not live to do."""
-        folder.drop_checkpoint()
         leases.drop_stale(folder.lease_file)
-        result = folder.result()
+        result, failure = folder.result(), folder.failure()
+        if result is not None:
+            folder.drop_checkpoint()  # a failed run's is what `--retry-failed` goes on from
         for attempt in folder.attempt_records():
             if attempt.outcome is None and result is not None:
                 self._close(folder, attempt, result.outcome, None, COORDINATOR_ENDED)
+            elif attempt.outcome is None and failure is not None and failure.attempt == attempt.number:
+                self._close(folder, attempt, failure.kind, None, COORDINATOR_ENDED)
 
     def _start(self, lane: Lane, spec: RunSpec, folder: RunFolder) -> Running:
         lease = leases.claim(folder.lease_file)
@@ -128,15 +131,18 @@ class Scheduler:
         attempt = Attempt(
             number=number, host=socket.gethostname(), pid=0, started_at=now, from_step=folder.checkpoint_step()
         )
-        folder.write_attempt(attempt)
+        handle = None
         try:
+            folder.write_attempt(attempt)
             handle = self.engine.start(folder.path, spec)
-        except BaseException:  # no process, or the inline engine was interrupted in mid-run
-            self._close(folder, attempt, "cancelled", None, "interrupted while it was started")
+            attempt = attempt.model_copy(update={"pid": handle.pid})
+            folder.write_attempt(attempt)
+        except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
+            if handle is not None:
+                self.engine.stop(handle, GRACE_SECONDS)
             leases.release(folder.lease_file, lease)
+            self._close(folder, attempt, "cancelled", None, "interrupted while it was started")
             raise
-        attempt = attempt.model_copy(update={"pid": handle.pid})
-        folder.write_attempt(attempt)
         if number == 1:
             self.progress.started(spec)
         limit = spec.how.limit_seconds
@@ -236,6 +242,7 @@ class Scheduler:
         for run in running:
             with contextlib.suppress(OSError):
                 self.engine.stop(run.handle, GRACE_SECONDS)
+        for run in running:
             result = run.folder.result()  # it may have got there first
             outcome = result.outcome if result else "cancelled"
             self._close(run.folder, run.attempt, outcome, None, "stopped with its coordinator")

@@ -59,6 +59,21 @@ for _kind, _pattern, _first in _RESOLVERS:
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that would be read as something else: by YAML's own rules or by those above."""
+
+
+for _kind, _pattern, _first in _RESOLVERS:
+    _Dumper.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z", re.ASCII), list(_first)
+    )
+
+
+def dump(value: Any) -> str:
+    """A value as YAML that `parse` gives back equal: maps, lists, text, finite numbers, true, false, null."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 def parse(text: str) -> tuple[Any, Lines, list[Problem]]:
     """The value of a YAML text, the line of every key path, and every problem of form.
 

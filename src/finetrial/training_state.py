@@ -53,7 +53,8 @@ class Progress:
     def go_on_from(self, step: int, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint of that step holds."""
         for each in fields(self):
-            setattr(self, each.name, state[each.name])
+            if each.name in state:  # not one that a newer version has
+                setattr(self, each.name, state[each.name])
         self.resumed_from.append(step)
         self.earlier_wall_seconds, self.earlier_cpu_seconds = self.wall_seconds, self.cpu_seconds
 

@@ -173,6 +173,7 @@ class Local:
                 handle.nursery.let_go(handle)
             return processes.exit_of(handle.code)
         if handle.nursery.gone:
+            processes.end_group(handle.pid, signal.SIGKILL)
             return Exit(None, reason="the process that it was forked from was killed, and it with that")
         return None
 
