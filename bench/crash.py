@@ -5,14 +5,16 @@
 The study is small (a random two-layer model, two arms, trials, replicates, probes, a tracker) and otherwise
 real: processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each fault happen at a point
 before or after a call, in the coordinator or in a worker. A *chain* is one study that meets several faults, one
-after the other; after each, the same command is run again. In the end: no run lost, none done twice, attempts
-numbered in sequence, and every number and weight hash equal to the undisturbed study's.
+after the other; whenever it has ended, the same command is run again. In the end: no run lost, none done
+twice, nothing left running, attempts numbered in sequence, and every number and weight hash equal to the
+undisturbed study's.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -20,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +30,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from finetrial.records import ModelSource
 from finetrial.sources import locate_model
@@ -134,7 +139,7 @@ class Field:
         """`finetrial run` once; exit code (negative: killed) and output."""
         environment = {
             **os.environ, "FINETRIAL_CRASH": str(plan), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(SHIM), *sys.path[1:2], os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(SHIM), os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
         (plan / "coordinator.pid").write_text("0")
         process = subprocess.Popen(
@@ -230,7 +235,8 @@ def possible(field_: Field, shim: Any) -> list[Fault]:
         writes = name.startswith("files.")
         if writes and when == "before":
             kinds += REFUSED_WRITES
-        if writes and when == "after" and (kind[0] in CHECKED or " ".join([name[6:], *kind]) in CHECKED):
+        committed = writes and when == "after" and name != "files.sync_folder"
+        if committed and (kind[0] in CHECKED or " ".join([name[6:], *kind]) in CHECKED):
             kinds += DAMAGE
         faults += [Fault(label, occurrence, kind, phase, order) for kind in kinds]
     return faults
@@ -283,6 +289,7 @@ def fight(field_: Field, chain: Chain, number: int) -> Chain:
             chain.wrong.append(f"a traceback: {output[-1500:]}")
         if code == HUNG:
             chain.wrong.append("it hung")
+        chain.wrong += [f"left running: {line}" for line in still_running(plan)]
     left = {int(path.stem.partition("-")[2]) for path in plan.glob("armed-*.json")}
     chain.fired = [fault for index, fault in enumerate(chain.faults) if index not in left]
     chain.missed = [fault for index, fault in enumerate(chain.faults) if index in left]
@@ -295,16 +302,34 @@ def fight(field_: Field, chain: Chain, number: int) -> Chain:
     return chain
 
 
-def campaign(count: int, *, seed: int, jobs: int, folder: Path) -> tuple[Field, list[Chain]]:
-    """At least so many faults that happened; for those that missed their point, others are tried."""
-    sys.path.insert(0, str(SHIM))
-    import sitecustomize as shim  # the campaign's, whatever Python found at its start
+def still_running(plan: Path) -> list[str]:
+    """The command lines of what the study has started and left behind, a moment after its coordinator ended."""
+    found: list[str] = []
+    for _ in range(50):
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("FINETRIAL_CRASH") == str(plan) and process.status() != "zombie":
+                    found.append(" ".join(process.cmdline()))
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
-    if not hasattr(shim, "POINTS"):
-        del sys.modules["sitecustomize"]
-        import sitecustomize as shim
-    field_ = Field(folder)
-    waiting = in_order_of_choice(possible(field_, shim), seed)
+
+def load_shim() -> Any:
+    """The shim as a module; under its own name, because Python may have found another sitecustomize."""
+    spec = importlib.util.spec_from_file_location("crash_shim", SHIM / "sitecustomize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    shim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shim)
+    return shim
+
+
+def campaign(field_: Field, count: int, *, seed: int, jobs: int) -> list[Chain]:
+    """At least so many faults that happened; for those that missed their point, others are tried."""
+    waiting = in_order_of_choice(possible(field_, load_shim()), seed)
     fought: list[Chain] = []
     missing = count
     with ThreadPoolExecutor(jobs) as pool:
@@ -313,7 +338,7 @@ def campaign(count: int, *, seed: int, jobs: int, folder: Path) -> tuple[Field, 
             del waiting[:missing]
             fought += pool.map(lambda item: fight(field_, item[1], item[0]), numbered)
             missing = count - sum(len(chain.fired) for chain in fought)
-    return field_, fought
+    return fought
 
 
 def table(fought: Sequence[Chain]) -> str:
@@ -338,7 +363,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        field_, fought = campaign(given.faults, seed=given.seed, jobs=given.jobs, folder=Path(folder))
+        field_ = Field(Path(folder))
+        fought = campaign(field_, given.faults, seed=given.seed, jobs=given.jobs)
     wrong = [line for chain in fought for line in chain.wrong]
     fired = [fault for chain in fought for fault in chain.fired]
     sys.stdout.write(

@@ -123,7 +123,7 @@ def point(name: str, path: Path | None, run: str) -> None:
 
 @functools.cache
 def armed() -> dict[Path, dict]:
-    """The faults of this study, as they were when this process (or the one it was forked from) began."""
+    """The faults of this study, as they were at the first point that this process passed."""
     return {file: json.loads(file.read_text()) for file in sorted(Path(PLAN or "").glob("armed-*.json"))}
 
 
