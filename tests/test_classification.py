@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -177,8 +178,12 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+COUNT = itertools.count()
+
+
 def rows_of(labels, name="text"):
-    return [{name: f"text {n}", "label": label} for n, label in enumerate(labels)]
+    """Rows that no other call gives: splits must not share them."""
+    return [{name: f"text {next(COUNT)}", "label": label} for label in labels]
 
 
 @pytest.mark.parametrize(

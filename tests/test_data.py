@@ -232,6 +232,11 @@ def test_one_group_cannot_be_split():
 def test_splits_share_nothing():
     a, b, c = ({"id": name, "title": name.upper()} for name in "abc")
     check_disjoint(Splits([a], [b], [c]), "title")
+    named_twice = [{"id": f"test-{n}", "text": f"text {n}"} for n in range(10)]
+    train = [{**row, "id": f"train-{n}"} for n, row in enumerate(named_twice)]
+    with pytest.raises(DataError, match="10 of the 10 different rows of test are also in train"):
+        check_disjoint(Splits(train, [b], named_twice))
+    check_disjoint(Splits(train, [b], [*named_twice[:2], *({"id": n, "text": str(n)} for n in range(2))]))
     with pytest.raises(DataError, match="the id 'a' is in train and in test"):
         check_disjoint(Splits([a], [b], [a]))
     with pytest.raises(DataError, match="the title 'A' is in train and in validation"):

@@ -118,6 +118,13 @@ def test_threads_stay_what_they_were_unless_the_file_says_otherwise(folder):
     assert opened(study_of(folder), folder / "home").threads == 3
 
 
+def begin(home: Path, run: str) -> None:
+    """As if a run had begun there."""
+    spec = home / "runs" / f"{run}-0123abcd" / "spec.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "named"),
     [
@@ -149,6 +156,7 @@ def test_threads_stay_what_they_were_unless_the_file_says_otherwise(folder):
 )
 def test_another_study_is_refused_and_told_what_differs(folder, changes, more, named):
     opened(study_of(folder), folder / "home")
+    begin(folder / "home", "trial.classification.lora.000")
     before = (folder / "home" / "study.lock.json").read_bytes()
     with pytest.raises(HomeError) as raised:
         opened(study_of(folder, *changes, more=more), folder / "home")
@@ -172,9 +180,26 @@ def test_only_what_differs_is_told(folder):
 )
 def test_changed_content_is_refused_by_name(folder, changed, named):
     opened(study_of(folder), folder / "home")
+    begin(folder / "home", "trial.classification.lora.000")
     (folder / changed).write_text('{"text": "c", "label": 0}\n')
     with pytest.raises(HomeError, match=rf"{named} is not what it was .*put the old content back"):
         opened(study_of(folder), folder / "home")
+
+
+@pytest.mark.parametrize("change", ["study", "data"])
+def test_a_mended_study_begins_anew_while_only_baselines_have_run(folder, change):
+    """After `check`, or a first run that was refused for a wrong column: nobody has to clear up a folder."""
+    home = folder / "home"
+    opened(study_of(folder), home)
+    begin(home, "baseline.classification.000")
+    if change == "data":
+        (folder / "train.jsonl").write_text('{"text": "c", "label": 0}\n')
+    study = study_of(folder, more="search: {rows: 10}\n" if change == "study" else "")
+    again = opened(study, home)
+    assert "begins anew" in again.notes[-1]
+    assert read_lock(Home(home)).study == study
+    assert opened(study, home).notes == again.notes[:-1]
+    assert Home(home).study_file.read_bytes() == Path(study.file).read_bytes()
 
 
 def test_everything_that_is_not_there_is_told_at_once_and_nothing_is_written(folder):

@@ -82,8 +82,8 @@ def test_plain_lines_of_a_search():
         progress.finished(ended(make_spec(2), outcome="timed_out", reason="30 min are over\nlog: ..."))
     assert screen.text.splitlines() == [
         "search  2 arms, 6 runs",
-        "search  squad_v2/lora  1/3  f1 71.9 (best 71.9, trial_0: learning rate 3.3e-04)",
-        "search  squad_v2/lora  2/3  f1 71.4 (best 71.9, trial_0: learning rate 3.3e-04)",
+        "search  squad_v2/lora  1/3  validation f1 71.9 (best 71.9, trial_0: learning rate 3.3e-04)",
+        "search  squad_v2/lora  2/3  validation f1 71.4 (best 71.9, trial_0: learning rate 3.3e-04)",
         "search  squad_v2/full  1/3  trial_0 diverged: the loss is not finite",
         "trial_2 of squad_v2/lora starts again [attempt 2 of 3]",
         "search  squad_v2/lora  3/3  trial_2 timed out: 30 min are over"
@@ -101,7 +101,7 @@ def test_plain_line_of_the_brief_example_after_a_resume():
         progress.finished(ended(make_spec(10, rate=5e-4), 71.4))
     assert screen.text.splitlines() == [
         "search  1 arm, 15 runs, 10 ended before",
-        "search  squad_v2/lora  11/15  f1 71.4 (best 72.0, trial_8: learning rate 1.9e-05)",
+        "search  squad_v2/lora  11/15  validation f1 71.4 (best 72.0, trial_8: learning rate 1.9e-05)",
     ]
 
 
@@ -117,8 +117,8 @@ def test_replicates_show_a_mean_and_probes_their_name():
         progress.finished(ended(make_spec(1, stage="probe")))
     assert screen.text.splitlines() == [
         "train  1 arm, 2 runs",
-        "train  squad_v2/lora  1/2  accuracy 0.500 (mean 0.500)",
-        "train  squad_v2/lora  2/2  accuracy 0.750 (mean 0.625)",
+        "train  squad_v2/lora  1/2  validation accuracy 0.500 (mean 0.500)",
+        "train  squad_v2/lora  2/2  validation accuracy 0.750 (mean 0.625)",
         "measure  2 arms, 2 runs",
         "measure  squad_v2  1/1  baseline done",
         "measure  squad_v2/lora  1/1  probe_1 done",
@@ -145,7 +145,7 @@ def test_cancelled_and_unfinished_runs_are_not_counted():
         progress.finished(RunRecord(make_spec(0), None, None, ()))
         progress.finished(ended(make_spec(0), 50.0))
     assert len(screen.text.splitlines()) == 2
-    assert "  1/2  f1 50.0" in screen.text
+    assert "  1/2  validation f1 50.0" in screen.text
 
 
 def test_long_lines_are_not_wrapped_and_long_reasons_are_cut():

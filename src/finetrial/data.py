@@ -263,8 +263,17 @@ def fill_splits(
     return Splits(train, validation, test)
 
 
+# Of a split's rows in another: far above what published data sets repeat, far below a file named twice.
+MOST_SHARED = 0.5
+
+
 def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
-    """The splits, if no id occurs twice and, with `group_key`, no group in two of them. Raises DataError."""
+    """The splits, if they are apart; real data may repeat a few rows, so only a share of them is refused.
+
+    Raises:
+        DataError: a split is empty, an id occurs twice, a group (of `group_key`) is in two splits, or more than
+            half of one split's rows are rows of an earlier one.
+    """
     ids: dict[Any, str] = {}
     groups: dict[Any, str] = {}
     for role in ROLES:
@@ -281,6 +290,18 @@ def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
                     f"the {group_key} {str(group)[:60]!r} is in {groups[group]} and in {role}; a "
                     f"{group_key} serves one split only. Move its rows to one split"
                 )
+    seen: dict[str, set[str]] = {}
+    for role in ROLES:
+        rows = {repr(sorted((k, v) for k, v in row.items() if k != "id")) for row in getattr(splits, role)}
+        for earlier, theirs in seen.items():
+            both = len(rows & theirs)
+            if both > MOST_SHARED * len(rows):
+                raise DataError(
+                    f"{both} of the {len(rows)} different rows of {role} are also in {earlier}, and a score on "
+                    f"rows that were seen says nothing; name a file with rows of its own, or leave {role} out: "
+                    f"it is cut off train then"
+                )
+        seen[role] = rows
     return splits
 
 

@@ -36,7 +36,8 @@ tasks:
 {tasks}
 
 # What is compared. Change a range or fix a value under `search:`; learning rates are the method's own and
-# should be equally wide (two decades here).
+# should be equally wide (two decades here). These suit models of a billion weights; small encoders such as
+# MiniLM or BERT want rates ten to twenty times higher.
 methods:
 {methods}
 

@@ -81,18 +81,26 @@ def versions() -> dict[str, str]:
 def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Opened:
     """The study's folder, made if it is not there; `inputs` are what `resolve_inputs` found.
 
-    What may change (trials, seeds, run, track) is changed in its lock, too.
+    What may change (trials, seeds, run, track; anything until a trial has begun) is changed in its lock, too.
 
     Raises:
         HomeError: the folder belongs to another study, or an input has changed since it was first used.
     """
     notes = _model_notes(study)
     threads = study.run.threads or max(1, (os.cpu_count() or 1) // study.run.parallel)
-    if not home.lock_file.exists():
-        if home.runs.exists():
+    lock = read_lock(home) if home.lock_file.exists() else None
+    if lock is not None and _differs(lock, study, inputs) and not _has_trained(home):
+        # After `finetrial check`, or a first run that was refused: the file was mended, and nothing is lost.
+        notes = (
+            *notes,
+            f"{study.file} or its data changed since {home.path} was begun; no trial had, so it begins anew",
+        )
+        lock = None
+    if lock is None:
+        if home.runs.exists() and not home.lock_file.exists():
             raise HomeError(f"{home.path} has runs but no study.lock.json; name another folder with --home")
         text = Path(study.file).read_bytes()
-        if home.study_file.exists() and home.study_file.read_bytes() != text:
+        if home.study_file.exists() and not home.lock_file.exists() and home.study_file.read_bytes() != text:
             raise HomeError(f"{home.study_file} is there and is another study; name another folder with --home")
         lock = Lock(
             identity=study.identity(), inputs=inputs, threads=threads, versions=versions(), study=study,
@@ -100,7 +108,6 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
         )  # fmt: skip
         _write(home, lock)
         return Opened(home, study, inputs, threads, time.time(), notes)
-    lock = read_lock(home)
     _compare(home, lock, study, inputs)
     if lock.study != study:  # more trials or seeds, or another place to run: `status` and `report` read it here
         _write(home, lock.model_copy(update={"study": study}))
@@ -113,6 +120,15 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
         note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
         notes = (*notes, note)
     return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes)
+
+
+def _differs(lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> bool:
+    return lock.study.identity() != study.identity() or lock.inputs != inputs
+
+
+def _has_trained(home: Home) -> bool:
+    """Whether a run of any method has begun; baseline runs are named after what they do and may stay."""
+    return any(not folder.path.name.startswith("baseline.") for folder in home.find(""))
 
 
 def _model_notes(study: Study) -> tuple[str, ...]:

@@ -270,7 +270,7 @@ def ended_text(record: RunRecord, arm: Arm) -> str:
     if record.outcome == "done" and result:
         if result.score is None:
             return f"{label} done"
-        return f"{_metric_name(arm)} {_number(result.score, arm.metric)}{so_far}"
+        return f"validation {_metric_name(arm)} {_number(result.score, arm.metric)}{so_far}"
     reason = (result.reason if result else record.failure.reason if record.failure else "") or ""
     first = reason.strip().splitlines()[0] if reason.strip() else ""
     if len(first) > REASON_CHARACTERS:
