@@ -86,11 +86,9 @@ class Scheduler:
                         running.append(self._start(run.lane, run.spec, run.folder))
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
-            self._cancel(running)
             raise Incomplete("stopped; everything finished is kept: run the same command to go on") from None
-        except BaseException:
-            self._cancel(running)
-            raise
+        finally:
+            self._cancel(running)  # none, unless something was raised
 
     def _advance(self, lane: Lane, running: list[Running]) -> None:
         """Start the lane's next unfinished run, if it has one."""
