@@ -26,9 +26,9 @@ def done(spec: RunSpec, **changes: Any) -> str:
     return f"open('result.json', 'w').write({result.model_dump_json()!r})"
 
 
-def failed(spec: RunSpec, kind: str, reason: str, attempt: int = 1, log_tail: str = "") -> str:
+def failed(spec: RunSpec, kind: str, reason: str, attempt: int = 1, **changes: Any) -> str:
     """A program that writes a failure of a kind and exits with 1."""
-    failure = Failure(run_id=spec.run_id, kind=kind, reason=reason, attempt=attempt, log_tail=log_tail)
+    failure = Failure(run_id=spec.run_id, kind=kind, reason=reason, attempt=attempt, **changes)
     return f"open('failure.json', 'w').write({failure.model_dump_json()!r}); raise SystemExit(1)"
 
 

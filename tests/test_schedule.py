@@ -16,8 +16,8 @@ from finetrial import lease
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
-from finetrial.records import Attempt, How, RunRecord, RunSpec
-from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, TRIED_AGAIN, Scheduler
+from finetrial.records import Attempt, Failure, How, RunRecord, RunSpec
+from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS, TRIED_AGAIN, Scheduler
 from finetrial.store import Home
 from scripted import Scripted, done, failed, make_spec
 
@@ -194,11 +194,46 @@ def test_a_run_that_was_given_up_has_all_its_attempts_again_when_a_person_asks(b
 
 @pytest.mark.parametrize("kind", sorted(GIVEN_UP))
 def test_every_way_to_be_given_up_can_be_retried_and_is_not_by_itself(bench, kind):
-    spec = bench.spec(0, failed(make_spec(0), kind, "why"), done(make_spec(0)))
+    spec = bench.spec(0, failed(make_spec(0), kind, "why", final=True), done(make_spec(0)))
     bench.run(iter([spec]), attempts=1)
     bench.run(iter([spec]), attempts=1)
     assert bench.engine.started.count(spec.run_id) == 1
     bench.run(iter([spec]), attempts=1, retry=True)
+    assert bench.finished[-1].outcome == "done"
+
+
+def test_out_of_memory_goes_on_at_once_and_costs_no_attempt(bench):
+    short = [failed(make_spec(0), "out_of_memory", "too much", attempt) for attempt in (1, 2)]
+    spec = bench.spec(0, *short, done(make_spec(0)))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["out_of_memory", "out_of_memory", "done"]
+    assert [attempt.counts for attempt in bench.finished[0].attempts] == [False, False, True]
+    assert bench.progress.notes[0].endswith("out_of_memory (too much); resuming, with half as much at once")
+
+
+def test_out_of_memory_goes_on_where_its_coordinator_was_killed_before_it_could(bench):
+    spec = bench.spec(0, done(make_spec(0)))
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    ended = Attempt(
+        number=1, host="h", pid=1, started_at=1.0, ended_at=2.0, outcome="out_of_memory", counts=False
+    )
+    folder.write_attempt(ended)
+    folder.write_failure(Failure(run_id=spec.run_id, kind="out_of_memory", reason="too much", attempt=1))
+    assert folder.record().outcome is None
+    assert folder.out_of_memory() == 1
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory", "done"]
+
+
+def test_out_of_memory_again_and_again_is_given_up_and_a_retry_counts_anew(bench):
+    programs = [failed(make_spec(0), "out_of_memory", "too much", number) for number in range(1, 15)]
+    spec = bench.spec(0, *programs[: MOST_HALVINGS + 1], done(make_spec(0)))
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory"] * (MOST_HALVINGS + 1)
+    assert bench.finished[-1].outcome == "out_of_memory"
+    assert bench.home.run(spec.run_id).out_of_memory() == 0  # given up: what is tried again starts whole
+    bench.run(iter([spec]), retry=True)
     assert bench.finished[-1].outcome == "done"
 
 
@@ -281,7 +316,7 @@ def test_what_a_dead_coordinator_left_beside_a_result_is_cleared_up(bench):
 
 
 def test_a_run_that_was_given_up_keeps_its_checkpoint_and_its_last_ending(bench):
-    spec = bench.spec(0, failed(make_spec(0), "out_of_memory", "too large"))
+    spec = bench.spec(0, failed(make_spec(0), "out_of_memory", "too large", final=True))
     bench.run(iter([spec]))
     folder = bench.home.run(spec.run_id)
     folder.write_attempt(folder.attempt_records()[0].model_copy(update={"outcome": None}))
@@ -309,7 +344,7 @@ def test_a_run_that_its_engine_always_loses_is_given_up(bench):
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "crashed"])
 def test_a_failure_that_the_child_wrote_is_taken_as_it_is(bench, kind):
-    spec = bench.spec(0, failed(make_spec(0), kind, "its own words"))
+    spec = bench.spec(0, failed(make_spec(0), kind, "its own words", final=True))
     bench.run(iter([spec]), attempts=1)
     assert bench.home.run(spec.run_id).failure().reason.startswith("its own words")
     assert bench.outcomes(spec) == [kind]

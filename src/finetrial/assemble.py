@@ -37,12 +37,16 @@ class Workbench:
     def base(self) -> Path:
         return Path(self.spec.how.base)
 
-    def build_base(self) -> models.Built:
-        """The base model with a fresh head (drawn from the spec's head seed), in fp32 on the CPU."""
+    def build_base(self, *, shapes_only: bool = False) -> models.Built:
+        """The base model with a fresh head (drawn from the spec's head seed), in fp32 on the CPU.
+
+        `shapes_only`: on the meta device, its weights not read.
+        """
         options = self.task.head.model_options(self.splits, self.task_params)
         return models.build(
-            self.spec.model, self.location, self.task.head.kind, options, head_seed=self.spec.seeds.head
-        )
+            self.spec.model, self.location, self.task.head.kind, options, head_seed=self.spec.seeds.head,
+            shapes_only=shapes_only,
+        )  # fmt: skip
 
     def method(self) -> tuple[Any, Any]:
         """The method's plug-in and its parameters."""
@@ -50,9 +54,9 @@ class Workbench:
         plugin = plugins.load("methods", self.spec.method.use)
         return plugin, plugin.Params.model_validate(self.spec.method.params)
 
-    def build_tuned(self) -> tuple[Any, models.Built]:
+    def build_tuned(self, *, shapes_only: bool = False) -> tuple[Any, models.Built]:
         """The model with the method attached (adapters drawn from their own seed), before training."""
-        built = self.build_base()
+        built = self.build_base(shapes_only=shapes_only)
         plugin, params = self.method()
         built.model.requires_grad_(False)
         torch.manual_seed(self.spec.seeds.adapter)

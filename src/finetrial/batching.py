@@ -6,7 +6,7 @@ state. Inputs of similar length are grouped and padded to their own longest row,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,29 @@ def evaluation_batches(lengths: Sequence[int], budget: int = EVALUATION_TOKENS) 
     return batches
 
 
+def micro_batches(lengths: Sequence[int], *, rows: int | None = None, tokens: int | None = None) -> list[slice]:
+    """An effective batch in parts, in order: each of at most so many rows and tokens, padding included.
+
+    A part has one row at least, whatever its length.
+    """
+    parts: list[slice] = []
+    start, longest = 0, 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        count = index - start + 1
+        if count > 1 and (
+            (rows is not None and count > rows) or (tokens is not None and count * longest > tokens)
+        ):
+            parts.append(slice(start, index))
+            start, longest = index, length
+    return [*parts, slice(start, len(lengths))]
+
+
+def heaviest(batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> Sequence[int]:
+    """The batch that takes the most memory: attention's part of it grows with the square of the length."""
+    return max(batches, key=lambda batch: len(batch) * max(lengths[i] for i in batch) ** 2)
+
+
 def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:
     """Tensors of some inputs, padded on the right to the longest of them.
 
@@ -82,6 +105,6 @@ def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu")
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The part of a batch that a model's forward takes."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}

@@ -88,4 +88,8 @@ class Diverged(FinetrialError):
 
 
 class OutOfMemory(FinetrialError):
-    """A run does not fit into memory even with its smallest micro-batch."""
+    """A run took more memory than there is or than it may use; it goes on with smaller micro-batches."""
+
+
+class DoesNotFit(OutOfMemory):
+    """A run does not fit into its memory even with its smallest micro-batch: it is given up."""

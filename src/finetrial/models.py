@@ -119,16 +119,19 @@ def load_tokenizer(location: Location, source: ModelSource) -> Any:
 
 
 def build(
-    source: ModelSource, location: Location, kind: str, options: dict[str, Any], *, head_seed: int
-) -> Built:
+    source: ModelSource, location: Location, kind: str, options: dict[str, Any], *, head_seed: int,
+    shapes_only: bool = False,
+) -> Built:  # fmt: skip
     """The base model with the head of that kind, in fp32 on the CPU, the head drawn from `head_seed`.
+
+    `shapes_only`: its weights are on the meta device, and nothing of them is read.
 
     Raises:
         ModelError: it does not load, or weights other than the head's are missing from it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    common = {"revision": location.revision, "trust_remote_code": source.trust_remote_code}
+    common: dict[str, Any] = {"revision": location.revision, "trust_remote_code": source.trust_remote_code}
     try:
         tokenizer = load_tokenizer(location, source)
         config = AutoConfig.from_pretrained(location.name, **common, **options)
@@ -136,13 +139,14 @@ def build(
         _change(config, source)
         torch.manual_seed(head_seed)
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
-        model, missing = load(AUTO_CLASSES[kind], location, config, common)
+        place = {"device_map": "meta"} if shapes_only else {}
+        model, missing = load(AUTO_CLASSES[kind], location, config, common | place)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the model {source.name} does not load for {kind}: {reason}") from error
     causal = bool(getattr(config, "is_decoder", False)) or not _is_bidirectional(model)
     heads, stray = _heads(model, missing)
-    if stray:
+    if stray and not shapes_only:  # without reading the files, what lacks is not known
         raise ModelError(
             f"the checkpoint {source.name} lacks weights of the model itself: {', '.join(stray[:3])}; "
             f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"

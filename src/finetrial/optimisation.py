@@ -6,14 +6,15 @@ The same for every method. Child side; nothing is trained here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import get_scheduler
 
-from finetrial.records import RunSpec, Setting
+from finetrial.batching import epoch_batches
+from finetrial.records import LoopRules, RunSpec, Setting
 
 
 def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
@@ -22,22 +23,43 @@ def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
     return max(1, math.ceil(float(spec.settings["epochs"]) * steps_per_epoch)), steps_per_epoch
 
 
-def prepare_optimisation(
-    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
-) -> tuple[Any, Any, Any]:
-    """AdamW over the trained parameters (fp32 master weights) with warm-up and decay.
+def planned_batches(lengths: Sequence[int], spec: RunSpec, done: int = 0) -> Iterator[list[int]]:
+    """The effective batches from step `done` + 1 to the last; a position in the data is a step number."""
+    planned_steps, per_epoch = plan_steps(spec, len(lengths))
+    for epoch in range(done // per_epoch, math.ceil(planned_steps / per_epoch)):
+        batches = epoch_batches(
+            lengths, int(spec.settings["batch_size"]), seed=spec.seeds.data_order, epoch=epoch
+        )
+        yield from batches[max(0, done - epoch * per_epoch) : planned_steps - epoch * per_epoch]
+
+
+def precision_of(rules: LoopRules) -> str:
+    """`bf16` or `fp32`: `auto` is bf16 autocast on a GPU that has it."""
+    if rules.precision != "auto":
+        return rules.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torch.optim.AdamW:
+    """AdamW over the trained parameters (fp32 master weights).
 
     Biases and norm weights (one-dimensional tensors) get no weight decay, as is usual for transformers.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = float(spec.settings["weight_decay"])
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=float(spec.settings["learning_rate"])
     )
+
+
+def prepare_optimisation(
+    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
+) -> tuple[Any, Any, Any]:
+    """The model and its optimiser as Accelerate wants them, and a schedule with warm-up and decay."""
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], spec)
     warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
     name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)

@@ -59,6 +59,9 @@ def how(study: Study, threads: int) -> How:
         checkpoint_seconds=run.checkpoint_seconds,
         checkpoint_steps=run.checkpoint_steps,
         micro_batch=run.micro_batch,
+        memory_bytes=run.memory_bytes,
+        gradient_checkpointing=run.gradient_checkpointing,
+        parallel=run.parallel,
         log_steps=run.log_steps,
     )
 

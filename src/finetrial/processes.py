@@ -90,6 +90,14 @@ def go_first_when_memory_runs_out(pid: int) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text(OUT_OF_MEMORY_SCORE)
 
 
+def memory_kills() -> int:
+    """How many processes the system has killed for want of memory since it started; 0 where it does not say."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+    return 0
+
+
 def exit_of(code: int) -> Exit:
     """A return code in words; negative means ended by that signal."""
     if code < 0:

@@ -126,7 +126,10 @@ class How(Frozen):
     limit_seconds: float | None = None
     checkpoint_seconds: float | None = 120.0
     checkpoint_steps: int | None = None
-    micro_batch: int | None = None
+    micro_batch: int | None = None  # rows, at most; memory may ask for fewer
+    memory_bytes: int | None = None  # the budget of this run's process (its GPU's memory where it has one)
+    gradient_checkpointing: bool | None = None  # None: only where it does not fit otherwise
+    parallel: int = 1  # runs that share the machine's memory
     log_steps: int = 10
 
 
@@ -199,6 +202,9 @@ class Training(Frozen):
     first_loss: float | None
     last_loss: float | None
     resumed_from: tuple[int, ...] = ()  # steps at which later attempts took over
+    micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
+    micro_batches: int = 1  # most that an effective batch was split into
+    gradient_checkpointing: bool = False
 
 
 class Cost(Frozen):
@@ -209,6 +215,7 @@ class Cost(Frozen):
     evaluate_seconds: float = 0.0
     cpu_seconds: float
     peak_memory_bytes: int
+    predicted_memory_bytes: int | None = None  # of training, before it started
     device: str
     flops: float = 0.0
     trainable_parameters: int = 0
@@ -246,6 +253,12 @@ class Failure(Frozen):
     reason: str
     log_tail: str = ""
     attempt: int
+    final: bool = False  # it would end the same way again, whatever is tried
+
+    @property
+    def goes_on(self) -> bool:
+        """Out of memory and not for good: the run goes on with less at once."""
+        return self.kind == "out_of_memory" and not self.final
 
 
 # What a person can do about a run that was given up: outcome -> next step.
@@ -254,7 +267,7 @@ NEXT_STEP: dict[Outcome, str] = {
     "crashed": f"see its log (`finetrial show RUN`), mend the cause, {RETRY}",
     "lost": f"see to the machines that its attempts were lost on, {RETRY}",
     "timed_out": f"raise run.trial_limit, {RETRY}",
-    "out_of_memory": f"set run.micro_batch lower (it changes no result), {RETRY}",
+    "out_of_memory": f"raise run.memory, run fewer at once (run.parallel), or use a smaller model, {RETRY}",
     "bug": "see its log (`finetrial show RUN`); the same command tries it again",
     "refused": "do what its reason says; the same command tries it again",
     "cancelled": "the same command goes on with it",
@@ -291,4 +304,4 @@ class RunRecord(NamedTuple):
         """How it ended for good, or None while it is unfinished."""
         if self.result:
             return self.result.outcome
-        return self.failure.kind if self.failure else None
+        return self.failure.kind if self.failure and not self.failure.goes_on else None

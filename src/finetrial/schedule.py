@@ -7,6 +7,7 @@ last has ended for good, so what it proposes may depend on what came out. Severa
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetrial import lease as leases
+from finetrial import processes
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.plugins import Engine, Exit
 from finetrial.progress import Progress
@@ -32,6 +34,8 @@ TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
 GIVEN_UP: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost", "out_of_memory"})
 # Endings without a result that are resumed at once, up to the cap on attempts.
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
+# A run that ran out of memory goes on with half as much at once, so many times at most.
+MOST_HALVINGS = 12
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 
@@ -48,6 +52,7 @@ class Running:
     attempt: Attempt
     deadline: float | None
     renew_at: float
+    memory_kills: int  # that the system had made before it
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class Scheduler:
         for spec in lane:
             folder = self.home.run(spec.run_id)
             failure = folder.failure()
-            if folder.result() is not None or (failure and failure.kind not in self.tried_again):
+            ended = failure and not failure.goes_on and failure.kind not in self.tried_again
+            if folder.result() is not None or ended:
                 self._tidy_up(folder)
                 self.on_finished(folder.record())
                 continue
@@ -129,7 +135,7 @@ class Scheduler:
         attempt = Attempt(
             number=number, host=socket.gethostname(), pid=0, started_at=now, from_step=folder.checkpoint_step()
         )
-        handle = None
+        handle, kills = None, processes.memory_kills()
         try:
             folder.write_attempt(attempt)
             handle = self.engine.start(folder.path, spec)
@@ -146,7 +152,7 @@ class Scheduler:
         limit = spec.how.limit_seconds
         clock = time.monotonic()
         deadline = clock + limit if limit is not None else None
-        return Running(lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS)
+        return Running(lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills)
 
     def _watch(self, run: Running) -> Exit | None:
         """How a run ended, or None while it goes on; one over its time limit is ended here."""
@@ -167,22 +173,28 @@ class Scheduler:
 
     def _settle(self, run: Running, ended: Exit) -> bool:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
-        outcome, reason = self._outcome(run, ended)
+        outcome, reason, final = self._outcome(run, ended)
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
         further = run.folder.checkpoint_step() > run.attempt.from_step and outcome != "timed_out"
-        count = self._counted(run.folder) + (0 if further else 1)
-        gave_up = outcome in RESUMED and count >= self.attempts
+        past = run.folder.current_attempts()
+        count = sum(a.outcome in RESUMED and a.counts for a in past) + (0 if further else 1)
+        halved = sum(a.outcome == "out_of_memory" for a in past)
+        if outcome == "out_of_memory":
+            gave_up, further = final or halved >= MOST_HALVINGS, True
+        else:
+            gave_up = outcome in RESUMED and count >= self.attempts
         self._close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
         leases.release(run.folder.lease_file, run.lease)
-        if outcome in RESUMED:
+        if outcome in RESUMED or outcome == "out_of_memory":
             if not gave_up:
-                self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming")
+                less = ", with half as much at once" if outcome == "out_of_memory" else ""
+                self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming{less}")
                 return False
+            reason = reason if outcome == "out_of_memory" else f"{reason}, {count} times; its log says why"
             run.folder.write_failure(
                 Failure(
-                    run_id=run.spec.run_id, kind=outcome, attempt=run.attempt.number,
-                    reason=f"{reason}, {count} times; its log says why",
-                    log_tail=run.folder.log_tail(),
+                    run_id=run.spec.run_id, kind=outcome, attempt=run.attempt.number, final=True,
+                    reason=reason or outcome, log_tail=run.folder.log_tail(),
                 )
             )  # fmt: skip
         record = run.folder.record()
@@ -193,24 +205,22 @@ class Scheduler:
         self._stop_on_fault(record)
         return True
 
-    @staticmethod
-    def _counted(folder: RunFolder) -> int:
-        """Ended attempts that count towards the cap: none from before the run was given up and retried."""
-        past = folder.attempt_records()
-        since = max((attempt.number for attempt in past if attempt.gave_up), default=0)
-        return sum(a.number > since and a.outcome in RESUMED and a.counts for a in past)
+    def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None, bool]:
+        """What an ending was, why, and whether for good, by what the folder holds.
 
-    def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None]:
-        """What an ending was, by what the folder holds; the exit code alone proves nothing."""
+        The exit code alone proves nothing; but killed while the system killed for want of memory is just that.
+        """
         result = run.folder.result()
         if result is not None:
-            return result.outcome, result.reason
+            return result.outcome, result.reason, True
         failure = run.folder.failure()
         if failure is not None and failure.attempt == run.attempt.number:
-            return failure.kind, failure.reason
+            return failure.kind, failure.reason, failure.final
+        if ended.code == -signal.SIGKILL and processes.memory_kills() > run.memory_kills:
+            return "out_of_memory", "killed by the system, which ran out of memory", False
         if ended.outcome is not None:
-            return ended.outcome, ended.reason
-        return "crashed", ended.reason or "it ended without a result"
+            return ended.outcome, ended.reason, False
+        return "crashed", ended.reason or "it ended without a result", False
 
     @staticmethod
     def _close(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import resource
 import shutil
 import time
 import uuid
@@ -16,9 +15,10 @@ import torch
 
 from finetrial import checkpoint, files, plugins
 from finetrial.assemble import Workbench, input_hash, open_workbench, pick_device
-from finetrial.batching import collate, evaluation_batches
+from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged, HomeError
+from finetrial.fit import Fit, Ladder, keep_to, peak_bytes
 from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.records import Cost, GroupProof, Proof, Result, RunSpec, Training, canonical_json
@@ -46,9 +46,12 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     accelerator = make_accelerator(spec.rules)
     model = accelerator.prepare(built.model)
     scores, hashes, calibration = {}, {}, None
+    tokens = EVALUATION_TOKENS >> folder.out_of_memory()
     for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
         features = bench.encode(examples, built)
-        scored = evaluate(accelerator, model, bench, built.tokenizer, features, examples, calibration)
+        scored = evaluate(
+            accelerator, model, bench, built.tokenizer, features, examples, calibration, tokens=tokens
+        )
         calibration = calibration or scored.calibration
         scores[split], hashes[split] = scored.metrics, input_hash(features)
     return Result(
@@ -68,26 +71,30 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     """A trial or a replicate: train, score on validation, and for a replicate on test; keep its model."""
     clock, progress = _Clock(), Progress()
     bench = open_workbench(spec, folder.home)
-    model, built = bench.build_tuned()
+    shapes, built = bench.build_tuned(shapes_only=True)
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
+    ladder = Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
+    fit = ladder.choose(folder.out_of_memory())
+    keep_to(fit)
+    model, built = bench.build_tuned()
     hashes = {"train": input_hash(features), "validation": input_hash(validation)}
     scored = None
     try:
-        trained = train(bench, folder, model, built.tokenizer, features, validation, progress)
-        peak = peak_memory_bytes()  # of training: what comes after holds a second model
+        trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit)
+        peak = peak_bytes()  # of training: what comes after holds a second model
         if spec.stage == "replicate":
             test = bench.encode(bench.splits.test, built)
             hashes["test"] = input_hash(test)
             scored = evaluate(
                 trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
-                progress.best_calibration,
+                progress.best_calibration, tokens=fit.evaluation_tokens,
             )  # fmt: skip
     except Diverged as diverged:
         reason = str(Diverged(diverged.step or progress.step, diverged.reason))
         return Result(
-            run_id=spec.run_id, outcome="diverged", reason=reason, cost=_cost(clock, model, progress),
-            training=_training_facts(bench, progress, len(features)),
+            run_id=spec.run_id, outcome="diverged", reason=reason, cost=_cost(clock, model, progress, fit=fit),
+            training=_training_facts(bench, progress, len(features), fit),
             input_sha256=hashes, split_rows=_split_rows(bench), environment=environment(spec),
         )  # fmt: skip
     scores = {"validation": progress.best_metrics}
@@ -104,9 +111,9 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         scores=scores,
         calibration=progress.best_calibration,
         settings_used=trained.settings_used,
-        training=_training_facts(bench, progress, len(features)),
+        training=_training_facts(bench, progress, len(features), fit),
         proof=prove(bench, trained.model),
-        cost=_cost(clock, trained.model, progress, saved_bytes, peak),
+        cost=_cost(clock, trained.model, progress, saved_bytes, peak, fit),
         # A replicate's kept weights; a trial keeps none, so those of its last step.
         weights_sha256=weights_hash(checkpoint.trained_tensors(trained.model)),
         input_sha256=hashes,
@@ -128,7 +135,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
         neighbour = _load_replicate(bench, folder, spec.reference) if spec.reference else None
     tuned = tuned.to(device).eval()
     neighbour = neighbour.to(device).eval() if neighbour is not None else None
-    measures = {}
+    measures, tokens = {}, EVALUATION_TOKENS >> folder.out_of_memory()
     for name, asked in spec.measures.items():
         plugin = plugins.load("probes", asked["use"])
         params = plugin.Params.model_validate(asked["params"])
@@ -136,7 +143,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
         features = bench.encode(rows, built)
         batches = [
             collate([features[i] for i in indices], built.tokenizer.pad_token_id, device)
-            for indices in evaluation_batches([len(feature.input_ids) for feature in features])
+            for indices in evaluation_batches([len(feature.input_ids) for feature in features], tokens)
         ]
         given = ProbeInput(base, tuned, neighbour, batches, input_hash(features))
         measures[name] = plugin.measure(given, params)
@@ -240,7 +247,7 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _training_facts(bench: Workbench, progress: Progress, inputs: int) -> Training:
+def _training_facts(bench: Workbench, progress: Progress, inputs: int, fit: Fit) -> Training:
     planned_steps, steps_per_epoch = plan_steps(bench.spec, inputs)
     return Training(
         steps=progress.step,
@@ -255,6 +262,9 @@ def _training_facts(bench: Workbench, progress: Progress, inputs: int) -> Traini
         first_loss=progress.first_loss,
         last_loss=progress.last_loss,
         resumed_from=tuple(progress.resumed_from),
+        micro_batch_tokens=fit.tokens,
+        micro_batches=progress.micro_batches,
+        gradient_checkpointing=fit.checkpointing,
     )
 
 
@@ -269,16 +279,10 @@ class _Clock:
         return time.perf_counter() - self.wall, time.process_time() - self.cpu
 
 
-def peak_memory_bytes() -> int:
-    """The most memory so far: allocated on the GPU, or resident in this process where there is none."""
-    if pick_device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-
-
 def _cost(
-    clock: _Clock, model: Any, progress: Progress | None = None, saved_bytes: int = 0, peak: int | None = None
-) -> Cost:
+    clock: _Clock, model: Any, progress: Progress | None = None, saved_bytes: int = 0, peak: int | None = None,
+    fit: Fit | None = None,
+) -> Cost:  # fmt: skip
     """What a run cost, over all its attempts as far as they counted."""
     wall, cpu = clock.passed()
     progress = progress or Progress()
@@ -289,7 +293,8 @@ def _cost(
         train_seconds=round(progress.train_seconds, 3),
         evaluate_seconds=round(progress.evaluate_seconds, 3),
         cpu_seconds=round(cpu + progress.earlier_cpu_seconds, 3),
-        peak_memory_bytes=peak_memory_bytes() if peak is None else peak,
+        peak_memory_bytes=peak_bytes() if peak is None else peak,
+        predicted_memory_bytes=fit.predicted if fit else None,
         device=name,
         flops=_flops(model, progress.tokens),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

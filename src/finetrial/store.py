@@ -71,6 +71,16 @@ class RunFolder:
         paths = sorted(self.attempts.glob("[0-9]*.json"), key=lambda path: int(path.stem))
         return tuple(_read(path, Attempt) for path in paths)
 
+    def current_attempts(self) -> tuple[Attempt, ...]:
+        """Those that count: since the run was given up and is tried again, if it was."""
+        past = self.attempt_records()
+        since = max((attempt.number for attempt in past if attempt.gave_up), default=0)
+        return tuple(attempt for attempt in past if attempt.number > since)
+
+    def out_of_memory(self) -> int:
+        """How many of its attempts ran out of memory: each halves what the next one takes at once."""
+        return sum(attempt.outcome == "out_of_memory" for attempt in self.current_attempts())
+
     def record(self) -> RunRecord:
         return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())
 

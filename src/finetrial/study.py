@@ -72,6 +72,7 @@ class RunRules(Frozen):
     checkpoint_seconds: float | None = Field(default=120.0, gt=0)
     checkpoint_steps: int | None = Field(default=None, ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool | None = None
     log_steps: int = Field(default=10, ge=1)
 
 

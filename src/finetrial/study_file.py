@@ -236,7 +236,7 @@ def _checkpoint(value: Any) -> tuple[float | None, int | None]:
 
 def _run(collector: Collector, value: Any) -> RunRules | None:
     keys = ("engine", "parallel", "threads", "memory", "trial_limit", "attempts", "checkpoint",
-            "micro_batch", "log_steps")  # fmt: skip
+            "micro_batch", "gradient_checkpointing", "log_steps")  # fmt: skip
     converters: dict[str, Callable[[Any], Any]] = {
         "memory": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
     }  # fmt: skip

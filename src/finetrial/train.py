@@ -8,10 +8,11 @@ which activations dropout drops.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,11 +21,19 @@ from accelerate import Accelerator
 
 from finetrial import checkpoint
 from finetrial.assemble import Workbench
-from finetrial.batching import collate, epoch_batches, evaluation_batches, model_inputs
-from finetrial.errors import Diverged
+from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, model_inputs
+from finetrial.errors import Diverged, OutOfMemory
 from finetrial.files import append_json_line
+from finetrial.fit import PROVED_SHARE, Fit, check, checkpoint_gradients
 from finetrial.notice import EXIT_CODE, termination_notice
-from finetrial.optimisation import evaluation_steps, plan_steps, prepare_optimisation, settings_used
+from finetrial.optimisation import (
+    evaluation_steps,
+    plan_steps,
+    planned_batches,
+    precision_of,
+    prepare_optimisation,
+    settings_used,
+)
 from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
 from finetrial.store import RunFolder
@@ -48,6 +57,7 @@ def train(
     features: Sequence[Feature],
     validation: Sequence[Feature],
     progress: Progress,
+    fit: Fit,
 ) -> Trained:
     """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
 
@@ -56,8 +66,11 @@ def train(
     Raises:
         Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed far above its
             start; nothing is skipped or filtered.
+        OutOfMemory: it took more than its budget; a checkpoint of its last whole step is there.
     """
     spec = bench.spec
+    if fit.checkpointing:
+        checkpoint_gradients(model)
     accelerator = make_accelerator(spec.rules)
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
     model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, planned_steps)
@@ -68,6 +81,7 @@ def train(
 
     loop = _Loop(
         bench,
+        fit,
         folder,
         model,
         tokenizer,
@@ -81,8 +95,10 @@ def train(
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     due = _checkpoint_rule(spec, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
+    if progress.step == 0 and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
+        loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
     with termination_notice() as asked:
-        for indices in _remaining(lengths, spec, planned_steps, progress.step):
+        for indices in planned_batches(lengths, spec, progress.step):
             loop.step([features[i] for i in indices])
             last = progress.step == planned_steps
             if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
@@ -91,6 +107,7 @@ def train(
                 loop.judge(validation)
             if progress.stopped_early or last:
                 break
+            loop.keep_to_budget()
             leaving = asked()
             if leaving or due(progress.step):
                 loop.save()
@@ -109,21 +126,8 @@ def train(
 
 
 def make_accelerator(rules: LoopRules) -> Accelerator:
-    """Accelerate with the precision of the rules; `auto` is bf16 autocast on a GPU that has it, else fp32."""
-    precision = rules.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-
-
-def _remaining(lengths: Sequence[int], spec: RunSpec, planned_steps: int, done: int) -> Iterator[list[int]]:
-    """The batches from step `done` + 1 to the last; a position in the data is a step number."""
-    batch_size = int(spec.settings["batch_size"])
-    per_epoch = math.ceil(len(lengths) / batch_size)
-    for epoch in range(done // per_epoch, math.ceil(planned_steps / per_epoch)):
-        batches = epoch_batches(lengths, batch_size, seed=spec.seeds.data_order, epoch=epoch)
-        first = max(0, done - epoch * per_epoch)
-        yield from batches[first : planned_steps - epoch * per_epoch]
+    """Accelerate with the precision of the rules."""
+    return Accelerator(mixed_precision="bf16" if precision_of(rules) == "bf16" else "no")
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class _Loop:
     """What every turn of the loop needs, and the four things that a turn may do."""
 
     bench: Workbench
+    fit: Fit
     folder: RunFolder
     model: Any
     tokenizer: Any
@@ -174,14 +179,13 @@ class _Loop:
     def _backward(self, batch: Sequence[Feature]) -> float:
         """Gradients of an effective batch's mean loss, and that loss."""
         spec, progress = self.bench.spec, self.progress
-        micro = spec.how.micro_batch or len(batch)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for index, start in enumerate(range(0, len(batch), micro)):
-            tensors = collate(
-                batch[start : start + micro], self.tokenizer.pad_token_id, self.accelerator.device
-            )
+        parts = self.fit.split(batch)
+        progress.micro_batches = max(progress.micro_batches, len(parts))
+        for index, part in enumerate(parts):
+            tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
             # Dropout is a function of (replicate, step): no method's use of random numbers shifts another's.
             torch.manual_seed(stream_seed(spec.seeds.dropout, progress.step, index))
             outputs = self.model(**model_inputs(tensors))
@@ -214,8 +218,9 @@ class _Loop:
         try:
             _check_weights(self.model)
             scored = evaluate(
-                self.accelerator, self.model, bench, self.tokenizer, validation, bench.splits.validation
-            )
+                self.accelerator, self.model, bench, self.tokenizer, validation, bench.splits.validation,
+                tokens=self.fit.evaluation_tokens,
+            )  # fmt: skip
         except Diverged as diverged:  # a head knows no step
             raise Diverged(progress.step, diverged.reason) from diverged
         self.clock.evaluate()
@@ -238,6 +243,38 @@ class _Loop:
             enough = gain > stopping.min_delta
             progress.evaluations_without_gain = 0 if enough else progress.evaluations_without_gain + 1
             progress.stopped_early = progress.evaluations_without_gain >= stopping.patience
+
+    def prove(self, batch: Sequence[Feature]) -> None:
+        """One step on the heaviest batch that leaves no trace: whether the memory foretold suffices.
+
+        The rate is zero, so that AdamW leaves every weight as it is, bit for bit; its state is thrown away.
+
+        Raises:
+            OutOfMemory: it does not.
+        """
+        before = copy.deepcopy(self.progress)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        loss = self._backward(batch)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = float(self.accelerator.clip_grad_norm_(trained, self.bench.spec.rules.max_grad_norm))
+        if math.isfinite(loss) and math.isfinite(norm):  # else the first step will say so
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.0
+            self.optimizer.step()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        vars(self.progress).update(vars(before))
+        check(self.fit)
+
+    def keep_to_budget(self) -> None:
+        """End a run that has taken more memory than it may, with a checkpoint: it goes on with less at once."""
+        try:
+            check(self.fit)
+        except OutOfMemory:
+            self.save()
+            raise
 
     def save(self) -> None:
         """A checkpoint of this step."""
@@ -262,12 +299,14 @@ def evaluate(
     features: Sequence[Feature],
     examples: Sequence[dict[str, Any]],
     calibration: dict[str, float] | None = None,
+    *,
+    tokens: int = EVALUATION_TOKENS,
 ) -> Scored:
-    """Scores of a split. Validation chooses the calibration; test is given it."""
+    """Scores of a split, so many tokens at a time. Validation chooses the calibration; test is given it."""
     model.eval()
     predictions: list[Any] = [None] * len(features)
     with torch.no_grad():
-        for indices in evaluation_batches([len(feature.input_ids) for feature in features]):
+        for indices in evaluation_batches([len(feature.input_ids) for feature in features], tokens):
             batch = [features[i] for i in indices]
             tensors = collate(batch, tokenizer.pad_token_id, accelerator.device)
             outputs = model(**model_inputs(tensors))

@@ -27,6 +27,7 @@ class Progress:
     largest_batch: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    micro_batches: int = 1  # most that an effective batch was split into
     first_loss: float | None = None
     last_loss: float | None = None
     gradient_norm: float = 0.0  # of the last step, before clipping

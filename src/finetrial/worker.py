@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from finetrial import plugins
-from finetrial.errors import FinetrialError, OutOfMemory
+from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory
 from finetrial.records import Failure, Outcome
 from finetrial.store import RunFolder
 
@@ -83,8 +83,9 @@ def _do(folder: RunFolder) -> int:
         else:
             sys.stderr.write(f"{kind}: {reason}\n")
         failure = Failure(
-            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=attempt
-        )
+            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=attempt,
+            final=isinstance(error, DoesNotFit),
+        )  # fmt: skip
         folder.write_failure(failure)
         return 1
     folder.drop_checkpoint()

@@ -1,0 +1,253 @@
+"""How a run fits into its memory: the largest micro-batch within the budget, foretold and watched. Child side.
+
+The effective batch never changes: it is split where it has to be, and gradients are summed. Where not even
+one row fits, activations are computed twice instead of kept (gradient checkpointing). `memory.py` counts; this
+decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import platform
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from finetrial import memory
+from finetrial.assemble import Workbench, pick_device
+from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, micro_batches
+from finetrial.errors import DoesNotFit, OutOfMemory
+from finetrial.optimisation import make_optimizer, planned_batches, precision_of
+from finetrial.plugins import Feature
+
+# What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
+# for the system, the coordinator, and what a prediction does not see.
+SHARE = 0.85
+# First touched during a step (code of kernels, workspaces): bench/memory.py.
+FIRST_TOUCHED_BYTES = 20_000_000
+# With the C library's defaults a step's activations take up to so many times their size, for freed blocks are
+# kept in case they serve again (bench/memory.py). Where that is too much, large blocks are given back at once.
+ROOMY_ACTIVATIONS = 2.5
+LARGE_BLOCK_BYTES = 262_144
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
+# Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
+COARSE = 8
+# A prediction this close to the budget is proved by a step that is thrown away.
+PROVED_SHARE = 0.7
+
+
+class Fit(NamedTuple):
+    """How a run is fitted to its budget."""
+
+    budget: int  # bytes: of the process, or on its GPU
+    predicted: int | None  # bytes: the peak of training, likewise; None: so far below that it was not counted
+    tokens: int | None = None  # most of a micro-batch, padding included; None: as many as there are
+    rows: int | None = None  # most rows of a micro-batch, as the study asks
+    checkpointing: bool = False
+    evaluation_tokens: int = EVALUATION_TOKENS
+    tight: bool = False  # large blocks are given back to the system at once; on a CPU only
+
+    def split(self, batch: Sequence[Feature]) -> list[Sequence[Feature]]:
+        """An effective batch in micro-batches."""
+        lengths = [len(feature.input_ids) for feature in batch]
+        return [batch[part] for part in micro_batches(lengths, rows=self.rows, tokens=self.tokens)]
+
+
+class Ladder:
+    """The ways in which a trial or replicate can be fitted to its memory, each smaller than the one before.
+
+    `shapes` is its model with the method attached, on the meta device; it is used up.
+    """
+
+    def __init__(
+        self, bench: Workbench, shapes: Any, features: Sequence[Feature], validation: Sequence[Feature],
+        pad_token_id: int,
+    ):  # fmt: skip
+        self.bench, self.spec, self.shapes, self.pad_token_id = bench, bench.spec, shapes, pad_token_id
+        self.asked = bench.spec.how.gradient_checkpointing
+        self.device = pick_device().type
+        self.budget = budget_of(bench.spec.how.memory_bytes, bench.spec.how.parallel)
+        self.held = resident_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
+        lengths = [len(feature.input_ids) for feature in features]
+        self.worst = [features[i] for i in heaviest(planned_batches(lengths, bench.spec), lengths)]
+        self.longest = max(features, key=lambda feature: len(feature.input_ids))
+        sizes = [len(feature.input_ids) for feature in validation]
+        self.judged = [validation[i] for i in heaviest(evaluation_batches(sizes), sizes)]
+
+    def choose(self, halvings: int) -> Fit:
+        """The largest that fits, or so many rungs below it: one for every time that memory ran out.
+
+        Raises:
+            DoesNotFit: there is none; it says what takes how much.
+        """
+        if halvings == 0 and self.spec.how.memory_bytes is None and self.surely_fits():
+            return Fit(self.budget, None, rows=self.spec.how.micro_batch, checkpointing=bool(self.asked))
+        found = next(itertools.islice(self.rungs(), halvings, None), None)
+        if found is None:
+            step = self.step([self.longest], checkpointing=True, split=True)
+            parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in step._asdict().items())
+            raise DoesNotFit(
+                f"one row of {len(self.longest.input_ids)} tokens at a time takes "
+                f"{self.total(step) / 1e6:.0f} MB with gradient checkpointing ({parts}, the process "
+                f"{self.held / 1e6:.0f} MB), and the budget is {self.budget / 1e6:.0f} MB"
+            )
+        return found
+
+    def rungs(self) -> Iterator[Fit]:
+        length = len(self.longest.input_ids)
+        for checkpointing in (False, True) if self.asked is None else (self.asked,):
+            first = self.largest(checkpointing=checkpointing)
+            if first is None:
+                continue
+            yield first
+            tokens = first.tokens or _padded(first.split(self.worst)[0])
+            while tokens >= 2 * length:
+                tokens //= 2
+                yield first._replace(
+                    tokens=tokens, evaluation_tokens=min(tokens, EVALUATION_TOKENS), tight=True
+                )
+
+    def largest(self, *, checkpointing: bool) -> Fit | None:
+        """The largest micro-batch that fits, or None if one row does not."""
+        rows = self.spec.how.micro_batch
+        parts = Fit(0, 0, rows=rows).split(self.worst)
+        step = self.step(max(parts, key=_padded), checkpointing=checkpointing, split=len(parts) > 1)
+        evaluation = self.evaluation(self.judged)
+        predicted = self.total(step, evaluation)
+        if predicted <= self.budget:
+            tight = self.device == "cpu" and self.total(step, evaluation, ROOMY_ACTIVATIONS) > self.budget
+            return Fit(self.budget, predicted, None, rows, checkpointing, EVALUATION_TOKENS, tight)
+        one, two = (
+            self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
+            for count in (1, 2)
+        )
+        if one > self.budget:
+            return None
+        most = 1 + int((self.budget - one) // max(1, two - one))
+        tokens = most * len(self.longest.input_ids)
+        return Fit(
+            self.budget, one + (most - 1) * (two - one), tokens, rows, checkpointing,
+            min(EVALUATION_TOKENS, tokens), tight=self.device == "cpu",
+        )  # fmt: skip
+
+    def surely_fits(self) -> bool:
+        """Whether a coarse upper bound is within the budget, so that the seconds of counting are saved.
+
+        Everything trained by AdamW in fp32, and so many tensors of the size of each layer's output and of
+        each head's attention.
+        """
+        config = self.shapes.config
+        heads = getattr(config, "num_attention_heads", None)
+        layers = getattr(config, "num_hidden_layers", None)
+        if not isinstance(heads, int) or not isinstance(layers, int):
+            return False
+        weights = [module.weight for module in self.shapes.modules() if hasattr(module, "weight")]
+        outputs = sum(weight.shape[-1 if weight.ndim == 1 else 0] for weight in weights if weight is not None)
+        tables = [m for m in self.shapes.modules() if isinstance(m, torch.nn.Embedding)]
+        outputs += sum(table.embedding_dim - table.num_embeddings for table in tables)
+        most = max(_padded(self.worst), _padded(self.judged))
+        per_token = outputs + heads * layers * len(self.longest.input_ids)
+        parameters = sum(parameter.numel() for parameter in self.shapes.parameters())
+        return self.held + 4 * (6 * parameters + COARSE * most * per_token) < self.budget
+
+    def step(self, part: Sequence[Feature], *, checkpointing: bool, split: bool) -> memory.Step:
+        """Bytes of a training step whose largest micro-batch is that."""
+        checkpoint_gradients(self.shapes, on=checkpointing)
+        return memory.training_step(
+            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum,
+            lambda trained: make_optimizer(trained, self.spec),
+            split=split, autocast=self.autocast, device=self.device,
+        )  # fmt: skip
+
+    def evaluation(self, batch: Sequence[Feature]) -> int:
+        tensors = collate(batch, self.pad_token_id)
+        return memory.evaluation_batch(self.shapes, tensors, autocast=self.autocast, device=self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        bf16 = precision_of(self.spec.rules) == "bf16"
+        return torch.autocast(self.device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    def total(self, step: memory.Step, evaluation: int = 0, spread: float = 1.0) -> int:
+        """Bytes at the peak of training; `spread` is of the activations over their size."""
+        activations = max(step.activations, evaluation) * spread
+        return self.held + step.resident + step.gradients + step.optimizer + int(activations)
+
+
+def _padded(part: Sequence[Feature]) -> int:
+    return len(part) * max(len(feature.input_ids) for feature in part)
+
+
+def checkpoint_gradients(model: Any, *, on: bool = True) -> None:
+    """Have a model compute its activations again in the backward pass, or keep them, where its kind can."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        return
+    if not on:
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def budget_of(asked: int | None, parallel: int) -> int:
+    """Bytes that a run may take: what the study says, or its share of the machine's or GPU's memory."""
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        total = min([psutil.virtual_memory().total, *_limits_of_group()])
+    return int(total * SHARE / parallel)
+
+
+def _limits_of_group() -> Iterator[int]:
+    """A container's limit."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            yield int(Path(file).read_text())
+
+
+def resident_bytes() -> int:
+    """This process's memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The most memory so far: allocated on the GPU, or resident in this process where there is none."""
+    if pick_device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def keep_to(fit: Fit) -> None:
+    """Hold this process to its budget as far as the system can."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fit.budget / total))
+    elif fit.tight:
+        give_back_at_once()
+
+
+def give_back_at_once() -> None:
+    """From now on a large block goes back to the system when it is freed, where the C library can be told."""
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+            library.malloc_trim(0)
+
+
+def check(fit: Fit) -> None:
+    """Whether the run has kept to its budget so far.
+
+    Raises:
+        OutOfMemory: it has not.
+    """
+    peak = peak_bytes()
+    if peak > fit.budget:
+        raise OutOfMemory(f"it took {peak / 1e6:.0f} MB of the {fit.budget / 1e6:.0f} MB that it may use")

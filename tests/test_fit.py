@@ -1,0 +1,196 @@
+"""What a run takes is foretold, fits its budget, and goes on with less when memory runs out all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from finetrial import memory
+from finetrial.assemble import open_workbench
+from finetrial.batching import collate, micro_batches, model_inputs
+from finetrial.engines.inline import Inline
+from finetrial.errors import DoesNotFit, OutOfMemory
+from finetrial.fit import Fit, Ladder, budget_of
+from finetrial.progress import Progress
+from finetrial.schedule import Scheduler
+from finetrial.train import train
+from finetrial.training_state import Progress as Steps
+from fragile import TROUBLE
+from tiny_runs import folder_of, make_spec, records, run, unmeasured
+
+NO_DROPOUT = {"dropout": 0.0}
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=30),
+    st.none() | st.integers(1, 9),
+    st.none() | st.integers(1, 200),
+)
+def test_micro_batches_are_the_batch_in_order_and_keep_to_their_bounds(lengths, rows, tokens):
+    parts = [lengths[part] for part in micro_batches(lengths, rows=rows, tokens=tokens)]
+    assert [length for part in parts for length in part] == lengths
+    for part in parts:
+        assert len(part) >= 1
+        assert rows is None or len(part) <= rows
+        assert tokens is None or len(part) == 1 or len(part) * max(part) <= tokens
+
+
+def test_one_linear_layer_takes_what_can_be_worked_out_by_hand():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(100, 50, bias=False)
+
+        def forward(self, input_ids):
+            return {"out": self.layer(input_ids)}
+
+    step = memory.training_step(
+        Model(),
+        {"input_ids": torch.zeros(8, 100)},
+        lambda outputs, batch: outputs["out"].sum(),
+        torch.optim.AdamW,
+    )
+    weight = 100 * 50 * 4
+    assert (step.weights, step.gradients) == (weight, weight)
+    assert step.optimizer == 2 * weight + 4  # two moments, and the count of steps
+    assert step.activations >= 2 * weight  # AdamW's temporaries: the root of a moment, and that divided
+
+
+def ladder(spec, home):
+    bench = open_workbench(spec, folder_of(spec, home).home)
+    shapes, built = bench.build_tuned(shapes_only=True)
+    features = bench.encode(bench.splits.train, built)
+    validation = bench.encode(bench.splits.validation, built)
+    return Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama"])
+def test_a_step_foretold_is_what_the_tracker_of_torch_sees(model, request, tmp_path):
+    spec = make_spec(request.getfixturevalue(model), "full")
+    climbed = ladder(spec, tmp_path)
+    foretold = climbed.step(climbed.worst, checkpointing=False, split=False)
+    tuned, built = climbed.bench.build_tuned()
+    batch = collate(climbed.worst, built.tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(tuned.parameters())
+    tuned.train()
+    tracker = MemTracker()
+    tracker.track_external(tuned, optimizer, *batch.values())
+    peaks = []
+    for _ in range(2):
+        with tracker:
+            climbed.bench.task.head.loss_sum(tuned(**model_inputs(batch)), batch).backward()
+            torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+        tracker.reset_mod_stats()
+    total = foretold.weights + foretold.gradients + foretold.optimizer + foretold.activations
+    assert total == pytest.approx(peaks[1], rel=0.02)
+
+
+def test_only_what_is_trained_has_gradients_and_an_optimiser(tiny_bert, tmp_path):
+    climbed = ladder(make_spec(tiny_bert, "lora"), tmp_path)
+    tuned, _ = climbed.bench.build_tuned()
+    trained = sum(p.numel() * 4 for p in tuned.parameters() if p.requires_grad)
+    step = climbed.step(climbed.worst, checkpointing=False, split=False)
+    assert step.gradients == trained
+    assert 2 * trained <= step.optimizer < 2.1 * trained
+    assert step.weights == sum(t.numel() * t.element_size() for t in [*tuned.parameters(), *tuned.buffers()])
+    table = tuned.get_input_embeddings().weight
+    assert step.weights - step.resident >= table.numel() * 4
+
+
+def test_the_largest_micro_batch_that_fits_is_taken(tiny_bert, tmp_path):
+    settings = {"batch_size": 8}
+    free = ladder(make_spec(tiny_bert, "full", settings=settings), tmp_path)
+    length = len(free.longest.input_ids)
+    one, two, three = (
+        free.total(free.step([free.longest] * rows, checkpointing=False, split=True)) for rows in (1, 2, 3)
+    )
+    assert one < two < three < free.budget
+    assert free.surely_fits()
+    assert free.choose(0).predicted is None
+    assert free.largest(checkpointing=False).tokens is None
+    free.budget = (two + three) // 2
+    assert not free.surely_fits()
+    fit = free.choose(0)
+    assert (fit.tokens, fit.checkpointing, fit.tight) == (2 * length, False, True)
+    assert two == pytest.approx(fit.predicted, rel=1e-3)
+    assert [free.choose(halvings).tokens for halvings in (0, 1)] == [2 * length, length]
+    assert free.choose(2).checkpointing
+
+
+def test_checkpointing_is_the_last_resort_and_what_does_not_fit_says_what_takes_how_much(tiny_bert, tmp_path):
+    free = ladder(make_spec(tiny_bert, "lora", settings={"batch_size": 8, **NO_DROPOUT}), tmp_path)
+    kept = free.total(free.step([free.longest], checkpointing=False, split=True))
+    again = free.total(free.step([free.longest], checkpointing=True, split=True))
+    assert again < kept
+    free.budget = (again + kept) // 2
+    fit = free.choose(0)
+    assert fit.checkpointing
+    assert fit.predicted <= free.budget
+    free.budget = again - 1
+    with pytest.raises(DoesNotFit, match=r"one row of \d+ tokens .*weights .*activations .*budget"):
+        free.choose(0)
+
+
+def test_the_budget_is_what_the_study_says_or_a_share_of_the_machine():
+    assert budget_of(123, 4) == 123
+    assert budget_of(None, 1) == pytest.approx(2 * budget_of(None, 2), abs=1)
+
+
+def test_split_batches_change_no_result_beyond_rounding_and_are_recorded(tiny_llama, tmp_path):
+    """The model has no dropout."""
+    given = {"settings": {"batch_size": 8, **NO_DROPOUT}}
+    whole = make_spec(tiny_llama, "lora", **given, how={"log_steps": 1})
+    split = make_spec(tiny_llama, "lora", **given, how={"log_steps": 1, "micro_batch": 3})
+    assert whole.run_id == split.run_id
+    one, other = run(whole, tmp_path / "whole").training, run(split, tmp_path / "split").training
+    assert (one.micro_batches, other.micro_batches) == (1, 3)
+    before, after = records(whole, tmp_path / "whole"), records(split, tmp_path / "split")
+    losses = [[record["loss"] for record in found if record["kind"] == "train"] for found in (before, after)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_step_that_proves_the_memory_leaves_no_trace(tiny_bert, tmp_path, method):
+    spec = make_spec(tiny_bert, method)
+    plain = run(spec, tmp_path / "plain")
+    climbed = ladder(spec, tmp_path / "ladder")
+    predicted = climbed.largest(checkpointing=False).predicted
+    TROUBLE.reset()
+    near = make_spec(tiny_bert, method, how={"memory_bytes": int(predicted * 1.3)})  # above the proved share
+    proved = run(near, tmp_path / "proved")
+    assert TROUBLE.losses == plain.training.steps + 1
+    assert unmeasured(proved) == unmeasured(plain)
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_from_its_checkpoint_with_half_as_much(tiny_bert, tmp_path):
+    TROUBLE.reset(error_at=(5, MemoryError("no more")))
+    spec = make_spec(tiny_bert, "full", how={"checkpoint_steps": 1})
+    folder = folder_of(spec, tmp_path)
+    finished = []
+    Scheduler(folder.home, Inline(), 1, 1, Progress(), finished.append).run([iter([spec])])
+    record = finished[0]
+    assert [attempt.outcome for attempt in record.attempts] == ["out_of_memory", "done"]
+    assert record.attempts[1].from_step == 4
+    training = record.result.training
+    assert training.resumed_from == (4,)
+    assert training.micro_batches == 2
+    assert training.micro_batch_tokens is not None
+
+
+def test_a_run_over_its_budget_ends_and_leaves_a_checkpoint(tiny_bert, tmp_path):
+    """What was foretold was too little: every step takes more than the budget."""
+    spec = make_spec(tiny_bert, "full")
+    folder = folder_of(spec, tmp_path)
+    free = ladder(spec, tmp_path)
+    bench, built = free.bench, free.bench.build_base()
+    features = bench.encode(bench.splits.train, built)
+    model, _ = bench.build_tuned()
+    with pytest.raises(OutOfMemory, match=r"it took \d+ MB of the 1 MB"):
+        train(bench, folder, model, built.tokenizer, features, features, Steps(), Fit(1_000_000, 1))
+    assert folder.checkpoint_step() == 1
