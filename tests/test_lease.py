@@ -23,7 +23,7 @@ def held_by(path: Path, **changes: object) -> Lease:
     mine = lease.claim(path)
     assert mine is not None
     other = mine.model_copy(update={"token": "another", **changes})
-    path.write_text(other.model_dump_json())
+    lease._write(path, other)
     return other
 
 
@@ -74,11 +74,11 @@ def test_another_hosts_lease_counts_by_its_heartbeat_alone(lease_file):
 def test_renewing_moves_the_heartbeat_and_fails_once_the_lease_was_taken_over(lease_file):
     mine = lease.claim(lease_file)
     old = mine.model_copy(update={"renewed_at": 1.0})
-    lease_file.write_text(old.model_dump_json())
+    lease._write(lease_file, old)
     assert lease.renew(lease_file, mine)
     assert lease.read(lease_file).renewed_at > 1.0
     other = mine.model_copy(update={"token": "another"})
-    lease_file.write_text(other.model_dump_json())
+    lease._write(lease_file, other)
     assert not lease.renew(lease_file, mine)
     lease.release(lease_file, mine)
     assert lease.read(lease_file) == other
@@ -89,6 +89,22 @@ def test_an_unreadable_lease_is_nobodys(lease_file, text):
     lease_file.write_text(text)
     assert lease.read(lease_file) is None
     assert lease.claim(lease_file) is not None
+
+
+def test_a_flipped_bit_keeps_nobody_out_and_does_not_end_the_holder(lease_file):
+    mine = lease.claim(lease_file)
+    whole = lease_file.read_bytes()
+    for place in range(0, len(whole), 7):
+        data = bytearray(whole)
+        data[place] ^= 4
+        lease_file.write_bytes(data)
+        assert lease.read(lease_file) in (None, mine)  # None, or the bit was in white space
+        assert lease.renew(lease_file, mine)
+        assert lease.read(lease_file).token == mine.token
+    lease_file.write_bytes(whole[:50])
+    lease.release(lease_file, mine)
+    assert not lease_file.exists()
+    assert not lease.renew(lease_file, mine)  # another took it over, ended, and released it
 
 
 def test_the_lock_is_exclusive_names_its_holder_and_is_free_after_a_kill(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetrial import files
 from finetrial.errors import HomeError
 from finetrial.evidence import trial_score
 from finetrial.records import (
@@ -28,6 +29,7 @@ from finetrial.records import (
 )
 from finetrial.store import Damaged, Home, RunFolder
 from finetrial.terminal import exit_code
+from scripted import COST
 from summary_example import example_summary
 
 SEEDS = Seeds(data_order=1, head=2, adapter=3, dropout=4)
@@ -127,6 +129,35 @@ def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
         assert not folder.result_file.exists()
     assert home.run(other.path.name).spec().number == 1
     assert (home.damaged / f"{folder.path.name}.1" / "attempts" / "1.json").exists()
+
+
+def test_a_damaged_model_is_set_aside_with_its_run_once_a_probe_was_refused(tmp_path):
+    home = Home(tmp_path)
+    specs = [SPEC.model_copy(update={"stage": "replicate", "number": number}) for number in (0, 1)]
+    for spec in specs:
+        home.run(spec.run_id).create(spec)
+        home.run(spec.run_id).write_result(Result(run_id=spec.run_id, outcome="done", cost=COST))
+        model = home.model_folder(spec)
+        (model.parent / "temporary").mkdir(parents=True)
+        (model.parent / "temporary" / "weights").write_bytes(b"1234")
+        files.commit_folder(model.parent / "temporary", model)
+    broken = home.model_folder(specs[1])
+    (broken / "weights").write_bytes(b"1235")
+    assert home.set_aside_damaged() == []  # nobody has needed it yet
+    probe = SPEC.model_copy(update={"stage": "probe", "subject": specs[1].run_id})
+    home.run(probe.run_id).create(probe)
+    home.run(probe.run_id).write_failure(
+        Failure(run_id=probe.run_id, kind="refused", reason="is damaged", attempt=1)
+    )
+    (said,) = home.set_aside_damaged()
+    place = home.damaged / f"{specs[1].run_id}.1"
+    assert said.startswith(f"{broken} is damaged: weights does not have the SHA-256")
+    assert (place / "model" / "weights").read_bytes() == b"1235"
+    assert (place / "result.json").exists()
+    assert not broken.exists()
+    assert home.run(specs[1].run_id).record() == RunRecord(specs[1], None, None, ())
+    assert home.run(specs[0].run_id).result() is not None
+    assert home.set_aside_damaged() == []
 
 
 def test_a_begun_run_follows_a_changed_place_and_limit_and_keeps_its_id(tmp_path: Path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetrial import files
+from finetrial import files, tracking
 from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec
 from finetrial.store import Home
 from finetrial.tracking import Mirror
@@ -21,12 +22,15 @@ class Notebook:
     def __init__(self) -> None:
         self.runs: list[tuple[str, str | None, list[Mapping[str, Any]]]] = []
         self.error: BaseException | None = None
+        self.hang = threading.Event()
+        self.hang.set()
 
     def replay(
         self, folder: Path, spec: RunSpec, records: Iterable[Mapping[str, Any]], result: Result | None
     ) -> None:
         if self.error:
             raise self.error
+        self.hang.wait()
         self.runs.append((spec.run_id, result and result.outcome, list(records)))
 
 
@@ -102,6 +106,35 @@ def test_a_tracker_that_fails_gives_one_warning_and_is_tried_again_at_the_next_c
     assert [run_id for run_id, *_ in ONE.runs] == [record.spec.run_id for record in records]
     assert len(TWO.runs) == 2
     assert len(bench.warnings) == 1
+
+
+def test_a_tracker_that_hangs_holds_nothing_up_and_is_replayed_at_the_next_call(bench, monkeypatch):
+    monkeypatch.setattr(tracking, "REPLAY_SECONDS", 0.05)
+    ONE.hang.clear()
+    records = [bench.record(number) for number in (1, 2)]
+    mirror = bench.mirror()
+    for record in records:
+        mirror(record)
+    assert (ONE.runs, len(TWO.runs)) == ([], 2)
+    (warned,) = bench.warnings
+    assert "test_tracking:ONE failed" in warned
+    assert "it has not come back after 0.05 s" in warned
+    monkeypatch.setattr(tracking, "REPLAY_SECONDS", 60)
+    ONE.runs = []  # what the first call's thread writes when it goes on is not looked at
+    stuck, ONE.hang = ONE.hang, threading.Event()
+    ONE.hang.set()
+    mirror = bench.mirror()
+    for record in records:
+        mirror(record)
+    assert [run_id for run_id, *_ in ONE.runs] == [record.spec.run_id for record in records]
+    stuck.set()
+
+
+def test_ctrl_c_during_a_replay_is_not_taken_for_the_trackers_fault(bench):
+    ONE.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        bench.mirror()(bench.record(1))
+    assert bench.warnings == []
 
 
 def test_a_tracker_that_is_not_there_is_a_warning_too(bench):

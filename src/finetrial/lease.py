@@ -2,11 +2,14 @@
 
 A lease on this host is stale as soon as its process is gone (process id and start time must both match, so
 that a recycled id is not taken for it); one of another host when its heartbeat is older than STALE_SECONDS.
+A lease states its own SHA-256, so that a flipped bit in the host does not keep everybody out.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import socket
 import time
@@ -14,10 +17,9 @@ import uuid
 from pathlib import Path
 
 import psutil
-from pydantic import ValidationError
 
 from finetrial import files
-from finetrial.records import SCHEMA_VERSION, Frozen
+from finetrial.records import SCHEMA_VERSION, Frozen, canonical_json
 
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
@@ -44,22 +46,22 @@ def claim(path: Path) -> Lease | None:
     if held is not None and not is_stale(held):
         return None
     lease = _mine(uuid.uuid4().hex)
-    files.write_text(path, lease.model_dump_json() + "\n")
+    _write(path, lease)
     return lease
 
 
 def renew(path: Path, lease: Lease) -> bool:
-    """Say that the holder is alive; False if the lease has been taken over."""
+    """Say that the holder is alive; False if the lease has been taken over. A damaged one is written anew."""
     held = read(path)
-    if held is None or held.token != lease.token:
+    if held.token != lease.token if held is not None else not path.exists():
         return False
-    files.write_text(path, _mine(lease.token).model_dump_json() + "\n")
+    _write(path, _mine(lease.token))
     return True
 
 
 def release(path: Path, lease: Lease) -> None:
     held = read(path)
-    if held is not None and held.token == lease.token:
+    if held is None or held.token == lease.token:
         path.unlink(missing_ok=True)
 
 
@@ -71,11 +73,22 @@ def drop_stale(path: Path) -> None:
 
 
 def read(path: Path) -> Lease | None:
-    """The lease in a file; None if there is none or it is unreadable (then nobody can renew it)."""
+    """The lease in a file; None if there is none or it is not what was written."""
     try:
-        return Lease.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
+        content = json.loads(path.read_bytes())
+        stated = content.pop("sha256", None) if isinstance(content, dict) else None
+        lease = Lease.model_validate(content)
+    except (FileNotFoundError, ValueError):  # no JSON, no UTF-8, or other fields
         return None
+    return lease if stated == _digest(lease) else None
+
+
+def _write(path: Path, lease: Lease) -> None:
+    files.write_json(path, {**lease.model_dump(), "sha256": _digest(lease)})
+
+
+def _digest(lease: Lease) -> str:
+    return hashlib.sha256(canonical_json(lease.model_dump()).encode()).hexdigest()
 
 
 def is_stale(lease: Lease) -> bool:

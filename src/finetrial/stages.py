@@ -160,8 +160,7 @@ def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
     broken = files.damage(saved)
     if broken is not None:
         raise HomeError(
-            f"the trained model {saved} is damaged: {broken}; move {folder.home.run(run_id).path} away and run "
-            f"again to train it anew"
+            f"the trained model {saved} is damaged: {broken}; run again, and it is set aside and trained anew"
         )
     owner = saved / OWNER
     if owner.exists() and owner.read_text(encoding="utf-8").strip() != run_id:

@@ -158,7 +158,8 @@ class Home:
     def set_aside_damaged(self) -> list[str]:
         """Move every run whose records do not hold to `damaged/`, so that it is done anew; a sentence each.
 
-        A spec that holds stays: what a trial's settings are was decided by the history of that time.
+        A spec that holds stays: what a trial's settings are was decided by the history of that time. Trained
+        models are looked through only when a probe was refused, for they may be many gigabytes.
         """
         said = []
         for folder in self.find(""):
@@ -166,13 +167,30 @@ class Home:
                 folder.record()
             except Damaged as damaged:
                 spec = folder.spec() if damaged.path != folder.spec_file else None
-                place = self._free_place(folder.path.name)
-                place.parent.mkdir(exist_ok=True)
-                folder.path.rename(place)
-                if spec is not None:
-                    folder.create(spec)
+                place = self._set_aside(folder, spec)
                 said.append(f"{damaged.path} is damaged: {damaged.why}; its run is set aside in {place}")
+        failures = [folder.failure() for folder in self.find("probe.")]
+        if not any(failure is not None and failure.kind == "refused" for failure in failures):
+            return said
+        for folder in self.find("replicate."):
+            spec, result = folder.spec(), folder.result()
+            model = self.model_folder(spec)
+            broken = files.damage(model) if result is not None and result.outcome == "done" else None
+            if broken is not None:
+                place = self._set_aside(folder, spec)
+                if model.exists():
+                    model.rename(place / "model")
+                said.append(f"{model} is damaged: {broken}; it and its run are set aside in {place}")
         return said
+
+    def _set_aside(self, folder: RunFolder, spec: RunSpec | None) -> Path:
+        """Move a run to `damaged/`, and leave its spec, if that holds; where it lies now."""
+        place = self._free_place(folder.path.name)
+        place.parent.mkdir(exist_ok=True)
+        folder.path.rename(place)
+        if spec is not None:
+            folder.create(spec)
+        return place
 
     def _free_place(self, name: str) -> Path:
         number = 1
