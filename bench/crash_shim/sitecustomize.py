@@ -4,20 +4,24 @@ For `bench/crash.py` alone; nothing in finetrial knows of it. When one of finetr
 the functions named in `POINTS` are wrapped, so that "before" and "after" each call is a *point*: a name and
 the run that it is about. `FINETRIAL_CRASH` names a folder. With a file `record` in it, every point passed is
 written down. Each file `armed-*.json` in it (`{"point", "occurrence", "kind"}`) is a fault that happens at
-that point, once: the file is renamed to `fired-*.json` first.
+that point, once: the file is renamed to `fired-*.json` first. What a fault itself finds wrong goes to
+`wrong-*.txt`. `FINETRIAL_CRASH_FORK=n` lets the n-th fork of a process fail, for `bench/crash_nth.py`.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import importlib.abc
 import importlib.machinery
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 PLAN = os.environ.get("FINETRIAL_CRASH")
@@ -52,6 +56,7 @@ POINTS = {
     "finetrial.analyse": {"summarise": "report"},
     "finetrial.report": {"write": "report"},
     "finetrial.tracking": {"Mirror.__call__": "clean-up"},
+    "counting_tracker": {"Counting.replay": "clean-up", "Counting.middle": "clean-up"},
     "finetrial.opening": {"open_home": "ask", "resolve_inputs": "ask"},
     "finetrial.files": {
         "write_bytes": None, "append_json_line": None, "commit_folder": None, "sync_folder": None,
@@ -64,6 +69,10 @@ WRITTEN = {
     "state.json": "save", "manifest.json": "save", "summary.json": "report", "step": "save", "best": "save",
     "seed": "result", "attempt": "result", "optimum": "export", "report": "report", "mirror": "clean-up",
 }  # fmt: skip
+DAY = 86400.0
+TRACKER_SECONDS = 3.0  # what a tracker may take here: a campaign has no time for what users are granted
+OOM_BYTES = 64 << 20  # taken before the kernel's killer is played
+SPARE_BYTES = 1 << 20  # what a process may still take when its memory is limited
 
 
 class State:
@@ -133,6 +142,9 @@ def coordinator() -> int:
 
 def happen(kind: str, path: Path | None) -> None:
     parent = coordinator()
+    if kind in OTHER:
+        OTHER[kind]()
+        return
     if kind == "disk full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path) if path else None)
     if kind == "read-only":
@@ -151,6 +163,98 @@ def happen(kind: str, path: Path | None) -> None:
         os.execv("/bin/sleep", ["sleep", "30"])
     if kind != "parent killed" or os.getpid() == parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    while True:
+        time.sleep(60.0)
+
+
+def stop_everything() -> None:
+    """SIGKILL to the groups of the coordinator, the nursery and every worker, this process's last."""
+    import psutil
+
+    parent = coordinator()
+    groups = [os.getpgid(child.pid) for child in psutil.Process(parent).children(recursive=True)]
+    for group in [parent, *(group for group in groups if group not in (parent, os.getpgrp())), os.getpgrp()]:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:  # it went with its parent
+            continue
+
+
+def jump(seconds: float) -> None:
+    """Set this process's clock: what it takes for the time, and for when a process was started."""
+    import psutil
+
+    now, started = time.time, psutil.Process.create_time
+    time.time = lambda: now() + seconds
+    psutil.Process.create_time = lambda process: started(process) + seconds
+
+
+def out_of_memory() -> None:
+    """What the kernel does to a process that takes too much."""
+    taken = bytearray(OOM_BYTES)
+    taken[::4096] = b"1" * len(taken[::4096])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit_memory() -> None:
+    """Let every larger allocation from here on fail."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, used + SPARE_BYTES))
+
+
+def second_coordinator() -> None:
+    """Start the same command on the same folder: it has to refuse, and to change nothing of a coordinator's."""
+    home = Path(sys.argv[sys.argv.index("--home") + 1])
+    before = coordinated(home)
+    environment = {name: value for name, value in os.environ.items() if name != "FINETRIAL_CRASH"}
+    command = [sys.executable, "-m", "finetrial", *sys.argv[1:]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    output = done.stdout + done.stderr
+    wrong = []
+    if done.returncode != 1 or f"is being worked on by process {os.getpid()}" not in output:
+        wrong.append(f"a second coordinator ended with {done.returncode}: {output[-1000:]}")
+    if coordinated(home) != before:
+        wrong.append("a second coordinator changed the folder")
+    for line in wrong:
+        Path(PLAN or "", f"wrong-{time.monotonic_ns()}.txt").write_text(line)
+
+
+def coordinated(home: Path) -> dict[str, str]:
+    """File -> SHA-256 of what only a coordinator writes."""
+    patterns = (
+        "study.*", "coordinator.lock", "best/*", "analysis/*", "runs/*/spec.json", "runs/*/lease.json",
+        "runs/*/attempts/*",
+    )  # fmt: skip
+    found = (path for pattern in patterns for path in home.glob(pattern))
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def refuse_connection() -> None:
+    raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+
+
+def fail() -> None:
+    raise RuntimeError("the server closed the connection")
+
+
+OTHER = {
+    "group killed": stop_everything,
+    "child hangs": hang,
+    "child stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "clock a day ahead": lambda: jump(DAY),
+    "clock a day back": lambda: jump(-DAY),
+    "out of memory": out_of_memory,
+    "memory limited": limit_memory,
+    "second coordinator": second_coordinator,
+    "tracker down": refuse_connection,
+    "tracker raises": fail,
+    "tracker hangs": hang,
+}
 
 
 def damage(path: Path, kind: str) -> None:
@@ -196,6 +300,21 @@ def patch(module) -> None:
         owner = getattr(module, holder) if holder else module
         name = f"{module.__name__.removeprefix('finetrial.')}.{qualified}"
         setattr(owner, attribute, wrapped(getattr(owner, attribute), name, phase))
+    if module.__name__ == "finetrial.tracking":
+        module.REPLAY_SECONDS = TRACKER_SECONDS
+
+
+def let_a_fork_fail(number: int) -> None:
+    """Let this process's n-th fork fail, and every other one be."""
+    fork, done = os.fork, []
+
+    def counted() -> int:
+        done.append(1)
+        if len(done) == number:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    os.fork = counted
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -219,3 +338,5 @@ class Finder(importlib.abc.MetaPathFinder):
 
 if PLAN:
     sys.meta_path.insert(0, Finder())
+if os.environ.get("FINETRIAL_CRASH_FORK"):
+    let_a_fork_fail(int(os.environ["FINETRIAL_CRASH_FORK"]))
