@@ -1,6 +1,6 @@
 """Let the n-th write, fsync, replace or spawn of a study fail, for every n; compare as `bench/crash.py` does.
 
-    python bench/crash_nth.py [--jobs 2] [--calls write fsync replace spawn] [--output FILE]
+    python bench/crash_nth.py [--jobs 2] [--calls write fsync replace spawn fork] [--numbers N ...] [--output F]
 
 Each n is a study of its own, begun anew in a process forked from this one (which has imported everything): its
 n-th call raises, and the same command is run again until it exits 0. n goes up from 1 until a study passes
@@ -10,8 +10,8 @@ without reaching it. The calls, counted only for files in the study's folder, in
   moment when the buffer is flushed, half of it written before it fails; a file that safetensors writes; one
   made by `shutil.copyfile`. What other compiled code writes by itself (the tokenizer's JSON) is not seen.
 - fsync: `os.fsync`. replace: `os.replace` and `os.rename`, thus those of `Path`, too.
-- spawn: what starts a worker with the engine `local`: a `subprocess.Popen` of the coordinator, or a fork of the
-  nursery, each counted by itself.
+- spawn: a `subprocess.Popen` of the coordinator with the engine `local`; the nursery is one, and a worker
+  when there is no nursery. fork: a fork of the nursery, which is how it makes a worker.
 
 An odd n fails with "no space left on device", an even one with "input/output error"; a start with "resource
 temporarily unavailable". For write, fsync and replace the engine is `inline`, so that one process does it all.
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ run: {{threads: 1, log_steps: 1, checkpoint: 2 steps, attempts: 50, engine: {eng
 CALLS = ("write", "fsync", "replace", "spawn", "fork")
 EMPTY = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>'
 MOST_COMMANDS = 6
+MOST_CALLS = 100_000
 REPLAY = "running again replays"
 
 
@@ -143,11 +144,9 @@ def count_spawns(counter: Counter) -> None:
 
 
 def count_forks(counter: Counter) -> None:
-    """The nursery is another process: the shim counts there, up to the number of runs (the marker is ours)."""
-    os.environ["FINETRIAL_CRASH_FORK"] = str(counter.number)
+    """The nursery is another process: the shim counts there."""
+    os.environ["FINETRIAL_CRASH_FORK"] = f"{counter.number} {counter.marker}"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(SHIM), os.environ.get("PYTHONPATH", "")])
-    if counter.number <= 4:  # runs: baseline, trial, replicate, and one of the two probes that are 5 in all
-        counter.marker.touch()
 
 
 INSTALL = {
@@ -191,7 +190,7 @@ def attack(folder: Path, call: str, number: int, undisturbed: Any) -> tuple[bool
     while True:
         code, output = command(study, home, install)
         commands, install = commands + 1, lambda: None
-        if any(line.startswith("Traceback") for line in output.splitlines()):
+        if any(line.startswith("Traceback") for line in output.splitlines()):  # a log's are indented
             wrong.append(f"{call} {number}: a traceback: {output[-1500:]}")
         if code == 0 and REPLAY not in output:
             break
@@ -205,18 +204,17 @@ def attack(folder: Path, call: str, number: int, undisturbed: Any) -> tuple[bool
     return marker.exists(), commands, wrong
 
 
-def shard(folder: Path, calls: list[str], first: int, step: int, undisturbed: Any) -> dict[str, Any]:
-    """Every n of first, first + step ... until one is not reached, for each kind of call."""
+def shard(folder: Path, calls: list[str], numbers: Iterable[int], undisturbed: Any) -> dict[str, Any]:
+    """Each n, upwards, until one is not reached, for each kind of call: how many commands each took."""
     found: dict[str, Any] = {"wrong": []}
     for call in calls:
-        commands: list[int] = []
-        number, reached = first, True
-        while reached:
-            reached, count, wrong = attack(folder, call, number, undisturbed)
+        found[call] = []
+        for number in numbers:
+            reached, commands, wrong = attack(folder, call, number, undisturbed)
             found["wrong"] += wrong
-            commands += [count] if reached else []
-            number += step
-        found[call] = commands
+            if not reached:
+                break
+            found[call].append(commands)
     return found
 
 
@@ -254,6 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
+    parser.add_argument("--numbers", nargs="+", type=int, help="these n alone, upwards; every one unless given")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     began = time.monotonic()
@@ -270,11 +269,13 @@ def main() -> int:
             raise SystemExit(f"the undisturbed study failed:\n{output}")
         undisturbed = outcome_of(folder / "undisturbed")
 
-        def work(first: int) -> None:
-            found = shard(folder, given.calls, first, given.jobs, undisturbed)
-            (folder / f"shard-{first}.json").write_text(json.dumps(found))
+        everyone = given.numbers or range(1, MOST_CALLS)
 
-        pids = [in_fork(lambda first=first: work(first)) for first in range(1, given.jobs + 1)]
+        def work(part: int) -> None:
+            found = shard(folder, given.calls, everyone[part :: given.jobs], undisturbed)
+            (folder / f"shard-{part}.json").write_text(json.dumps(found))
+
+        pids = [in_fork(lambda part=part: work(part)) for part in range(given.jobs)]
         ended = [os.waitpid(pid, 0)[1] for pid in pids]
         if any(ended):
             raise SystemExit(f"a part ended early: {ended}")

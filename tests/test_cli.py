@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from finetrial import plugins
-from finetrial.cli import main
+from finetrial.cli import Verbs, main
 from finetrial.study_file import load_study
 from wrong_study_files import ONE_MISTAKE, text_of
 
@@ -279,3 +281,20 @@ def test_brackets_in_a_path_are_shown_as_they_are():
     with terminal.console.capture() as captured:
         terminal.show_title(load_study("study.yaml"), Path("runs/good"))
     assert "./m[red] :smile: [/x]" in captured.get()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+def test_what_the_machine_refuses_is_one_line_and_incomplete(number):
+    """A full disk, one that fails, no process, memory or open file to be had: no traceback, and it may pass."""
+
+    @click.group(cls=Verbs)
+    def program():
+        pass
+
+    @program.command()
+    def write():
+        raise OSError(number, "what the system says", "there")
+
+    result = CliRunner().invoke(program, ["write"])
+    assert result.exit_code == 4
+    assert result.stderr == "there: what the system says; mend that and run the same command again\n"

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench" / "crash.py"
+BENCH = Path(__file__).parents[1] / "bench"
 FAULTS = 60
 
 
 @pytest.fixture(scope="module")
 def crash() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("crash", BENCH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["crash"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(BENCH))
+    try:
+        return importlib.import_module("crash")
+    finally:
+        sys.path.remove(str(BENCH))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,34 @@ def test_no_fault_loses_a_run_does_one_twice_or_changes_a_number(crash, attacked
     assert [line for chain in fought for line in chain.wrong] == []
     assert len(fired) >= FAULTS
     assert len({fault.phase for fault in fired}) == 9
-    assert len({fault.kind for fault in fired}) == 11
+    assert {fault.kind for fault in fired} == set(crash.KINDS)
+
+
+def test_every_phase_gets_its_share_and_every_kind_is_chosen(crash, attacked):
+    """At the size of the whole campaign, before anything is attacked."""
+    waiting = crash.in_order_of_choice(crash.possible(attacked.passed), 0)
+    assert len(waiting) == len(set(waiting)) > 1000
+    chosen = crash.next_faults(waiting, [], 1000, 50)
+    phases = [fault.phase for fault in chosen]
+    assert set(phases) == {
+        "import", "ask", "train", "save", "evaluate", "result", "export", "report", "clean-up",
+    }  # fmt: skip
+    assert min(phases.count(phase) for phase in set(phases)) >= 50
+    assert {fault.kind for fault in chosen} == set(crash.KINDS)
+    assert len({fault.point for fault in chosen}) >= 40
+    assert not set(chosen) & set(waiting)
+
+
+def test_the_nth_call_fails_once_and_the_study_is_the_same(tmp_path):
+    """Two of the calls that `crash_nth.py` goes through in whole; it forks, so it has a process of its own."""
+    output = tmp_path / "nth.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCH / "crash_nth.py"), "--numbers", "25", "40", "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(output.read_text())
+    assert found["wrong"] == []
+    assert [found[call]["failed"] for call in ("write", "fsync", "replace", "spawn", "fork")] == [2, 2, 2, 0, 0]
 
 
 def test_a_wrong_number_would_be_seen(crash, attacked):

@@ -5,7 +5,8 @@ the functions named in `POINTS` are wrapped, so that "before" and "after" each c
 the run that it is about. `FINETRIAL_CRASH` names a folder. With a file `record` in it, every point passed is
 written down. Each file `armed-*.json` in it (`{"point", "occurrence", "kind"}`) is a fault that happens at
 that point, once: the file is renamed to `fired-*.json` first. What a fault itself finds wrong goes to
-`wrong-*.txt`. `FINETRIAL_CRASH_FORK=n` lets the n-th fork of a process fail, for `bench/crash_nth.py`.
+`wrong-*.txt`. `FINETRIAL_CRASH_FORK` (n and a file to be made then) lets the n-th fork of a process fail, for
+`bench/crash_nth.py`.
 """
 
 from __future__ import annotations
@@ -304,13 +305,14 @@ def patch(module) -> None:
         module.REPLAY_SECONDS = TRACKER_SECONDS
 
 
-def let_a_fork_fail(number: int) -> None:
+def let_a_fork_fail(number: int, marker: Path) -> None:
     """Let this process's n-th fork fail, and every other one be."""
     fork, done = os.fork, []
 
     def counted() -> int:
         done.append(1)
         if len(done) == number:
+            marker.touch()
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return fork()
 
@@ -339,4 +341,5 @@ class Finder(importlib.abc.MetaPathFinder):
 if PLAN:
     sys.meta_path.insert(0, Finder())
 if os.environ.get("FINETRIAL_CRASH_FORK"):
-    let_a_fork_fail(int(os.environ["FINETRIAL_CRASH_FORK"]))
+    nth, file = os.environ["FINETRIAL_CRASH_FORK"].split(" ", 1)
+    let_a_fork_fail(int(nth), Path(file))

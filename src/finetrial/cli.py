@@ -16,8 +16,11 @@ import click
 from finetrial.errors import EXIT_INCOMPLETE, EXIT_STUDY_WRONG, FinetrialError
 
 EPILOG = "Exit codes: 0 done, 1 the study is wrong, 2 usage, 3 some runs failed, 4 incomplete."
-# No fault of the program: a full disk or quota, which passes, and a place that cannot be read or written.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# No fault of the program: what may pass (a full disk or quota, a disk that fails, no more processes, memory or
+# open files to be had), and a place that cannot be read or written.
+MAY_PASS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -41,11 +44,11 @@ class Verbs(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in (*DISK_FULL, *NO_ACCESS):
+            if error.errno not in (*MAY_PASS, *NO_ACCESS):
                 raise
             where = f"{error.filename}: " if error.filename else ""
             click.echo(f"{where}{error.strerror}; mend that and run the same command again", err=True)
-            ctx.exit(EXIT_INCOMPLETE if error.errno in DISK_FULL else EXIT_STUDY_WRONG)
+            ctx.exit(EXIT_INCOMPLETE if error.errno in MAY_PASS else EXIT_STUDY_WRONG)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on", err=True)
             ctx.exit(EXIT_INCOMPLETE)
