@@ -40,8 +40,8 @@ docs: .make/dev ## the pages against the code
 gpu: ## every check that needs a GPU, with the python in PYTHON (add ARGS=--dry-run to walk it on a CPU)
 	PYTHONPATH=src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
 
-crash: .make/dev ## attack a small study at a thousand points and compare (an hour; FAULTS=60 for a slice)
-	$(BIN)/python bench/crash.py --faults $(or $(FAULTS),1000) --output bench/results/crash.json
+crash: .make/dev ## attack a small study at a thousand points and compare (hours; FAULTS=60 for a slice, JOBS=2)
+	$(BIN)/python bench/crash.py --faults $(or $(FAULTS),1000) --jobs $(or $(JOBS),2) --nth --output bench/results/crash.json
 
 clean: ## remove the virtual environment and all caches; studies stay
 	rm -rf .venv .make .pytest_cache .ruff_cache .hypothesis .import_linter_cache

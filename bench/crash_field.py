@@ -36,7 +36,7 @@ track: ['counting_tracker:PLUGIN']
 run: {{threads: 1, log_steps: 1, checkpoint: 2 steps, attempts: 50{limit}}}
 """
 # For a worker that hangs. A run takes 1 to 3 s; one that takes longer on a busy machine is resumed.
-LIMIT = ", trial_limit: 15 s"
+LIMIT = ", trial_limit: 20 s"
 TRACKER = '''\
 """A tracker that writes one file for every run that it is given, in two steps."""
 
