@@ -156,3 +156,9 @@ def test_the_hash_is_the_published_one_of_abc(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.sha256_file(tmp_path / "abc") == expected
+
+
+def test_a_torn_line_that_was_written_on_is_left_out_and_the_others_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
+    assert list(files.json_lines(path)) == [{"step": 1}, {"step": 4}]

@@ -416,6 +416,22 @@ class CannotStart(Scripted):
         raise KeyboardInterrupt if spec.number else OSError("too many processes")
 
 
+class DoneAtOnce(Scripted):
+    def start(self, run_folder: Path, spec: RunSpec) -> Any:
+        super().start(run_folder, spec).process.wait()
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_had_its_result_when_its_start_was_interrupted_is_done(bench):
+    spec = bench.spec(0)
+    bench.engine = DoneAtOnce(bench.programs)
+    with pytest.raises(Incomplete):
+        bench.run(iter([spec]))
+    bench.engine = Scripted(bench.programs)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+
+
 @pytest.mark.parametrize(("number", "error"), [(0, OSError), (1, Incomplete)])
 def test_a_run_that_cannot_be_started_is_left_free_for_the_next_try(bench, number, error):
     spec = bench.spec(number)

@@ -58,14 +58,18 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a torn last line (a kill in mid-write) is left out."""
+    """The records of a JSON-lines file; a torn line (a kill or a full disk in mid-write) is left out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             if not line.endswith("\n"):
                 return
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:  # what was written after a torn line stands in the same one
+                continue
+            yield record
 
 
 def sha256_file(path: Path) -> str:

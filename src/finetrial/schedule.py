@@ -145,7 +145,9 @@ class Scheduler:
             if handle is not None:
                 self.engine.stop(handle, GRACE_SECONDS)
             leases.release(folder.lease_file, lease)
-            self._close(folder, attempt, "cancelled", None, "interrupted while it was started")
+            result = folder.result()  # it may have got there first
+            outcome = result.outcome if result else "cancelled"
+            self._close(folder, attempt, outcome, None, "interrupted while it was started")
             raise
         if number == 1:
             self.progress.started(spec)
