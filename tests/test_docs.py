@@ -134,6 +134,7 @@ SECTIONS = {
     "Task `squad_v2`": ("task squad_v2", params("tasks", "squad_v2")),
     "Task `classification`": ("task classification", params("tasks", "classification")),
     "Task `synthetic_qa`": ("task synthetic_qa", params("tasks", "synthetic_qa")),
+    "Method `full`": ("method full", params("methods", "full")),
     "Method `lora`": ("method lora", params("methods", "lora")),
     "Measure `drift`": ("measure drift", params("probes", "drift")),
     "Search space": ("range", {k: v for k, v in fields(space.Range).items() if k != "kind"}),

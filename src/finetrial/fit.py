@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from finetrial import memory
+from finetrial import lean, memory
 from finetrial.assemble import Workbench, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, micro_batches
 from finetrial.errors import DoesNotFit, OutOfMemory
-from finetrial.optimisation import make_optimizer, planned_batches, precision_of
-from finetrial.plugins import Feature
+from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
+from finetrial.plugins import Feature, Stepping
 
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
 # for the system, the coordinator, and what a prediction does not see.
@@ -161,10 +161,17 @@ class Ladder:
         """Bytes of a training step whose largest micro-batch is that."""
         checkpoint_gradients(self.shapes, on=checkpointing)
         return memory.training_step(
-            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum,
-            lambda trained: make_optimizer(trained, self.spec),
-            split=split, autocast=self.autocast, device=self.device,
+            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum, self.optimizer,
+            split=split, in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast, device=self.device,
         )  # fmt: skip
+
+    def optimizer(self, trained: list[torch.nn.Parameter]) -> Any:
+        """The run's own, or what it would take: a lean one reads values, which the parameters do not have."""
+        how = how_to_step(self.spec)
+        if how == Stepping():
+            return make_optimizer(trained, self.spec)
+        found = lean.bytes_of(trained, rounding=how.rounding, quantised=how.state == "8bit")
+        return memory.Stated(*found)
 
     def evaluation(self, batch: Sequence[Feature]) -> int:
         tensors = collate(batch, self.pad_token_id)

@@ -33,6 +33,13 @@ class Step(NamedTuple):
     activations: int  # with whatever else is alive at the peak; gradients may not all be there by then
 
 
+class Stated(NamedTuple):
+    """An optimiser that is not walked but says what it takes, in bytes."""
+
+    state: int
+    temporary: int  # beside the state, while it steps
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages of all tensors that operations make, for as long as something holds them."""
 
@@ -70,15 +77,18 @@ def training_step(
     optimizer_of: Callable[[list[torch.nn.Parameter]], Any],
     *,
     split: bool = False,
+    in_backward: bool = False,
     autocast: Autocast = contextlib.nullcontext,
     device: str = "cpu",
 ) -> Step:
     """Bytes of a training step from the second one on, when the optimiser's state is there.
 
     `model` is made for this: its tensors, which may be on the meta device, are replaced by ones without content
-    on `device`; it may be given again. `split`: the effective batch is more than one micro-batch, so that
-    gradients lie beside the activations. Gradient checkpointing counts if the model has it switched on. A loss
-    that depends on values is replaced by the sum of the model's outputs.
+    on `device`; it may be given again. `optimizer_of` gives a torch optimiser, or what that takes: bytes of
+    state and of temporaries. `split`: the effective batch is more than one micro-batch, so that gradients lie
+    beside the activations. `in_backward`: a gradient is freed as soon as it is whole. Gradient checkpointing
+    counts if the model has it switched on. A loss that depends on values is replaced by the sum of the model's
+    outputs.
     """
     with FakeTensorMode() as fakes, LiveBytes() as live:
         for tensor in _without_content(model, fakes, device):
@@ -89,15 +99,23 @@ def training_step(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = optimizer_of(trained)
         model.train()
-        for _ in range(2 if split else 1):
+        if split:
             _forward_and_backward(model, batch, loss_of, autocast)
+        if in_backward:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(_free)
+        _forward_and_backward(model, batch, loss_of, autocast)
         backward_peak, live.peak = live.peak, live.now
         gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        before = live.now
-        optimizer.step()
-        state = live.now - before
-        peak = max(backward_peak + state, live.peak)
+        if isinstance(optimizer, Stated):
+            state = optimizer.state
+            peak = max(backward_peak, live.now + optimizer.temporary) + state
+        else:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            before = live.now
+            optimizer.step()
+            state = live.now - before
+            peak = max(backward_peak + state, live.peak)
     return Step(
         weights,
         resident if device == "cpu" else weights,
@@ -105,6 +123,10 @@ def training_step(
         state,
         max(0, peak - weights - gradients - state),
     )
+
+
+def _free(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def evaluation_batch(

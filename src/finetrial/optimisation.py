@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from transformers import get_scheduler
 
 from finetrial.batching import epoch_batches
-from finetrial.records import LoopRules, RunSpec, Setting
+from finetrial.lean import LeanAdamW
+from finetrial.plugins import Stepping, stepping_of
+from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
 
 
 def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:
@@ -40,8 +42,8 @@ def precision_of(rules: LoopRules) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torch.optim.AdamW:
-    """AdamW over the trained parameters (fp32 master weights).
+def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters: torch's, or a lean one if the method says so.
 
     Biases and norm weights (one-dimensional tensors) get no weight decay, as is usual for transformers.
     """
@@ -50,9 +52,14 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torc
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=float(spec.settings["learning_rate"])
-    )
+    groups = [group for group in groups if group["params"]]
+    rate, stepping = float(spec.settings["learning_rate"]), how_to_step(spec)
+    if stepping == Stepping():
+        return torch.optim.AdamW(groups, lr=rate)
+    return LeanAdamW(
+        groups, lr=rate, rounding=stepping.rounding, quantised=stepping.state == "8bit",
+        seed=stream_seed(spec.seeds.dropout, "rounding"),
+    )  # fmt: skip
 
 
 def prepare_optimisation(
@@ -65,6 +72,11 @@ def prepare_optimisation(
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)
     model, prepared = accelerator.prepare(model, optimizer)
     return model, prepared, scheduler
+
+
+def how_to_step(spec: RunSpec) -> Stepping:
+    """How the run's method wants its parameters stepped."""
+    return stepping_of(spec.method) if spec.method else Stepping()
 
 
 def evaluation_steps(planned_steps: int, steps_per_epoch: int, per_epoch: int) -> set[int]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 from finetrial import files
 from finetrial.errors import PluginError
-from finetrial.records import Frozen, Outcome, Result, RunSpec, Setting, TaskSpec, canonical_json
+from finetrial.records import Frozen, MethodSpec, Outcome, Result, RunSpec, Setting, TaskSpec, canonical_json
 from finetrial.space import Space
 
 if TYPE_CHECKING:
@@ -138,9 +138,25 @@ class AttachInput:
     head_names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Stepping:
+    """How a method's trained parameters are kept and stepped; by default by AdamW with everything in fp32.
+
+    `rounding`: how an update becomes a weight of fewer bits; `state`: how the moments are kept; `in_backward`:
+    whether each tensor is stepped as soon as its gradient is whole.
+    """
+
+    rounding: Literal["nearest", "stochastic", "compensated"] = "nearest"
+    state: Literal["fp32", "8bit"] = "fp32"
+    in_backward: bool = False
+
+
 @runtime_checkable
 class Method(Protocol):
-    """methods/<name>.py: what is trained, and nothing else."""
+    """methods/<name>.py: what is trained, and nothing else.
+
+    It may also have `stepping(params)`, which gives a `Stepping` other than the default.
+    """
 
     Params: type[Frozen]
     space: Space  # its own dimensions, learning_rate first
@@ -308,6 +324,18 @@ def metric_of(task: TaskSpec) -> Metric:
     if hasattr(plugin, "metric_for"):
         return plugin.metric_for(plugin.Params.model_validate_json(canonical_json(task.params)))
     return plugin.metric
+
+
+def stepping_of(method: MethodSpec) -> Stepping:
+    """How a method wants its parameters stepped.
+
+    Raises:
+        PluginError: the plug-in does not load.
+    """
+    plugin = load("methods", method.use)
+    if not hasattr(plugin, "stepping"):
+        return Stepping()
+    return plugin.stepping(plugin.Params.model_validate_json(canonical_json(method.params)))
 
 
 def _not_there(kind: Kind, name: str) -> str:

@@ -110,6 +110,8 @@ class LoopRules(Frozen):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = Field(default=1.0, gt=0)
+    # per_tensor: each trained tensor to max_grad_norm / sqrt(their number), the share it has if all are equal.
+    clip: Literal["global", "per_tensor"] = "global"
     evaluations_per_epoch: int = Field(default=1, ge=1)
     keep: Literal["best", "last"] = "best"
     early_stopping: EarlyStopping | None = None
@@ -201,6 +203,7 @@ class Training(Frozen):
     stopped_early: bool
     first_loss: float | None
     last_loss: float | None
+    lost_to_rounding: float | None = None  # share of updates that left the stored weight as it was
     resumed_from: tuple[int, ...] = ()  # steps at which later attempts took over
     micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
     micro_batches: int = 1  # most that an effective batch was split into

@@ -260,6 +260,7 @@ def _training_facts(bench: Workbench, progress: Progress, inputs: int, fit: Fit)
         stopped_early=progress.stopped_early,
         first_loss=progress.first_loss,
         last_loss=progress.last_loss,
+        lost_to_rounding=progress.lost_to_rounding,
         resumed_from=tuple(progress.resumed_from),
         micro_batch_tokens=fit.tokens,
         micro_batches=progress.micro_batches,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from finetrial import plugins, study_entries
 from finetrial.errors import Problem, StudyError
 from finetrial.problems import Collector, guess, nearest, show
-from finetrial.records import EarlyStopping, LoopRules, ModelSource
+from finetrial.records import EarlyStopping, LoopRules, MethodSpec, ModelSource
 from finetrial.strict_yaml import MAX_BYTES, parse, parse_duration, parse_size
 from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
 
@@ -100,6 +100,7 @@ def parse_study(text: str, *, file: str, base: Path) -> Study:
             "track": _track(collector, given.get("track")),
         }
         fields["claims"] = _claims(collector, given.get("claims"), methods.names, fields["measure"])
+    _check_steps(collector, fields.get("methods", ()), fields.get("train"))
     if collector.problems:
         raise StudyError(file, collector.problems)
     return Study(**fields, file=file, base=str(base))
@@ -174,6 +175,20 @@ def _train(collector: Collector, value: Any) -> TrainRules | None:
         path = ("train", "early_stopping")
         given["early_stopping"] = collector.build(path, EarlyStopping, given["early_stopping"])
     return collector.build(("train",), TrainRules, given)
+
+
+def _check_steps(collector: Collector, methods: tuple[MethodSpec, ...], train: TrainRules | None) -> None:
+    """A step in the backward pass cannot know the whole gradient's norm."""
+    if train is None or train.clip != "global":
+        return
+    for method in methods:
+        if plugins.stepping_of(method).in_backward:
+            collector.add(
+                ("methods", method.name),
+                "a step in the backward pass cannot clip by the norm of the whole gradient, which is not known "
+                "yet; add `clip: per_tensor` under `train:` (it holds for every method), or leave "
+                "step_in_backward out",
+            )
 
 
 def _claims(collector: Collector, value: Any, methods: list[str], measure: dict[str, Any]) -> tuple[Claim, ...]:

@@ -177,6 +177,9 @@ def show_run(path: Path, *, as_json: bool) -> None:
             for group, proof in record.result.proof.groups.items():
                 relative = f", {proof.relative_change:.2%}" if proof.relative_change is not None else ""
                 table.add_row(f"moved: {group}", f"{proof.moved} of {proof.tensors} tensors{relative}")
+        training = record.result.training
+        if training and training.lost_to_rounding is not None:
+            table.add_row("lost to rounding", f"{training.lost_to_rounding:.2%} of the updates watched")
         cost = record.result.cost
         table.add_row("cost", f"{cost.wall_seconds:.1f} s, peak {cost.peak_memory_bytes / 1e9:.2f} GB")
     for attempt in record.attempts:

@@ -28,6 +28,7 @@ from finetrial.fit import PROVED_SHARE, Fit, check, checkpoint_gradients
 from finetrial.notice import EXIT_CODE, termination_notice
 from finetrial.optimisation import (
     evaluation_steps,
+    how_to_step,
     plan_steps,
     planned_batches,
     precision_of,
@@ -36,6 +37,7 @@ from finetrial.optimisation import (
 )
 from finetrial.plugins import Feature, Scored, metric_of
 from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
+from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
 from finetrial.training_state import Clock, Progress, guard
 
@@ -91,6 +93,7 @@ def train(
         planned_steps,
         progress,
         Clock(progress),
+        Stepper(accelerator, model, optimizer, spec.rules, how_to_step(spec)),
     )
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     due = _checkpoint_rule(spec, progress.step)
@@ -145,6 +148,7 @@ class _Loop:
     planned_steps: int
     progress: Progress
     clock: Clock
+    stepper: Stepper
 
     def step(self, batch: Sequence[Feature]) -> None:
         """One optimiser step over one effective batch.
@@ -154,11 +158,11 @@ class _Loop:
         """
         progress = self.progress
         progress.step += 1
+        self.stepper.look(progress.step, self.planned_steps)
         loss = self._backward(batch)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.bench.spec.rules.max_grad_norm))
+        norm = self.stepper.finish()
+        self.stepper.lost(progress)
         progress.gradient_norm, progress.learning_rate = norm, float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
         self.scheduler.step()
         progress.examples += len(batch)
         progress.largest_batch = max(progress.largest_batch, len(batch))
@@ -190,6 +194,7 @@ class _Loop:
             torch.manual_seed(stream_seed(spec.seeds.dropout, progress.step, index))
             outputs = self.model(**model_inputs(tensors))
             loss = self.bench.task.head.loss_sum(outputs, tensors) / len(batch)
+            self.stepper.last_part = index == len(parts) - 1
             self.accelerator.backward(loss)
             total += float(loss.detach())
             progress.padded_tokens += tensors["input_ids"].numel()
@@ -202,6 +207,7 @@ class _Loop:
             "kind": "train", "step": progress.step, "planned_steps": self.planned_steps,
             "loss": math.fsum(losses) / len(losses), "gradient_norm": progress.gradient_norm,
             "learning_rate": progress.learning_rate, "tokens": progress.tokens,
+            "lost_to_rounding": progress.lost_to_rounding,
             "seconds": round(self.clock.train(), 3),
         }  # fmt: skip
         append_json_line(self.folder.metrics_file, record)
@@ -251,18 +257,18 @@ class _Loop:
 
         Raises:
             OutOfMemory: it does not.
+            Diverged: the batch gives no finite gradient, from which no step leaves the weights as they are.
         """
         before = copy.deepcopy(self.progress)
         rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
         loss = self._backward(batch)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.bench.spec.rules.max_grad_norm))
-        if math.isfinite(loss) and math.isfinite(norm):  # else the first step will say so
-            for group in self.optimizer.param_groups:
-                group["lr"] = 0.0
-            self.optimizer.step()
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        norm = self.stepper.finish()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(0, f"before the first step, the loss is {loss} and the gradient norm {norm}")
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
         vars(self.progress).update(vars(before))

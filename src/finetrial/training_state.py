@@ -35,6 +35,8 @@ class Progress:
     first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
     steps_above_start: int = 0
     unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
+    updates_watched: int = 0  # of a sample of elements, at some steps: updates other than zero
+    updates_lost: int = 0  # and those that left the stored weight as it was
     best_step: int | None = None
     best_score: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
@@ -58,6 +60,11 @@ class Progress:
                 setattr(self, each.name, state[each.name])
         self.resumed_from.append(step)
         self.earlier_wall_seconds, self.earlier_cpu_seconds = self.wall_seconds, self.cpu_seconds
+
+    @property
+    def lost_to_rounding(self) -> float | None:
+        """Share of the watched updates so far that were lost."""
+        return self.updates_lost / self.updates_watched if self.updates_watched else None
 
     def keep(self, score: float, scored: Scored) -> None:
         """Remember an evaluation as that of the weights that are kept."""

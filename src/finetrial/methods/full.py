@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from finetrial.plugins import AttachInput, Group
+from finetrial.plugins import AttachInput, Group, Stepping
 from finetrial.records import Frozen, Setting
 from finetrial.space import Range, Space
 
+# How weights are kept -> how an update is rounded to them.
+ROUNDING: dict[str, Literal["nearest", "stochastic", "compensated"]] = {
+    "fp32": "nearest",
+    "bf16_stochastic": "stochastic",
+    "bf16_compensated": "compensated",
+}
+
 
 class Params(Frozen):
-    """Full fine-tuning has no choices of its own."""
+    """How the weights and AdamW's moments are kept, and when each tensor is stepped."""
+
+    weights: Literal["fp32", "bf16_stochastic", "bf16_compensated"] = "fp32"
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    step_in_backward: bool = False
 
 
 class Full:
@@ -22,9 +33,16 @@ class Full:
     space: Space = {"learning_rate": Range(low=5e-7, high=5e-5, log=True)}
 
     def attach(self, given: AttachInput, settings: Mapping[str, Setting], params: Any) -> Any:
+        import torch
+
         for parameter in given.model.parameters():
             parameter.requires_grad_(True)
+            if params.weights != "fp32":
+                parameter.data = parameter.data.to(torch.bfloat16)
         return given.model
+
+    def stepping(self, params: Params) -> Stepping:
+        return Stepping(ROUNDING[params.weights], params.optimizer_state, params.step_in_backward)
 
     def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
         from finetrial.models import in_head

@@ -1,0 +1,154 @@
+"""When a tensor is stepped, how its gradient is clipped first, what rounding loses. Child side.
+
+One rule for all methods of a study. Not for the update itself: torch's AdamW, or `lean.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetrial.plugins import Stepping
+from finetrial.records import LoopRules
+from finetrial.training_state import Progress
+
+# Of lost updates: how many elements are looked at, and how often in a run (at most twice as often).
+WATCHED_ELEMENTS = 100_000
+WATCHED_STEPS = 16
+
+
+class Stepper:
+    """Clips and steps the trained tensors of one model: all after the backward pass, or each within it.
+
+    In the backward pass a tensor is stepped, and its gradient freed, as soon as that is whole. Of several
+    micro-batches that is in the last one's pass (`last_part`); until then their gradients are held.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: Any, optimizer: Any, rules: LoopRules, stepping: Stepping
+    ) -> None:
+        if stepping.in_backward and rules.clip == "global":
+            raise ValueError("a step in the backward pass needs clip: per_tensor")
+        self.accelerator, self.optimizer, self.rules = accelerator, optimizer, rules
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.in_backward, self.last_part = stepping.in_backward, True
+        self.limit = rules.max_grad_norm / math.sqrt(len(self.trained))
+        self.watch = _Watch(self.trained, optimizer.optimizer)
+        self.watching = False
+        self._norms: list[torch.Tensor] = []
+        if stepping.in_backward:
+            for parameter in self.trained:
+                parameter.register_post_accumulate_grad_hook(self._in_backward)
+
+    def finish(self) -> float:
+        """Step what the backward pass has not; the norm of the whole gradient before clipping."""
+        if self.rules.clip == "global":
+            norm = float(self.accelerator.clip_grad_norm_(self.trained, self.rules.max_grad_norm))
+        else:
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    self._clip(parameter.grad)
+            each = torch.stack(self._norms).tolist() if self._norms else []
+            # An exactly rounded sum: the order in which the gradients came makes no difference.
+            squares = [value * value for value in each]
+            norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
+            self._norms.clear()
+        for parameter in self.trained:
+            if parameter.grad is not None and self.watching:
+                self.watch.before(parameter)
+        self.optimizer.step()
+        if self.watching:
+            self.watch.after()
+        return norm
+
+    def _in_backward(self, parameter: torch.Tensor) -> None:
+        if not self.last_part or parameter.grad is None:
+            return
+        self._clip(parameter.grad)
+        if self.watching:
+            self.watch.before(parameter)
+        self.optimizer.optimizer.step_tensor(parameter)
+        parameter.grad = None
+
+    def _clip(self, gradient: torch.Tensor) -> None:
+        """Shorten one tensor's gradient to its share of the limit, and note its norm.
+
+        One that is not finite is not looked at here, which would make a GPU wait for every tensor: the run has
+        then diverged at this step, and its weights are of no use to anybody.
+        """
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._norms.append(norm)
+        gradient.mul_((self.limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_ does it
+
+    def look(self, step: int, planned_steps: int) -> None:
+        """Watch the coming step if it is one of those that are spread over the run."""
+        self.watching = step % max(1, planned_steps // WATCHED_STEPS) == 0
+
+    def lost(self, progress: Progress) -> None:
+        """Add what the watched step has lost to the run's count."""
+        if self.watching:
+            changed, lost = self.watch.count()
+            progress.updates_watched += changed
+            progress.updates_lost += lost
+
+
+class _Watch:
+    """A fixed sample of the trained elements, evenly spread: which updates left the stored weight as it was.
+
+    An update is one that the mean gradient or the weight decay makes other than zero. What is stored is
+    the weight and, where it has one, its compensation.
+    """
+
+    def __init__(self, trained: list[torch.Tensor], optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        stride = -(-sum(p.numel() for p in trained) // WATCHED_ELEMENTS)
+        self.positions: dict[torch.Tensor, torch.Tensor] = {}
+        offset = 0
+        for parameter in trained:
+            first = min(-offset % stride, parameter.numel())
+            self.positions[parameter] = torch.arange(first, parameter.numel(), stride)
+            offset += parameter.numel()
+        self.seen: dict[torch.Tensor, list[torch.Tensor]] = {}
+        self.counts: list[torch.Tensor] = []
+
+    def before(self, parameter: torch.Tensor) -> None:
+        self.positions[parameter] = self.positions[parameter].to(parameter.device)
+        self.seen[parameter] = self._stored(parameter)
+
+    def after(self) -> None:
+        for parameter, before in self.seen.items():
+            group = self.groups[parameter]
+            if group["lr"] == 0:
+                continue
+            change = self._first_moment(parameter) != 0
+            if group["weight_decay"]:
+                change |= before[0] != 0
+            same = torch.ones_like(change)
+            now = self._stored(parameter)
+            if len(now) > len(before):  # a compensation that this step has begun
+                before = [*before, torch.zeros_like(now[1])]
+            for old, new in zip(before, now, strict=True):
+                same &= old == new
+            self.counts.append(torch.stack([change.sum(), (change & same).sum()]))
+        self.seen.clear()
+
+    def count(self) -> tuple[int, int]:
+        """(Updates, those of them that were lost) since the last count."""
+        total = torch.stack(self.counts).sum(0).tolist() if self.counts else [0, 0]
+        self.counts.clear()
+        return int(total[0]), int(total[1])
+
+    def _stored(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        at = self.positions[parameter]
+        compensation = self.optimizer.state[parameter].get("compensation")
+        kept = [parameter.detach().view(-1)[at]]
+        return kept if compensation is None else [*kept, compensation[at]]
+
+    def _first_moment(self, parameter: torch.Tensor) -> torch.Tensor:
+        if hasattr(self.optimizer, "first_moment"):
+            return self.optimizer.first_moment(parameter, self.positions[parameter])
+        return self.optimizer.state[parameter]["exp_avg"].view(-1)[self.positions[parameter]]
