@@ -1,7 +1,7 @@
 """What `bench/gpu.py` measures of memory: lean full fine-tuning beside mixed-precision AdamW's and LoRA's.
 
-TinyLlama's shape with a question-answering head (1.03 B weights, random), windows of 384 tokens, two at a time; a few
-steps of finetrial's own optimiser, stepper and autocast. Lean runs and LoRA recompute activations, which
+TinyLlama's shape with a question-answering head (1.03 B weights, random), windows of 384 tokens, two at a time;
+a few steps of finetrial's own optimiser, stepper and autocast. Lean runs and LoRA recompute activations, which
 mixed-precision AdamW does not, as is usual; its variant that does is measured beside it.
 """
 

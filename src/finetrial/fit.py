@@ -162,7 +162,8 @@ class Ladder:
         checkpoint_gradients(self.shapes, on=checkpointing)
         return memory.training_step(
             self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum, self.optimizer,
-            split=split, in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast, device=self.device,
+            split=split, in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast,
+            device=self.device,
         )  # fmt: skip
 
     def optimizer(self, trained: list[torch.nn.Parameter]) -> Any:
