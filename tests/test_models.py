@@ -186,7 +186,7 @@ def test_a_checkpoint_of_other_names_is_refused_and_not_random(tiny_bert, edited
 def test_a_head_with_another_number_of_classes_is_refused_in_words(tiny_bert, edited):
     heads = {"classifier.weight": torch.zeros(3, 32), "classifier.bias": torch.zeros(3)}
     folder = edited(tiny_bert, lambda found: {**{f"bert.{n}": t for n, t in found.items()}, **heads})
-    with pytest.raises(ModelError, match="does not load for sequence_classification"):
+    with pytest.raises(ModelError, match=r"classifier.bias is \(3,\) and should be \(5,\); name a checkpoint"):
         built(folder, CLASSES, num_labels=5)
 
 

@@ -152,8 +152,17 @@ def test_long_lines_are_not_wrapped_and_long_reasons_are_cut():
     screen = Screen(terminal=False, width=40)
     with make_progress(screen.console, interactive=False) as progress:
         progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 2})
-        progress.finished(ended(make_spec(0), outcome="bug", reason="x" * 500))
-    assert screen.text.splitlines()[1] == f"search  squad_v2/lora  1/2  trial_0 bug: {'x' * 97}..."
+        progress.finished(ended(make_spec(0), outcome="crashed", reason="x" * 500))
+    assert screen.text.splitlines()[1] == f"search  squad_v2/lora  1/2  trial_0 crashed: {'x' * 97}..."
+
+
+@pytest.mark.parametrize("outcome", ["bug", "refused"])
+def test_why_a_study_stops_is_left_to_the_message_that_it_stops_with(outcome):
+    screen = Screen(terminal=False)
+    with make_progress(screen.console, interactive=False) as progress:
+        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 2})
+        progress.finished(ended(make_spec(0), outcome=outcome, reason="the reason"))
+    assert screen.text.splitlines()[1] == f"search  squad_v2/lora  1/2  trial_0 {outcome}"
 
 
 # -- the table -------------------------------------------------------------------------------------------------

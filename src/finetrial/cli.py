@@ -5,7 +5,6 @@ Imports are inside the verbs, so that `finetrial --help` costs nothing.
 
 from __future__ import annotations
 
-import errno
 import functools
 import signal
 import sys
@@ -13,15 +12,9 @@ from pathlib import Path
 
 import click
 
-from finetrial.errors import EXIT_INCOMPLETE, EXIT_STUDY_WRONG, FinetrialError
+from finetrial.errors import EXIT_INCOMPLETE, EXIT_STUDY_WRONG, MAY_PASS, FinetrialError, disk_fault
 
 EPILOG = "Exit codes: 0 done, 1 the study is wrong, 2 usage, 3 some runs failed, 4 incomplete."
-# No fault of the program: what may pass (a full disk or quota, a disk that fails, no more processes, memory or
-# open files to be had), and a place that cannot be read or written.
-MAY_PASS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
-)  # fmt: skip
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Verbs(click.Group):
@@ -44,10 +37,10 @@ class Verbs(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in (*MAY_PASS, *NO_ACCESS):
+            fault = disk_fault(error)
+            if fault is None:
                 raise
-            where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"{where}{error.strerror}; mend that and run the same command again", err=True)
+            click.echo(f"{fault}; mend that and run the same command again", err=True)
             ctx.exit(EXIT_INCOMPLETE if error.errno in MAY_PASS else EXIT_STUDY_WRONG)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on", err=True)

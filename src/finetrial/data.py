@@ -81,22 +81,35 @@ def files(source: DataSource, base: Path) -> list[Path]:
     if source.hub is not None:
         return []
     found: dict[Path, str] = {}
+    wrong: list[str] = []
+    named = [name for role in ROLES for name in source.named(role)]
     for role in ROLES:
         for name in source.named(role):
-            path = locate(name, base)
+            try:
+                path = locate(name, base, named)
+            except DataError as error:
+                wrong.append(str(error))
+                continue
             if path in found:
-                raise DataError(f"{path} is given as {found[path]} and as {role}; a row serves one split only")
+                twice = f"{path} is given as {found[path]} and as {role}"
+                wrong.append(f"{twice}; a row serves one split only: name another file")
             found[path] = role
+    if wrong:
+        raise DataError("\n    ".join(wrong))
     return list(found)
 
 
-def locate(name: str, base: Path) -> Path:
-    """The existing file that a study file's path stands for. Raises DataError."""
+def locate(name: str, base: Path, named: Sequence[str] = ()) -> Path:
+    """The existing file that a study file's path stands for; it names all of `named`. Raises DataError."""
     path = expand_path(name, base)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} has no known format; use one of {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it")
     if not path.is_file():
+        taken = {Path(other).name for other in named}  # named already, so not what was meant
         beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        beside = [name for name in beside if name not in taken]
         near = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"did you mean {near[0]}?" if near else f"paths are relative to the study file's folder, {base}"
         raise DataError(f"{path} is not there; {hint}")
@@ -154,6 +167,30 @@ def take(row: Row, ours: str, columns: dict[str, str]) -> Any:
     there = f"the nearest is {near[0]!r}" if near else f"it has {', '.join(map(repr, row.values)) or 'none'}"
     guess = near[0] if near else "<column of your data>"
     raise DataError(f"{row.where} has no column {theirs!r}; {there}. Write columns: {{{ours}: {guess}}}")
+
+
+def require(row: Row, ours: Sequence[str], columns: dict[str, str]) -> None:
+    """Refuse a row that lacks columns of the task. Raises DataError, which names all of them."""
+    missing = [name for name in ours if columns.get(name, name) not in row.values]
+    if len(row.values) == 1 and missing:
+        (only,) = row.values
+        for separator, noun in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
+            if separator in only:
+                wanted = " and ".join(map(repr, ours))
+                raise DataError(
+                    f"{row.where} has one column, {only!r}, and the task needs {wanted}; it seems to be "
+                    f"separated by {noun}: write commas in a .csv file, tabs in a .tsv file"
+                )
+    if len(missing) < 2:
+        for name in missing:
+            take(row, name, columns)
+        return
+    theirs = [columns.get(name, name) for name in missing]
+    written = ", ".join(f"{name}: <column of your data>" for name in missing)
+    raise DataError(
+        f"{row.where} has no columns {', '.join(map(repr, theirs))}; it has "
+        f"{', '.join(map(repr, row.values)) or 'none'}. Write columns: {{{written}}}"
+    )
 
 
 def take_text(row: Row, ours: str, columns: dict[str, str]) -> str:

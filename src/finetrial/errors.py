@@ -7,6 +7,7 @@ produce it in a test.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,25 @@ EXIT_STUDY_WRONG = 1
 EXIT_USAGE = 2
 EXIT_RUNS_FAILED = 3
 EXIT_INCOMPLETE = 4
+
+
+# No fault of the program: what may pass (a full disk or quota, a disk that fails, no more processes, memory or
+# open files to be had), and a place that cannot be read or written.
+MAY_PASS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+NO_ACCESS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+    errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def disk_fault(error: OSError) -> str | None:
+    """What is wrong with the place that an error names, on one line; None if it is a fault of another kind."""
+    if error.errno not in (*MAY_PASS, *NO_ACCESS):
+        return None
+    place = error.filename2 or error.filename  # of a rename it is where to
+    return f"{place}: {error.strerror}" if place else str(error.strerror)
 
 
 class FinetrialError(Exception):

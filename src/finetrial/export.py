@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from finetrial import files, strict_yaml
-from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, Setting
+from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, SchemaVersion, Setting
 from finetrial.space import Space
 from finetrial.store import Damaged, Home, digest
 
@@ -26,7 +26,7 @@ HEADER = """\
 class Optimum(Frozen):
     """What the search found for one arm."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     study: str
     task: str
     method: str

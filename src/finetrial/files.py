@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +57,27 @@ def append_json_line(path: Path, value: Any) -> None:
         stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a torn line (a kill or a full disk in mid-write) is left out."""
+def json_lines(
+    path: Path, on_damage: Callable[[Path, int], None] = lambda path, line: None
+) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a torn line (a kill or a full disk in mid-write) is left out.
+
+    Of one that is not the last, `on_damage` is told with its number.
+    """
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, start=1):
             if not line.endswith("\n"):
                 return
             try:
                 record = json.loads(line)
-            except ValueError:  # what was written after a torn line stands in the same one
-                continue
-            yield record
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict):
+                yield record
+            else:
+                on_damage(path, number)
 
 
 def sha256_file(path: Path) -> str:

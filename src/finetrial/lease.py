@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from finetrial import files
-from finetrial.records import SCHEMA_VERSION, Frozen, canonical_json
+from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion, canonical_json
 
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
@@ -28,7 +28,7 @@ STALE_SECONDS = 60.0
 class Lease(Frozen):
     """Who holds a run, since when, and when it last said so (seconds since the epoch)."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     token: str
     host: str
     pid: int
@@ -78,7 +78,7 @@ def read(path: Path) -> Lease | None:
         content = json.loads(path.read_bytes())
         stated = content.pop("sha256", None) if isinstance(content, dict) else None
         lease = Lease.model_validate(content)
-    except (FileNotFoundError, ValueError):  # no JSON, no UTF-8, or other fields
+    except (FileNotFoundError, IsADirectoryError, ValueError):  # no JSON, no UTF-8, or other fields
         return None
     return lease if stated == _digest(lease) else None
 

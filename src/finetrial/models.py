@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -30,6 +31,13 @@ from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.records import ModelSource
 from finetrial.sources import Location, locate_model
+
+# What transformers raises on files that are not what they should be.
+LOAD_FAULTS = (
+    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+MOST_CHARACTERS = 400  # of a foreign message
 
 AUTO_CLASSES = {
     "question_answering": AutoModelForQuestionAnswering,
@@ -68,10 +76,13 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
     try:
         if files.damage(folder) is not None:
             temporary = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-            _dequantise(location, source.gguf_file, temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
-            files.commit_folder(temporary, folder)
+            try:
+                _dequantise(location, source.gguf_file, temporary)
+                if folder.exists():
+                    shutil.rmtree(folder)
+                files.commit_folder(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)  # there still, if something was raised
     finally:
         lock.release()
     return Location(str(folder), None, True)
@@ -83,8 +94,14 @@ def _dequantise(location: Location, gguf_file: str, folder: Path) -> None:
     except ImportError:
         raise ModelError("reading a GGUF file needs the gguf package: `pip install finetrial[gguf]`") from None
     options = {"revision": location.revision, "gguf_file": gguf_file}
-    AutoTokenizer.from_pretrained(location.name, **options).save_pretrained(folder)
-    packed = AutoModelForCausalLM.from_pretrained(location.name, dtype=torch.float32, **options)
+    try:
+        AutoTokenizer.from_pretrained(location.name, **options).save_pretrained(folder)
+        packed = AutoModelForCausalLM.from_pretrained(location.name, dtype=torch.float32, **options)
+    except LOAD_FAULTS as error:
+        raise ModelError(
+            f"{gguf_file} of {location.name} cannot be dequantised: {_reason(error)}; get the file anew, or "
+            f"name another"
+        ) from error
     # transformers marks a model read from GGUF as quantised and refuses to save it, dequantised or not:
     # its tensors go into a plain model of the same config, strictly.
     config = type(packed.config).from_dict(
@@ -108,8 +125,16 @@ def load_tokenizer(location: Location, source: ModelSource) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(
         location.name, revision=location.revision, trust_remote_code=source.trust_remote_code, **makes
     )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{source.name} has no tokenizer: every word would be unknown; put the model's tokenizer.json "
+            f"beside it"
+        )
     if not tokenizer.is_fast:
-        raise ModelError(f"{source.name} has no fast tokenizer (tokenizer.json), which offsets need")
+        raise ModelError(
+            f"{source.name} has no fast tokenizer (tokenizer.json), which offsets need; name a model that "
+            f"has one"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -141,9 +166,12 @@ def build(
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
         place = {"device_map": "meta"} if shapes_only else {}
         model, missing = load(AUTO_CLASSES[kind], location, config, common | place)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the model {source.name} does not load for {kind}: {reason}") from error
+    except LOAD_FAULTS as error:
+        hint = f"see to its files in {location.name}, or name another model"
+        if "trust_remote_code" in str(error):
+            hint = "read that code, and if you trust it, set model.trust_remote_code: true"
+        what = f"the model {source.name} does not load for {kind}"
+        raise ModelError(f"{what}: {_reason(error)}; {hint}") from error
     causal = bool(getattr(config, "is_decoder", False)) or not _is_bidirectional(model)
     heads, stray = _heads(model, missing)
     if stray and not shapes_only:  # without reading the files, what lacks is not known
@@ -152,6 +180,25 @@ def build(
             f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"
         )
     return Built(model, tokenizer, heads, causal)
+
+
+def check_finite(model: Any, source: ModelSource) -> None:
+    """Refuse a model with a weight that is not a finite number: whatever is made of it would mean nothing."""
+    wrong = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if wrong:
+        raise ModelError(
+            f"the checkpoint {source.name} has weights that are not finite numbers, in {', '.join(wrong[:3])}; "
+            f"get it anew, or name another model"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What foreign code says went wrong, on one line and not too long; a KeyError says no more than its key."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError | AttributeError | TypeError):
+        text = f"{type(error).__name__}: {text}"
+    text = text.rstrip(".")
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
 
 
 def _change(config: Any, source: ModelSource) -> None:
@@ -171,8 +218,15 @@ def _load_whole(
     """The model with its head, and the names of the weights that the checkpoint does not have."""
     model, info = auto_class.from_pretrained(
         location.name, config=config, dtype=torch.float32, output_loading_info=True,
-        use_safetensors=True, **common,
+        use_safetensors=True, ignore_mismatched_sizes=True, **common,
     )  # fmt: skip
+    if info["mismatched_keys"]:  # refused by name, where transformers would point at a report in the log
+        name, there, wanted = min(info["mismatched_keys"], key=lambda found: found[0])
+        shapes = f"{name} is {tuple(there)} and should be {tuple(wanted)}"
+        raise ModelError(
+            f"the weights in {location.name} have other shapes than its config.json and the task say: "
+            f"{shapes}; name a checkpoint that fits"
+        )
     return model, set(info["missing_keys"])
 
 

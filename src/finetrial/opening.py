@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from finetrial import files
 from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyError
 from finetrial.problems import show
-from finetrial.records import SCHEMA_VERSION, Frozen
+from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.sources import data_inputs, is_sentence_embedding, model_inputs
 from finetrial.store import Home
 from finetrial.study import Study
@@ -32,7 +32,7 @@ PACKAGES = ("finetrial", "torch", "transformers", "peft", "accelerate", "optuna"
 class Lock(Frozen):
     """`study.lock.json`: the study as resolved when its folder was first used."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     identity: str
     inputs: dict[str, dict[str, str]]  # task -> input -> SHA-256
     threads: int  # per run; part of what makes results bit-equal
@@ -179,11 +179,19 @@ def read_lock(home: Home) -> Lock:
     except FileNotFoundError:
         if not home.path.exists():
             raise HomeError(f"{home.path} is not there yet; `finetrial run` makes it") from None
-        raise HomeError(f"{home.path} is no study's folder: it has no study.lock.json") from None
+        raise HomeError(
+            f"{home.path} is no study's folder: it has no study.lock.json; name one that has"
+        ) from None
     except NotADirectoryError:
         raise HomeError(f"{home.path} is a file; name a study's folder with --home") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"])) or "file"
+        if where == "schema_version":
+            raise HomeError(
+                f"{home.lock_file} was written by another version of finetrial (its schema_version is "
+                f"{error.errors()[0]['input']!r}, this one's {SCHEMA_VERSION}); use that version, or name "
+                f"another folder with --home"
+            ) from None
         raise HomeError(
             f"{home.lock_file} cannot be read ({where}): damaged, or written by another version; "
             f"name another folder with --home"

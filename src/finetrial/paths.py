@@ -15,7 +15,7 @@ def expand_path(text: str, base: Path) -> Path:
     """The absolute path that a text in a study file means.
 
     Raises:
-        DataError: a variable without a default is not set.
+        DataError: a variable without a default is not set, or no file can have that path.
     """
 
     def variable(found: re.Match[str]) -> str:
@@ -28,4 +28,10 @@ def expand_path(text: str, base: Path) -> Path:
             )
         return value
 
-    return (base / Path(VARIABLE.sub(variable, text)).expanduser()).resolve()
+    try:
+        path = (base / Path(VARIABLE.sub(variable, text)).expanduser()).resolve()
+        path.exists()  # raises where a name is too long, or a folder on the way may not be looked into
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user who is not there, a link to itself
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{text} is no path that can be looked up: {reason}; mend it") from error
+    return path

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.2  # ticks come oftener than a terminal needs to be drawn
 REASON_CHARACTERS = 100
+STOPPING = ("bug", "refused")  # outcomes that end the study at once
 
 
 @dataclass
@@ -273,6 +274,8 @@ def ended_text(record: RunRecord, arm: Arm) -> str:
         return f"validation {_metric_name(arm)} {_number(result.score, arm.metric)}{so_far}"
     reason = (result.reason if result else record.failure.reason if record.failure else "") or ""
     first = reason.strip().splitlines()[0] if reason.strip() else ""
+    if record.outcome in STOPPING:
+        first = ""  # the study stops at it, and says in full why
     if len(first) > REASON_CHARACTERS:
         first = first[: REASON_CHARACTERS - 3] + "..."
     return f"{label} {str(record.outcome).replace('_', ' ')}{': ' if first else ''}{first}{so_far}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple
 from finetrial.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SQUAD_FORM = (
+    "write {data: [{title, paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]}"
+)
 BLOCK_BYTES = 64 * 2**20  # pyarrow reads a CSV file in blocks and refuses a row longer than one
 
 
@@ -33,25 +37,57 @@ def read(path: Path, name: str) -> list[Row]:
         DataError: the file does not hold that format, or no row.
     """
     reader = {".json": _json, ".jsonl": _jsonl, ".csv": _delimited, ".tsv": _delimited, ".parquet": _parquet}
-    try:
-        rows = [Row(f"{name} {at}", values) for at, values in reader[path.suffix](path)]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not JSON: {error.msg}; mend that line") from error
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; check that it is the file you mean")
+    if path.suffix != ".parquet":
+        _check_text(path)
+    rows = [Row(f"{name} {at}", values) for at, values in reader[path.suffix](path)]
     if not rows:
         raise DataError(f"{path} has no rows; check that it is the file you mean")
     return rows
 
 
+def _check_text(path: Path) -> None:
+    """Refuse what is no text, by its first wrong line: another encoding, or bytes that no text holds."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                wrong = f"byte {line[error.start]:#04x} at column {error.start + 1}"
+                raise DataError(f"{path} line {number} is not UTF-8 ({wrong}); save it as UTF-8") from error
+            if b"\0" in line:
+                raise DataError(f"{path} line {number} holds a NUL byte, which no text does; save it as UTF-8")
+
+
+def _parsed(path: Path, text: str, line: int | None = None) -> Any:
+    """The value of a JSON text; `line` is where it stands, if it is a line of its own."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = line or error.lineno
+        raise DataError(f"{path} line {at} is not JSON: {error.msg}; mend that line") from error
+    except RecursionError:
+        at = f" line {line}" if line else ""
+        raise DataError(
+            f"{path}{at} is nested too deeply for rows; check that it is the file you mean"
+        ) from None
+    except ValueError as error:  # Python's limit on the digits of a whole number
+        at = f" line {line}" if line else ""
+        raise DataError(f"{path}{at} holds a number that is too long; mend it") from error
+
+
 def _json(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    whole = _parsed(path, path.read_text(encoding="utf-8-sig"))
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         yield from _squad(path, whole["data"])
     elif isinstance(whole, list):
         yield from ((f"row {n}", _object(path, f"row {n}", value)) for n, value in enumerate(whole, start=1))
     else:
-        raise DataError(f"{path} is neither a list of objects nor SQuAD's form ({{data: [articles]}})")
+        raise DataError(
+            f"{path} is neither a list of objects nor SQuAD's form ({{data: [articles]}}); write it as one "
+            f"of them"
+        )
 
 
 def _jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -59,11 +95,7 @@ def _jsonl(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue  # a blank line holds no row
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number} is not JSON: {error.msg}; mend that line") from error
-            yield f"line {number}", _object(path, f"line {number}", value)
+            yield f"line {number}", _object(path, f"line {number}", _parsed(path, line, number))
 
 
 def _object(path: Path, at: str, value: Any) -> dict[str, Any]:
@@ -91,8 +123,10 @@ def _squad(path: Path, articles: list[Any]) -> Iterable[tuple[str, dict[str, Any
                             "answers": {key: [gold[key] for gold in golds] for key in ("text", "answer_start")},
                         },
                     )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} {at} is not in SQuAD's form: {error!r} is missing or wrong") from error
+        except KeyError as error:
+            raise DataError(f"{path} {at} has no {error.args[0]!r}; {SQUAD_FORM}") from error
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"{path} {at} is not in SQuAD's form; {SQUAD_FORM}") from error
 
 
 def _delimited(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -102,14 +136,20 @@ def _delimited(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     tabs = path.suffix == ".tsv"
     with path.open(encoding="utf-8-sig", newline="") as lines:
         style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        header = next(csv.reader(lines, **style), [])
+        try:
+            header = next(csv.reader(lines, **style), [])
+        except csv.Error as error:
+            raise DataError(f"{path} has no header that can be read: {error}; mend its first line") from error
+    if not header:
+        raise DataError(f"{path} does not begin with a header; write the columns' names in its first line")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{path} has the column {twice[0]!r} twice; rename one")
     try:
         table = arrow_csv.read_csv(
             path,
-            read_options=arrow_csv.ReadOptions(block_size=BLOCK_BYTES),
+            # One thread, so that a faulty row's number is known.
+            read_options=arrow_csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),
             parse_options=arrow_csv.ParseOptions(
                 delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
             ),
@@ -119,7 +159,9 @@ def _delimited(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             ),
         )
     except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not {'TSV' if tabs else 'CSV'}: {error}; mend that row") from error
+        # Arrow counts the header as a row; here rows are counted as everywhere, from the first below it.
+        reason = re.sub(r"^CSV parse error: Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", str(error))
+        raise DataError(f"{path} is not {'TSV' if tabs else 'CSV'}: {reason}; mend that row") from error
     yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
 
 
@@ -128,7 +170,8 @@ def _parquet(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not Parquet: {error}") from error
-    yield from ((f"row {n}", values) for n, values in enumerate(table.to_pylist(), start=1))
+        values_of = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: its values
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is not Parquet: {reason}; write it anew, or name another file") from error
+    yield from ((f"row {n}", values) for n, values in enumerate(values_of, start=1))

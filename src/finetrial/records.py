@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SchemaVersion = Literal[1]  # of every record but the summary; another is refused by name, never guessed at
+SCHEMA_VERSION: SchemaVersion = 1
 
 Stage = Literal["baseline", "trial", "replicate", "probe"]
 Outcome = Literal[
@@ -138,7 +139,7 @@ class How(Frozen):
 class RunSpec(Frozen):
     """What one run does: pure data, written first. Its id is a readable name and a hash of the rest."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     study: str
     stage: Stage
     task: TaskSpec
@@ -229,7 +230,7 @@ class Cost(Frozen):
 class Result(Frozen):
     """What came out of a run; written last, and its existence alone means that the run is done."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     run_id: str
     outcome: Literal["done", "diverged"]
     reason: str | None = None  # why it diverged
@@ -250,7 +251,7 @@ class Result(Frozen):
 class Failure(Frozen):
     """Why a run has no result: kind, one-line reason, the log's last lines."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     run_id: str
     kind: Outcome
     reason: str
@@ -280,7 +281,7 @@ NEXT_STEP: dict[Outcome, str] = {
 class Attempt(Frozen):
     """One try at a run; one file each, never overwritten once ended."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     number: int
     host: str
     pid: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from finetrial.errors import DataError, ModelError
 from finetrial.paths import expand_path
 from finetrial.records import ModelSource, TaskSpec
 
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # weights as they were before safetensors
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".gguf", ".jinja")
 
 
@@ -46,7 +48,37 @@ def locate_model(source: ModelSource, base: Path) -> Location:
         raise ModelError(f"the model {name} has no config.json in {folder}; name the folder that has it")
     if source.gguf_file is not None and not (folder / source.gguf_file).exists():
         raise ModelError(f"the model {name} has no {source.gguf_file} in {folder}; see what is there")
+    if source.gguf_file is None:
+        _check_weights(name, folder)
     return Location(str(folder), None, True)
+
+
+def _check_weights(name: str, folder: Path) -> None:
+    """Refuse a folder without safetensors weights, or whose index names weights that are not in it."""
+    if not any(path.is_file() for path in folder.glob("*.safetensors")):
+        pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"the model {name} has its weights as pickle only ({pickled[0]}), which can run code when it "
+                f"is read; convert it (`save_pretrained` writes safetensors), or name one in safetensors"
+            )
+        what = f"the model {name} has no weights (*.safetensors) in {folder}"
+        raise ModelError(f"{what}; name a whole checkpoint")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} cannot be read ({error!r}); get the checkpoint anew") from error
+    missing = [shard for shard in shards if shard not in outside and not (folder / shard).is_file()]
+    if outside:  # what lies elsewhere is no part of what the study's lock holds the SHA-256 of
+        listed = ", ".join(outside)
+        raise ModelError(f"{index} names weights outside of its folder: {listed}; move them into it")
+    if missing:
+        listed = ", ".join(missing)
+        raise ModelError(f"the model {name} lacks {listed}, which {index} names; get what is missing")
 
 
 def is_sentence_embedding(source: ModelSource, base: Path) -> bool:
@@ -60,6 +92,8 @@ def is_sentence_embedding(source: ModelSource, base: Path) -> bool:
 
 def _package_folder(text: str) -> Path:
     package, _, inside = text.partition("/")
+    if not package.isidentifier():  # with a dot, finding it would import what is before the dot
+        raise ModelError(f"package:{text}: {package!r} is no package's name; write package:NAME/folder")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         distribution = package.replace("_", "-")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from finetrial import checkpoint, files, plugins
+from finetrial import checkpoint, files, models, plugins
 from finetrial.assemble import Workbench, input_hash, open_workbench, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
@@ -43,6 +43,7 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     clock = _Clock()
     bench = open_workbench(spec, folder.home)
     built = bench.build_base()
+    models.check_finite(built.model, spec.model)
     accelerator = make_accelerator(spec.rules)
     model = accelerator.prepare(built.model)
     scores, hashes, calibration = {}, {}, None

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec, cano
 from finetrial.summary import Summary
 
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R", Result, Failure)
 LOG_TAIL_LINES = 40
 
 
@@ -62,14 +65,29 @@ class RunFolder:
         return spec
 
     def result(self) -> Result | None:
-        return _read(self.result_file, Result) if self.result_file.exists() else None
+        return self._of_this_run(_read(self.result_file, Result)) if self.result_file.exists() else None
 
     def failure(self) -> Failure | None:
-        return _read(self.failure_file, Failure) if self.failure_file.exists() else None
+        return self._of_this_run(_read(self.failure_file, Failure)) if self.failure_file.exists() else None
+
+    def _of_this_run(self, record: R) -> R:
+        if record.run_id != self.path.name:
+            path = self.result_file if isinstance(record, Result) else self.failure_file
+            raise Damaged(path, f"it is of another run, {record.run_id}")
+        return record
 
     def attempt_records(self) -> tuple[Attempt, ...]:
-        paths = sorted(self.attempts.glob("[0-9]*.json"), key=lambda path: int(path.stem))
-        return tuple(_read(path, Attempt) for path in paths)
+        if self.attempts.exists() and not self.attempts.is_dir():
+            raise Damaged(self.attempts, "it is a file, and should be a folder")
+        found = []
+        paths = self.attempts.glob("*.json")
+        numbered = [path for path in paths if path.stem.isascii() and path.stem.isdigit()]
+        for path in sorted(numbered, key=lambda path: int(path.stem)):
+            attempt = _read(path, Attempt)
+            if attempt.number != int(path.stem):
+                raise Damaged(path, f"it is of another attempt, {attempt.number}")
+            found.append(attempt)
+        return tuple(found)
 
     def current_attempts(self) -> tuple[Attempt, ...]:
         """Those that count: since the run was given up and is tried again, if it was."""
@@ -101,11 +119,16 @@ class RunFolder:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - 8192))
             lines = stream.read().split(b"\n")[:-1]
-        return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+        try:
+            record = json.loads(lines[-1]) if lines else None
+        except ValueError:  # damaged, or the end of a line that is longer than what was read
+            return None
+        return record if isinstance(record, dict) else None
 
     def keep_metrics_up_to(self, step: int) -> None:
         """Drop records after a checkpoint's step: the resumed run writes them again, the same."""
-        kept = [record for record in files.json_lines(self.metrics_file) if record["step"] <= step]
+        records = files.json_lines(self.metrics_file, _say_damaged)
+        kept = [record for record in records if record.get("step", math.inf) <= step]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         files.write_text(self.metrics_file, text)
 
@@ -226,6 +249,8 @@ class Home:
         Raises:
             HomeError: another process is; the message names it.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise HomeError(f"{self.path} is a file; name a study's folder with --home")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.coordinator_lock)
         holder = lock.acquire()
@@ -276,8 +301,13 @@ def _read(path: Path, model: type[M]) -> M:
             f"{path} was written by another version of finetrial ({why}); use that version, or name another "
             f"folder with --home"
         ) from None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nothing that was ever written here
         raise Damaged(path, str(error)) from None
+
+
+def _say_damaged(path: Path, line: int) -> None:
+    """Into the run's log: the worker is who resumes."""
+    sys.stderr.write(f"{path} line {line} is damaged and left out\n")
 
 
 def digest(content: Any) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from finetrial.records import Frozen, Outcome, Setting
 
-SUMMARY_VERSION = 1
+SummaryVersion = Literal[1]
+SUMMARY_VERSION: SummaryVersion = 1
 
 Verdict = Literal["supported", "refuted", "inconclusive", "not_assessable"]
 
@@ -196,7 +197,7 @@ class Meta(Frozen):
 
 
 class Summary(Frozen):
-    schema_version: int = SUMMARY_VERSION
+    schema_version: SummaryVersion = SUMMARY_VERSION
     study: str
     study_hash: str
     model: str

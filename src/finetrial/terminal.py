@@ -194,7 +194,12 @@ def show_run(path: Path, *, as_json: bool) -> None:
 
 def _show_losses(folder: RunFolder) -> None:
     """The last training records: what the loss and the gradient did before the end."""
-    records = [r for r in files.json_lines(folder.metrics_file) if r["kind"] in ("train", "diverged")]
+
+    def damaged(path: Path, line: int) -> None:
+        console.print(f"{path} line {line} is damaged and left out", soft_wrap=True)
+
+    found = files.json_lines(folder.metrics_file, damaged)
+    records = [r for r in found if r.get("kind") in ("train", "diverged")]
     if not records:
         return
     table = _table("step", "loss", "gradient norm", "learning rate")

@@ -59,7 +59,7 @@ class Mirror:
         def replay() -> None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                records = files.json_lines(self.home.run(record.spec.run_id).metrics_file)
+                records = files.json_lines(self.home.run(record.spec.run_id).metrics_file, self._damaged)
                 plugins.load("trackers", name).replay(folder, record.spec, records, record.result)
                 files.write_text(marker, state)
             except BaseException as error:  # noqa: BLE001 - nothing is swallowed: the caller gets it
@@ -71,3 +71,6 @@ class Mirror:
         if thread.is_alive():
             return TimeoutError(f"it has not come back after {REPLAY_SECONDS:g} s")
         return raised[0] if raised else None
+
+    def _damaged(self, path: Path, line: int) -> None:
+        self.warn(f"{path} line {line} is damaged and left out of what is tracked")

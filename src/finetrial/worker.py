@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from finetrial import plugins
-from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory
+from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, disk_fault
 from finetrial.records import Failure, Outcome
 from finetrial.store import RunFolder
 
@@ -100,6 +100,9 @@ def classify(error: Exception) -> tuple[Outcome, str]:
         return "out_of_memory", f"out of memory: {line}"
     if isinstance(error, FinetrialError):
         return "refused", str(error)
+    fault = disk_fault(error) if isinstance(error, OSError) else None
+    if fault is not None:
+        return "refused", f"{fault}; mend that and run the same command again"
     return "bug", f"{type(error).__name__}: {line}"
 
 

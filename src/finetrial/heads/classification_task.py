@@ -23,7 +23,7 @@ from finetrial.readers import Row
 
 HIDDEN = -1  # what GLUE's test sets hold in place of labels
 MAX_CLASSES = 1000
-_WHOLE = re.compile(r"[+-]?\d+")
+_WHOLE = re.compile(r"[+-]?\d{1,18}")
 
 Label = int | str
 MetricName = Literal["accuracy", "f1", "matthews"]
@@ -71,9 +71,12 @@ class ClassificationTask:
         columns = {**self.columns, **params.data.columns}
         name = columns.get("label", "label")
         rows = data.load(params.data, base, hidden=lambda values: values.get(name) in (HIDDEN, str(HIDDEN)))
+        pair = "text_pair" in columns or "text_pair" in rows["train"][0].values
+        for rows_of_role in rows.values():
+            needed = ("text", "text_pair", "label") if pair else ("text", "label")
+            data.require(rows_of_role[0], needed, columns)
         numbers = label_numbers([(row, data.take(row, "label", columns)) for row in rows["train"]])
         classes = tuple(str(label) for label in numbers)
-        pair = "text_pair" in columns or "text_pair" in rows["train"][0].values
         found = {
             role: [_example(row, role, columns, numbers, classes, pair) for row in rows_of_role]
             for role, rows_of_role in rows.items()

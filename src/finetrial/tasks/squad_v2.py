@@ -51,10 +51,10 @@ class SquadV2:
         validation is then whole articles of train.
         """
         data.check_columns(params.data, COLUMNS)
-        found = {
-            role: [example(row, params.data.columns) for row in rows]
-            for role, rows in data.load(params.data, base).items()
-        }
+        read = data.load(params.data, base)
+        for rows in read.values():
+            data.require(rows[0], ("context", "question", "answers"), params.data.columns)
+        found = {role: [example(row, params.data.columns) for row in rows] for role, rows in read.items()}
         cut = partial(data.group_split, group_key="title", seed=params.split_seed)
         splits = data.fill_splits(
             found, lambda rows, share: cut(rows, share=share), params.validation_share, params.test_share
