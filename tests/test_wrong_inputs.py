@@ -49,8 +49,8 @@ def everything(besides: str | None = None) -> dict[str, tuple[int, str]]:
     for path in sorted(Path().rglob("*")):
         if besides is not None and path.is_relative_to(besides):
             continue
-        if path.name == "coordinator.lock":  # who works here: the one thing that a refusal may touch
-            continue
+        if path.parent == Path("runs/small") and path.name in ("coordinator.lock", "log.txt"):
+            continue  # who works here, and what was said here: all that a refusal may touch
         if path.is_symlink():
             what = f"-> {path.readlink()}"
         else:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from finetrial.errors import DataError
+from finetrial.secrets_guard import SECRET_ENDINGS, is_secret
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 
@@ -20,6 +21,11 @@ def expand_path(text: str, base: Path) -> Path:
 
     def variable(found: re.Match[str]) -> str:
         name, default = found.groups()
+        if is_secret(name):  # the path goes into the study's lock, its log and its report
+            raise DataError(
+                f"{text}: {name} looks like a secret by its name, and a path is written down; use a variable "
+                f"that does not end in {', '.join(SECRET_ENDINGS)}"
+            )
         value = os.environ.get(name) or default
         if value is None:
             raise DataError(

@@ -16,6 +16,7 @@ from finetrial.records import MethodSpec, Outcome, Result, RunRecord, RunSpec, S
 from finetrial.schedule import GIVEN_UP, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
 from finetrial.study import Study
+from finetrial.study_log import study_log
 from finetrial.summary import Summary
 from finetrial.tracking import Mirror
 
@@ -29,18 +30,20 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
         FinetrialError: the study cannot go on; everything finished is kept and the message says what next.
     """
     inputs, home = resolve_inputs(study), Home(home_path)
+    tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
     with home.coordinate():
-        tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
-        arms = [(task.name, method.name) for task, method in study.arms]
-        for note in export.drop_damaged(home, arms):
-            progress.note(note)
-        story = Story.begin(study, home, inputs, progress, tried_again=tried_again)
-        story.phase("baseline", "baseline", story.baselines())
-        story.phase("search", "trial", story.trials())
-        story.export_optima()
-        story.phase("train", "replicate", story.replicates())
-        story.phase("measure", "probe", story.probes())
-        return _conclude(story)
+        opened = open_home(study, home, inputs)
+        with study_log(home.log_file, progress, "finetrial run") as logged:
+            arms = [(task.name, method.name) for task, method in study.arms]
+            for note in export.drop_damaged(home, arms):
+                logged.note(note)
+            story = Story.begin(opened, logged, tried_again=tried_again)
+            story.phase("baseline", "baseline", story.baselines())
+            story.phase("search", "trial", story.trials())
+            story.export_optima()
+            story.phase("train", "replicate", story.replicates())
+            story.phase("measure", "probe", story.probes())
+            return _conclude(story)
 
 
 def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, Result]:
@@ -50,8 +53,10 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, 
     """
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
-        story = Story.begin(study, home, inputs, progress)
-        story.phase("baseline", "baseline", story.baselines())
+        opened = open_home(study, home, inputs)
+        with study_log(home.log_file, progress, "finetrial check") as logged:
+            story = Story.begin(opened, logged)
+            story.phase("baseline", "baseline", story.baselines())
         records = [record for record in story.planned() if record.spec.stage == "baseline"]
         for record in records:
             if record.failure:
@@ -106,14 +111,11 @@ class Story:
             self.progress.note(note)
 
     @classmethod
-    def begin(
-        cls, study: Study, home: Home, inputs: dict[str, dict[str, str]], progress: Progress, **options: Any
-    ) -> Story:
-        """A study that this process coordinates: its folder opened, damaged runs set aside."""
-        opened = open_home(study, home, inputs)
-        for note in home.set_aside_damaged():
+    def begin(cls, opened: Opened, progress: Progress, **options: Any) -> Story:
+        """A study that this process coordinates, in its opened folder: damaged runs are set aside."""
+        for note in opened.home.set_aside_damaged():
             progress.note(note)
-        return cls(study, opened, progress, **options)
+        return cls(opened.study, opened, progress, **options)
 
     def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
         """Finish all runs of some lanes."""

@@ -22,6 +22,7 @@ from finetrial import files
 from finetrial.errors import HomeError
 from finetrial.lease import FileLock
 from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec, canonical_json
+from finetrial.secrets_guard import hide
 from finetrial.summary import Summary
 
 M = TypeVar("M", bound=BaseModel)
@@ -106,10 +107,11 @@ class RunFolder:
         _write(self.result_file, result)
 
     def write_failure(self, failure: Failure) -> None:
-        _write(self.failure_file, failure)
+        _write(self.failure_file, failure.model_copy(update={"reason": hide(failure.reason)}))
 
     def write_attempt(self, attempt: Attempt) -> None:
-        _write(self.attempts / f"{attempt.number}.json", attempt)
+        reason = None if attempt.reason is None else hide(attempt.reason)
+        _write(self.attempts / f"{attempt.number}.json", attempt.model_copy(update={"reason": reason}))
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole record of metrics.jsonl, read from its end."""
@@ -139,7 +141,7 @@ class RunFolder:
             size = stream.seek(0, 2)
             stream.seek(max(0, size - 16384))
             text = stream.read().decode("utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])
+        return hide("\n".join(text.splitlines()[-LOG_TAIL_LINES:]))
 
     def checkpoint_step(self) -> int:
         """The step of the newest checkpoint, damaged or not; 0 if there is none."""
@@ -166,6 +168,7 @@ class Home:
         self.report = path / "report"
         self.cache = path / "cache"
         self.tracking = path / "tracking"
+        self.log_file = path / "log.txt"
         self.coordinator_lock = path / "coordinator.lock"
 
     def run(self, run_id: str) -> RunFolder:

@@ -15,6 +15,7 @@ from finetrial import plugins, study_entries
 from finetrial.errors import Problem, StudyError
 from finetrial.problems import Collector, guess, nearest, show
 from finetrial.records import EarlyStopping, LoopRules, MethodSpec, ModelSource
+from finetrial.secrets_guard import held_by
 from finetrial.strict_yaml import MAX_BYTES, parse, parse_duration, parse_size
 from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
 
@@ -101,6 +102,12 @@ def parse_study(text: str, *, file: str, base: Path) -> Study:
         }
         fields["claims"] = _claims(collector, given.get("claims"), methods.names, fields["measure"])
     _check_steps(collector, fields.get("methods", ()), fields.get("train"))
+    held = held_by(text)
+    if held is not None:
+        collector.add(
+            (),
+            f"it holds the value of {held}, and a study file is copied into the study's folder; leave it out",
+        )
     if collector.problems:
         raise StudyError(file, collector.problems)
     return Study(**fields, file=file, base=str(base))

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from finetrial import plugins
 from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, disk_fault
+from finetrial.lease import FileLock
 from finetrial.records import Failure, Outcome
+from finetrial.secrets_guard import hidden_output
 from finetrial.store import RunFolder
 
 PARENT_VARIABLE = "FINETRIAL_PARENT"
@@ -43,8 +45,11 @@ def follow_parent() -> None:
 
 def work(folder: RunFolder) -> int:
     """Do the run under its lock. Also called by the inline engine, in the coordinator's own process."""
-    from finetrial.lease import FileLock
+    with hidden_output(sys.stdout, sys.stderr):
+        return _work(folder)
 
+
+def _work(folder: RunFolder) -> int:
     lock = FileLock(folder.lock_file)
     holder = lock.acquire(wait_seconds=10.0)
     if holder is not None:
