@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from finetrial import secrets_guard
+from finetrial import housekeeping, secrets_guard
 from finetrial.cli import main
-from finetrial.errors import DataError, StudyError
+from finetrial.errors import DataError, Incomplete, StudyError
 from finetrial.paths import expand_path
 from finetrial.records import Attempt, Failure
 from finetrial.store import Home
@@ -152,3 +152,74 @@ def test_a_secret_that_a_plug_in_prints_or_raises_is_nowhere_on_the_disk(tiny_be
     assert "printed [FINETRIAL_TEST_API_KEY]" in log.read_text()
     assert "written [FINETRIAL_TEST_API_KEY]" in log.read_text()
     assert not [path for path in Path("runs").rglob("*") if path.is_file() and SECRET in path.read_text()]
+
+
+# -- nothing outside of the study's folder ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["runs", "models", "cache", "damaged", "study.yaml", "best", "runs/{run}/checkpoint"]
+)
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_a_link_that_leads_out_of_the_folder_is_refused_and_what_it_points_at_is_left(name, verb):
+    spec = make_spec()
+    Path("model").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (Path("model") / file).write_text("{}")
+    Path("study.yaml").write_text(text_of(**SMALL, model="./model"))
+    precious = Path("precious")
+    (precious / "step-00000001").mkdir(parents=True)
+    (precious / "file").write_text("mine")
+    link = Path("runs/small") / name.format(run=spec.run_id)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious.resolve())
+    refused = call(verb, "study.yaml")
+    assert refused.exit_code == 1
+    assert f"{link}: a link that leads out of the study's folder" in refused.stderr
+    assert "put what it points at in its place" in refused.stderr
+    assert sorted(path.name for path in precious.iterdir()) == ["file", "step-00000001"]
+
+
+def test_the_folder_itself_may_be_a_link(tiny_bert):
+    write_study(tiny_bert)
+    Path("elsewhere").mkdir()
+    Path("runs").mkdir()
+    Path("runs/small").symlink_to(Path("elsewhere").resolve())
+    assert call("check", "study.yaml").exit_code == 0
+    assert Path("elsewhere/study.lock.json").exists()
+
+
+def test_checkpoints_are_not_dropped_through_a_link_and_that_is_a_warning(tmp_path):
+    folder = Home(tmp_path / "home").run("r")
+    folder.path.mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    folder.checkpoint.symlink_to(tmp_path / "precious")
+    left = folder.drop_checkpoint()
+    assert f"{folder.checkpoint} could not be deleted" in left
+    assert "no run is affected" in left
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+# -- the disk --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_above_its_budget_stops_the_study_and_says_what_takes_how_much(tiny_bert):
+    write_study(tiny_bert, run="{engine: inline, threads: 1, disk: 2 MB}")
+    assert call("check", "study.yaml").exit_code == 0
+    models = Path("runs/small/models/old")
+    models.mkdir(parents=True)
+    (models / "model.safetensors").write_bytes(bytes(3_000_000))
+    stopped = call("run", "study.yaml")
+    assert stopped.exit_code == 4
+    assert "more than run.disk (2.0 MB): models 3.0 MB" in stopped.stderr
+    assert "raise run.disk, and run the same command again" in stopped.stderr
+    assert not list(Path("runs/small/runs").glob("trial.*"))
+
+
+def test_a_disk_that_is_nearly_full_stops_the_study_before_a_run(tmp_path, monkeypatch):
+    home = Home(tmp_path)
+    housekeeping.check_room(home, None)
+    monkeypatch.setattr(housekeeping, "LEAST_FREE_BYTES", 10**18)
+    with pytest.raises(Incomplete, match=r"free, less than.*Make room, and run the same command again"):
+        housekeeping.check_room(home, None)

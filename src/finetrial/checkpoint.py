@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetrial import files
+from finetrial.errors import HomeError
 
 
 def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -107,6 +108,10 @@ def _best_step(checkpoint: Path) -> int | None:
 @contextmanager
 def _committed(final: Path) -> Iterator[Path]:
     """An empty folder that becomes the final one; on an error (a full disk) nothing of it is left."""
+    if final.parent.is_symlink():  # older ones are deleted there
+        raise HomeError(
+            f"{final.parent} is a link that leads out of the run's folder; put a folder in its place"
+        )
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

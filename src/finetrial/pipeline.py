@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetrial import analyse, export, plan, plugins, report, search
 from finetrial.errors import RunsFailed
 from finetrial.evidence import trial_score
+from finetrial.housekeeping import check_room, refuse_links
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
@@ -32,6 +34,7 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
     inputs, home = resolve_inputs(study), Home(home_path)
     tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
     with home.coordinate():
+        refuse_links(home)
         opened = open_home(study, home, inputs)
         with study_log(home.log_file, progress, "finetrial run") as logged:
             arms = [(task.name, method.name) for task, method in study.arms]
@@ -53,6 +56,7 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, 
     """
     inputs, home = resolve_inputs(study), Home(home_path)
     with home.coordinate():
+        refuse_links(home)
         opened = open_home(study, home, inputs)
         with study_log(home.log_file, progress, "finetrial check") as logged:
             story = Story.begin(opened, logged)
@@ -131,8 +135,9 @@ class Story:
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
         Scheduler(
-            home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror, self.tried_again
-        ).run(lanes)
+            home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror, self.tried_again,
+            partial(check_room, home, study.run.disk_bytes),
+        ).run(lanes)  # fmt: skip
 
     def baselines(self) -> list[Lane]:
         """The trivial answers and the untrained model, once per task."""

@@ -66,6 +66,7 @@ class Scheduler:
     progress: Progress
     on_finished: Callable[[RunRecord], None]
     tried_again: frozenset[Outcome] = TRIED_AGAIN
+    check_room: Callable[[], None] = lambda: None  # raises where there is none for another run
 
     def run(self, lanes: Sequence[Lane]) -> None:
         """Finish every run of every lane; a run that has ended is not started again.
@@ -105,6 +106,7 @@ class Scheduler:
                 self._tidy_up(folder)
                 self.on_finished(folder.record())
                 continue
+            self.check_room()
             folder.create(spec)
             running.append(self._start(lane, spec, folder))
             return
@@ -114,7 +116,7 @@ class Scheduler:
         leases.drop_stale(folder.lease_file)
         result, failure = folder.result(), folder.failure()
         if result is not None:
-            folder.drop_checkpoint()  # a failed run's is what `--retry-failed` goes on from
+            self._drop_checkpoint(folder)  # a failed run's is what `--retry-failed` goes on from
         for attempt in folder.attempt_records():
             if attempt.outcome is None and result is not None:
                 self._close(folder, attempt, result.outcome, None, COORDINATOR_ENDED)
@@ -201,11 +203,16 @@ class Scheduler:
             )  # fmt: skip
         record = run.folder.record()
         if record.result is not None:
-            run.folder.drop_checkpoint()
+            self._drop_checkpoint(run.folder)
         self.progress.finished(record)
         self.on_finished(record)
         self._stop_on_fault(record)
         return True
+
+    def _drop_checkpoint(self, folder: RunFolder) -> None:
+        left = folder.drop_checkpoint()
+        if left is not None:
+            self.progress.note(left)
 
     def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None, bool]:
         """What an ending was, why, and whether for good, by what the folder holds.

@@ -148,8 +148,15 @@ class RunFolder:
         steps = [path.name.removeprefix("step-") for path in self.checkpoint.glob("step-*")]
         return max((int(step) for step in steps if step.isdigit()), default=0)
 
-    def drop_checkpoint(self) -> None:
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
+    def drop_checkpoint(self) -> str | None:
+        """Delete the checkpoints; a warning if that could not be done, which changes no result."""
+        if not self.checkpoint.exists():
+            return None
+        try:
+            shutil.rmtree(self.checkpoint)
+        except OSError as error:  # a link, too: nothing is deleted through it
+            return f"{self.checkpoint} could not be deleted ({error}); no run is affected, delete it yourself"
+        return None
 
 
 class Home:

@@ -67,6 +67,7 @@ class RunRules(Frozen):
     parallel: int = Field(default=1, ge=1, le=256)
     threads: int | None = Field(default=None, ge=1, le=1024)
     memory_bytes: int | None = Field(default=None, gt=0)
+    disk_bytes: int | None = Field(default=None, gt=0)
     limit_seconds: float | None = Field(default=None, gt=0)
     attempts: int = Field(default=3, ge=1, le=100)
     checkpoint_seconds: float | None = Field(default=120.0, gt=0)

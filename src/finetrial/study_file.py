@@ -239,7 +239,7 @@ def _claims(collector: Collector, value: Any, methods: list[str], measure: dict[
 
 
 # The file's keys -> the record's fields, which name their units.
-RUN_NAMES = {"memory": "memory_bytes", "trial_limit": "limit_seconds"}
+RUN_NAMES = {"memory": "memory_bytes", "disk": "disk_bytes", "trial_limit": "limit_seconds"}
 RUN_FIELDS = {
     **{field: key for key, field in RUN_NAMES.items()},
     "checkpoint_seconds": "checkpoint", "checkpoint_steps": "checkpoint",
@@ -257,10 +257,10 @@ def _checkpoint(value: Any) -> tuple[float | None, int | None]:
 
 
 def _run(collector: Collector, value: Any) -> RunRules | None:
-    keys = ("engine", "parallel", "threads", "memory", "trial_limit", "attempts", "checkpoint",
+    keys = ("engine", "parallel", "threads", "memory", "disk", "trial_limit", "attempts", "checkpoint",
             "micro_batch", "gradient_checkpointing", "log_steps")  # fmt: skip
     converters: dict[str, Callable[[Any], Any]] = {
-        "memory": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
+        "memory": parse_size, "disk": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
     }  # fmt: skip
     given = _section(collector, "run", value, keys, converters)
     if given is None:

@@ -93,7 +93,9 @@ def _do(folder: RunFolder) -> int:
         )  # fmt: skip
         folder.write_failure(failure)
         return 1
-    folder.drop_checkpoint()
+    left = folder.drop_checkpoint()
+    if left is not None:
+        sys.stderr.write(f"{left}\n")
     return 0
 
 
