@@ -51,6 +51,7 @@ def seeds(study: Study, stage: str, task: str, number: int) -> Seeds:
 
 
 def how(study: Study, threads: int) -> How:
+    """Where and how the study's runs are executed, which changes none of them."""
     run = study.run
     return How(
         base=study.base,
