@@ -185,7 +185,7 @@ def failed(spec_, kind="crashed", reason="signal 9", attempts=3):
     return RunRecord(
         spec_,
         None,
-        Failure(run_id=spec_.run_id, kind=kind, reason=reason, attempt=attempts),
+        Failure(run_id=spec_.run_id, kind=kind, reason=reason, attempt=attempts, final=True),
         record.attempts,
     )
 

@@ -464,17 +464,18 @@ def test_a_run_that_another_takes_over_is_ended_here_and_its_records_are_left_al
 
     class TakenOver(Recorder):
         def tick(self, spec: RunSpec, last_record: Any) -> None:
-            held = lease.read(folder.lease_file)
-            if held.token != "another":
-                folder.lease_file.write_text(held.model_copy(update={"token": "another"}).model_dump_json())
+            if not theirs:
+                folder.lease_file.unlink()
+                theirs.append(lease.claim(folder.lease_file))
                 [attempt] = folder.attempt_records()
                 folder.write_attempt(attempt.model_copy(update={"outcome": "lost", "reason": "theirs"}))
 
+    theirs = []
     bench.progress = TakenOver()
     with pytest.raises(Incomplete, match="taken over"):
         bench.run(iter([spec]))
     assert bench.nothing_runs()
-    assert lease.read(folder.lease_file).token == "another"
+    assert lease.read(folder.lease_file).token == theirs[0].token
     assert [(a.outcome, a.reason) for a in folder.attempt_records()] == [("lost", "theirs")]
 
 

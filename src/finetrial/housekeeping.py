@@ -60,8 +60,7 @@ def check_room(home: Home, budget_bytes: int | None) -> None:
     if total > budget_bytes:
         raise Incomplete(
             f"{home.path} holds {_size(total)}, more than run.disk ({_size(budget_bytes)}): {_told(parts)}. "
-            f"{home.path} holds {_size(total)}, more than run.disk ({_size(budget_bytes)}): "
-            f"{_told(parts)}. "
+            "Delete what you no longer need or raise run.disk, and run the same command again"
         )
 
 
