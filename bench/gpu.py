@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetrial import checkpoint, stages
-from finetrial.assemble import open_workbench
+from finetrial.assemble import open_workbench, pick_device
 from finetrial.batching import collate, model_inputs
 from finetrial.records import How, LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec
 from finetrial.represent import layer_drift
@@ -132,12 +132,12 @@ def device_equals_cpu(model: ModelSource, root: Path, rows: int) -> dict[str, An
     base = bench.build_base().model
     features = bench.encode(bench.splits.validation, built)[:8]
     losses = {}
-    for device in ("cpu", stages.pick_device().type):
+    for device in ("cpu", pick_device().type):
         batch = collate(features, built.tokenizer.pad_token_id, device)
         with torch.no_grad():
             outputs = tuned.to(device).eval()(**model_inputs(batch))
             losses[device] = float(bench.task.head.loss_sum(outputs, batch)) / len(features)
-    device = stages.pick_device()
+    device = pick_device()
     batches = [collate(features, built.tokenizer.pad_token_id, device)]
     layers = layer_drift(base.to(device).eval(), tuned.to(device).eval(), batches)
     drift = max(abs(1.0 - layer["cka_debiased"]) for layer in layers if layer["cka_debiased"] is not None)

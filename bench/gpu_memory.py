@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForQuestionAnswering
 
 from finetrial import plugins
+from finetrial.assemble import pick_device
+from finetrial.fit import peak_bytes
 from finetrial.optimisation import how_to_step, prepare_optimisation
 from finetrial.plugins import AttachInput
 from finetrial.records import LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec
-from finetrial.stages import peak_memory_bytes, pick_device
 from finetrial.stepping import Stepper
 from finetrial.train import make_accelerator
 
@@ -89,7 +90,7 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
         scheduler.step()
     row = {
         "method": name, "params": params, "clip": clip, "recomputed": recompute, "weights": weights,
-        "rows": ROWS, "length": length, "peak_memory_gb": peak_memory_bytes() / 1e9, "losses": losses,
+        "rows": ROWS, "length": length, "peak_memory_gb": peak_bytes() / 1e9, "losses": losses,
         "seconds_per_step": (time.perf_counter() - started) / (STEPS - 1),
     }  # fmt: skip
     del model, optimizer, scheduler, stepper, accelerator

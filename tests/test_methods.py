@@ -14,9 +14,9 @@ from finetrial import plugins
 from finetrial.batching import collate, model_inputs
 from finetrial.models import Built, build, in_head
 from finetrial.plugins import AttachInput, Feature
+from finetrial.proof import _plain_name
 from finetrial.records import ModelSource
 from finetrial.sources import Location
-from finetrial.stages import _plain_name
 from tiny_models import write_roberta, write_without_pooler
 
 QA, CLASSES = "question_answering", "sequence_classification"

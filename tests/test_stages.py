@@ -15,8 +15,8 @@ from finetrial import checkpoint, files, worker
 from finetrial.assemble import input_hash, open_workbench
 from finetrial.batching import collate, model_inputs
 from finetrial.errors import HomeError, OutOfMemory
+from finetrial.proof import prove, weights_hash
 from finetrial.records import ModelSource, RunSpec
-from finetrial.stages import prove, weights_hash
 from finetrial.store import Home
 from fragile import TROUBLE
 from tiny_runs import examples, folder_of, make_spec, run
