@@ -43,7 +43,7 @@ POINTS = {
     },
     "finetrial.optimisation": {"prepare_optimisation": "train", "settings_used": "train"},
     "finetrial.train": {
-        "train": "train", "_Loop.step": "train", "_Loop.judge": "evaluate", "evaluate": "evaluate",
+        "train": "train", "Loop.step": "train", "Loop.judge": "evaluate", "evaluate": "evaluate",
     },
     "finetrial.checkpoint": {
         "save": "save", "save_best": "save", "load_best": "save", "newest": "save", "restore": "save",

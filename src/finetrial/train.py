@@ -71,30 +71,8 @@ def train(
         OutOfMemory: it took more than its budget; a checkpoint of its last whole step is there.
     """
     spec = bench.spec
-    if fit.checkpointing:
-        checkpoint_gradients(model)
-    accelerator = make_accelerator(spec.rules)
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
-    model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, planned_steps)
-    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(spec))
-    if found is not None:
-        progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
-    folder.keep_metrics_up_to(progress.step)
-
-    loop = _Loop(
-        bench,
-        fit,
-        folder,
-        model,
-        tokenizer,
-        accelerator,
-        optimizer,
-        scheduler,
-        planned_steps,
-        progress,
-        Clock(progress),
-        Stepper(accelerator, model, optimizer, spec.rules, how_to_step(spec)),
-    )
+    loop = open_loop(bench, folder, model, tokenizer, progress, fit, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     due = _checkpoint_rule(spec, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
@@ -119,13 +97,14 @@ def train(
                 sys.exit(EXIT_CODE)
     loop.clock.train()
 
-    trained = accelerator.unwrap_model(model)
-    largest = progress.largest_batch
-    used = settings_used(spec.settings, optimizer, scheduler, largest, planned_steps, steps_per_epoch)
+    trained = loop.accelerator.unwrap_model(loop.model)
+    used = settings_used(
+        spec.settings, loop.optimizer, loop.scheduler, progress.largest_batch, planned_steps, steps_per_epoch
+    )
     used |= bench.method()[0].read_back(trained)
     if _keeps_best(spec) and progress.best_step != progress.step:
-        checkpoint.load_best(folder.checkpoint, progress.best_step or 0, model)
-    return Trained(trained, accelerator, used)
+        checkpoint.load_best(folder.checkpoint, progress.best_step or 0, loop.model)
+    return Trained(trained, loop.accelerator, used)
 
 
 def make_accelerator(rules: LoopRules) -> Accelerator:
@@ -133,9 +112,29 @@ def make_accelerator(rules: LoopRules) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if precision_of(rules) == "bf16" else "no")
 
 
+def open_loop(
+    bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any, progress: Progress, fit: Fit,
+    planned_steps: int,
+) -> Loop:  # fmt: skip
+    """The loop where the folder's newest valid checkpoint left it, or before its first step."""
+    if fit.checkpointing:
+        checkpoint_gradients(model)
+    accelerator = make_accelerator(bench.spec.rules)
+    model, optimizer, scheduler = prepare_optimisation(accelerator, model, bench.spec, planned_steps)
+    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(bench.spec))
+    if found is not None:
+        progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
+    folder.keep_metrics_up_to(progress.step)
+    stepper = Stepper(accelerator, model, optimizer, bench.spec.rules, how_to_step(bench.spec))
+    return Loop(
+        bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
+        Clock(progress), stepper,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
-class _Loop:
-    """What every turn of the loop needs, and the four things that a turn may do."""
+class Loop:
+    """What every turn of the loop needs, and what a turn may do."""
 
     bench: Workbench
     fit: Fit
