@@ -205,14 +205,13 @@ def test_checkpoints_are_not_dropped_through_a_link_and_that_is_a_warning(tmp_pa
 
 
 def test_a_folder_above_its_budget_stops_the_study_and_says_what_takes_how_much(tiny_bert):
-    write_study(tiny_bert, run="{engine: inline, threads: 1, disk: 2 MB}")
-    assert call("check", "study.yaml").exit_code == 0
+    write_study(tiny_bert, run="{engine: inline, threads: 1, disk: 20 MB}")
     models = Path("runs/small/models/old")
     models.mkdir(parents=True)
-    (models / "model.safetensors").write_bytes(bytes(3_000_000))
+    (models / "model.safetensors").write_bytes(bytes(30_000_000))
     stopped = call("run", "study.yaml")
     assert stopped.exit_code == 4
-    assert "more than run.disk (2.0 MB): models 3.0 MB" in stopped.stderr
+    assert "more than run.disk (20.0 MB): models 30.0 MB" in stopped.stderr
     assert "raise run.disk, and run the same command again" in stopped.stderr
     assert not list(Path("runs/small/runs").glob("trial.*"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetrial import pipeline
+from finetrial import check, pipeline
 from finetrial.errors import HomeError, StudyError
 from finetrial.opening import Opened, differences, open_home, read_lock, resolve_inputs
 from finetrial.progress import Progress
@@ -207,7 +207,7 @@ def test_everything_that_is_not_there_is_told_at_once_and_nothing_is_written(fol
     study = study_of(
         folder, ("./model", "./modle"), ("  classification", "  synthetic_qa: {}\n  classification")
     )
-    for verb in (pipeline.run_study, pipeline.check_study):
+    for verb in (pipeline.run_study, check.check_study):
         with pytest.raises(StudyError) as raised:
             verb(study, folder / "home", Progress())
         assert [problem.where for problem in raised.value.problems] == ["model", "tasks.classification"]

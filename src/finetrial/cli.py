@@ -5,14 +5,16 @@ Imports are inside the verbs, so that `finetrial --help` costs nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from finetrial.errors import EXIT_INCOMPLETE, EXIT_STUDY_WRONG, MAY_PASS, FinetrialError, disk_fault
+from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_STUDY_WRONG, MAY_PASS, FinetrialError, disk_fault
 
 EPILOG = "Exit codes: 0 done, 1 the study is wrong, 2 usage, 3 some runs failed, 4 incomplete."
 
@@ -76,15 +78,16 @@ def init(model: str, tasks: tuple[str, ...], methods: tuple[str, ...], output: P
 @main.command()
 @study_argument
 @home_option
-def check(study: Path, home: Path | None) -> None:
-    """Resolve everything, load model and data, score the baselines, show what would run."""
-    from finetrial import pipeline, terminal
+@json_option
+def check(study: Path, home: Path | None, as_json: bool) -> None:
+    """Will it fit, will it learn, how long will it take: a rehearsal of every arm and two pilot trials."""
+    from finetrial import check, terminal
 
     loaded, path = _load(study, home)
-    with terminal.progress() as progress:
-        checked = pipeline.check_study(loaded, path, progress)
-    terminal.show_check(loaded, checked)
-    terminal.show_plan(loaded)
+    with _interruptible(), terminal.progress(quiet=as_json) as progress:
+        checked = check.check_study(loaded, path, progress)
+    terminal.show_check(checked, as_json=as_json)
+    sys.exit(EXIT_STUDY_WRONG if checked.faults else EXIT_DONE)
 
 
 @main.command()
@@ -107,13 +110,9 @@ def run(study: Path, home: Path | None, retry_failed: bool) -> None:
     from finetrial import pipeline, terminal
 
     loaded, path = _load(study, home)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with terminal.progress() as progress:
-            terminal.show_title(loaded, path)
-            summary = pipeline.run_study(loaded, path, progress, retry_failed=retry_failed)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with _interruptible(), terminal.progress() as progress:
+        terminal.show_title(loaded, path)
+        summary = pipeline.run_study(loaded, path, progress, retry_failed=retry_failed)
     terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))
 
@@ -152,8 +151,17 @@ def report(home: Path) -> None:
     sys.exit(terminal.exit_code(summary))
 
 
-def _interrupt(number: int, frame: object) -> None:
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
     """A termination notice is treated as Ctrl-C: the runs under way are ended and kept for resuming."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 

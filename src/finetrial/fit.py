@@ -32,9 +32,9 @@ from finetrial.plugins import Feature, Stepping
 SHARE = 0.85
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
-# With the C library's defaults a step's activations take up to so many times their size, for freed blocks are
-# kept in case they serve again (bench/memory.py). Where that is too much, large blocks are given back at once.
-ROOMY_ACTIVATIONS = 2.5
+# With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case they
+# serve again (bench/memory.py). Where the budget has no room for so much, large blocks are given back at once.
+ROOMY = 2.0
 LARGE_BLOCK_BYTES = 262_144
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
@@ -81,13 +81,15 @@ class Ladder:
         sizes = [len(feature.input_ids) for feature in validation]
         self.judged = [validation[i] for i in heaviest(evaluation_batches(sizes), sizes)]
 
-    def choose(self, halvings: int) -> Fit:
+    def choose(self, halvings: int, *, count: bool = False) -> Fit:
         """The largest that fits, or so many rungs below it: one for every time that memory ran out.
+
+        `count`: also where the budget is so large that nobody need know what it takes.
 
         Raises:
             DoesNotFit: there is none; it says what takes how much.
         """
-        if halvings == 0 and self.spec.how.memory_bytes is None and self.surely_fits():
+        if not count and halvings == 0 and self.spec.how.memory_bytes is None and self.surely_fits():
             return Fit(self.budget, None, rows=self.spec.how.micro_batch, checkpointing=bool(self.asked))
         found = next(itertools.islice(self.rungs(), halvings, None), None)
         if found is None:
@@ -122,7 +124,7 @@ class Ladder:
         evaluation = self.evaluation(self.judged)
         predicted = self.total(step, evaluation)
         if predicted <= self.budget:
-            tight = self.device == "cpu" and self.total(step, evaluation, ROOMY_ACTIVATIONS) > self.budget
+            tight = self.device == "cpu" and ROOMY * predicted > self.budget
             return Fit(self.budget, predicted, None, rows, checkpointing, EVALUATION_TOKENS, tight)
         one, two = (
             self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
@@ -182,10 +184,10 @@ class Ladder:
         bf16 = precision_of(self.spec.rules) == "bf16"
         return torch.autocast(self.device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
-    def total(self, step: memory.Step, evaluation: int = 0, spread: float = 1.0) -> int:
-        """Bytes at the peak of training; `spread` is of the activations over their size."""
-        activations = max(step.activations, evaluation) * spread
-        return self.held + step.resident + step.gradients + step.optimizer + int(activations)
+    def total(self, step: memory.Step, evaluation: int = 0) -> int:
+        """Bytes at the peak of training."""
+        activations = max(step.activations, evaluation)
+        return self.held + step.resident + step.gradients + step.optimizer + activations
 
 
 def _padded(part: Sequence[Feature]) -> int:

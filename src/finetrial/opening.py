@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ class Lock(Frozen):
     threads: int  # per run; part of what makes results bit-equal
     versions: dict[str, str]
     created_at: str
+    begun: bool = True  # `finetrial run` was; until then the study may be changed
     study: Study
 
 
@@ -78,10 +80,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Opened:
+def open_home(
+    study: Study, home: Home, inputs: dict[str, dict[str, str]], *, begins: bool = True
+) -> Opened:  # fmt: skip
     """The study's folder, made if it is not there; `inputs` are what `resolve_inputs` found.
 
-    What may change (trials, seeds, run, track; anything until a trial has begun) is changed in its lock, too.
+    What may change (trials, seeds, run, track; anything until `finetrial run` has begun a trial) is changed in
+    its lock, too. `begins`: the study is to be run, not only checked.
 
     Raises:
         HomeError: the folder belongs to another study, or an input has changed since it was first used.
@@ -89,12 +94,13 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
     notes = _model_notes(study)
     threads = study.run.threads or max(1, (os.cpu_count() or 1) // study.run.parallel)
     lock = read_lock(home) if home.lock_file.exists() else None
-    if lock is not None and _differs(lock, study, inputs) and not _has_trained(home):
+    if lock is not None and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):
         # After `finetrial check`, or a first run that was refused: the file was mended, and nothing is lost.
         notes = (
             *notes,
             f"{study.file} or its data changed since {home.path} was begun; no trial had, so it begins anew",
         )
+        _drop_pilots(home)
         lock = None
     if lock is None:
         if home.runs.exists() and not home.lock_file.exists():
@@ -104,13 +110,14 @@ def open_home(study: Study, home: Home, inputs: dict[str, dict[str, str]]) -> Op
             raise HomeError(f"{home.study_file} is there and is another study; name another folder with --home")
         lock = Lock(
             identity=study.identity(), inputs=inputs, threads=threads, versions=versions(), study=study,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            begun=begins, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _write(home, lock)
         return Opened(home, study, inputs, threads, time.time(), notes)
     _compare(home, lock, study, inputs)
-    if lock.study != study:  # more trials or seeds, or another place to run: `status` and `report` read it here
-        _write(home, lock.model_copy(update={"study": study}))
+    now = lock.model_copy(update={"study": study, "begun": lock.begun or begins})
+    if now != lock:  # more trials or seeds, or another place to run: `status` and `report` read it here
+        _write(home, now)
     changed = [
         f"{name} is {now} and was {lock.versions.get(name, 'not recorded')}"
         for name, now in versions().items()
@@ -127,8 +134,15 @@ def _differs(lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> boo
 
 
 def _has_trained(home: Home) -> bool:
-    """Whether a run of any method has begun; baseline runs are named after what they do and may stay."""
-    return any(not folder.path.name.startswith("baseline.") for folder in home.find(""))
+    """Whether a run of any arm has begun; a baseline is named after what it does and may stay."""
+    return any(not folder.path.name.startswith(("baseline.", "check.")) for folder in home.find(""))
+
+
+def _drop_pilots(home: Home) -> None:
+    """Delete what `finetrial check` ran of another version of the study: its trials are not this one's."""
+    for folder in home.find(""):
+        if not folder.path.name.startswith("baseline."):
+            shutil.rmtree(folder.path)
 
 
 def _model_notes(study: Study) -> tuple[str, ...]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from finetrial import analyse, export, plan, plugins, report, search
-from finetrial.errors import RunsFailed
 from finetrial.evidence import trial_score
 from finetrial.housekeeping import check_room, refuse_links
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
-from finetrial.records import MethodSpec, Outcome, Result, RunRecord, RunSpec, Stage, TaskSpec
+from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, Stage, TaskSpec
 from finetrial.schedule import GIVEN_UP, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
 from finetrial.study import Study
@@ -47,25 +46,6 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
             story.phase("train", "replicate", story.replicates())
             story.phase("measure", "probe", story.probes())
             return _conclude(story)
-
-
-def check_study(study: Study, home_path: Path, progress: Progress) -> dict[str, Result]:
-    """Resolve everything and score every task's baselines: task name -> the baseline run's result.
-
-    Uses the study's own folder, so `run` need not do it again. Raises FinetrialError like `run_study`.
-    """
-    inputs, home = resolve_inputs(study), Home(home_path)
-    with home.coordinate():
-        refuse_links(home)
-        opened = open_home(study, home, inputs)
-        with study_log(home.log_file, progress, "finetrial check") as logged:
-            story = Story.begin(opened, logged)
-            story.phase("baseline", "baseline", story.baselines())
-        records = [record for record in story.planned() if record.spec.stage == "baseline"]
-        for record in records:
-            if record.failure:
-                raise RunsFailed(f"{record.spec.run_id}: {record.failure.kind}: {record.failure.reason}")
-        return {record.spec.task.name: record.result for record in records if record.result}
 
 
 def report_again(home_path: Path) -> Summary:
@@ -121,16 +101,16 @@ class Story:
             progress.note(note)
         return cls(opened.study, opened, progress, **options)
 
-    def phase(self, name: str, stage: Stage, lanes: list[Lane]) -> None:
-        """Finish all runs of some lanes."""
+    def phase(
+        self, name: str, stage: Stage, lanes: list[Lane], *, totals: dict[str, int] | None = None
+    ) -> None:
+        """Finish all runs of some lanes. `totals`: arm -> runs, where it is not all runs of the stage."""
         study, home = self.study, self.opened.home
-        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage in ("baseline", "probe") else {}
-        if stage != "baseline":
-            each = study.search.trials if stage == "trial" else study.train.seeds
-            totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
+        totals = self._totals(stage) if totals is None else totals
         metrics = {task.name: metric_of(task) for task in study.tasks}
         mine = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
-        done = [r for r in mine if r.result or r.outcome not in self.tried_again]
+        ended = [r for r in mine if r.result or r.outcome not in self.tried_again]
+        done = [r for r in ended if r.spec.arm in totals]
         by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
@@ -139,9 +119,18 @@ class Story:
             partial(check_room, home, study.run.disk_bytes),
         ).run(lanes)  # fmt: skip
 
+    def _totals(self, stage: Stage) -> dict[str, int]:
+        """How many runs of a stage the study has, by arm; of baselines and controls by task."""
+        study = self.study
+        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage in ("baseline", "probe") else {}
+        if stage != "baseline":
+            each = study.search.trials if stage == "trial" else study.train.seeds
+            totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
+        return totals
+
     def baselines(self) -> list[Lane]:
         """The trivial answers and the untrained model, once per task."""
-        return [iter([self._baseline(task)]) for task in self.study.tasks]
+        return [iter([self.baseline(task)]) for task in self.study.tasks]
 
     def trials(self) -> list[Lane]:
         """One lane per arm: each proposal depends on all trials of that arm before it, and on no other."""
@@ -149,15 +138,15 @@ class Story:
 
     def _trial_lane(self, task: TaskSpec, method: MethodSpec) -> Lane:
         for number in range(self.study.search.trials):
-            yield self._trial(task, method, number)
+            yield self.trial(task, method, number)
 
-    def _trial(self, task: TaskSpec, method: MethodSpec, number: int) -> RunSpec:
+    def trial(self, task: TaskSpec, method: MethodSpec, number: int) -> RunSpec:
         begun = self.opened.home.find(f"trial.{task.name}.{method.name}.{number:03d}-")
         if begun:  # its settings were proposed from a history that may have been longer or shorter
             how = plan.how(self.study, self.opened.threads)
             return begun[0].spec().model_copy(update={"how": how})
         settings = search.propose(
-            [_past(record) for record in self._trials(task, method)],
+            [_past(record) for record in self.trials_of(task, method)],
             self.study.spaces[method.name],
             number=number,
             seed=self.study.search.seed,
@@ -171,7 +160,7 @@ class Story:
         """Write each arm's best trial to `best/`, where the training phase reads it."""
         for task, method in self.study.arms:
             metric = metric_of(task)
-            records = {record.spec.number: record for record in self._trials(task, method)}
+            records = {record.spec.number: record for record in self.trials_of(task, method)}
             best = search.best([_past(record) for record in records.values()], metric)
             if best is None:
                 self.opened.home.best_file(task.name, method.name).unlink(missing_ok=True)
@@ -186,22 +175,26 @@ class Story:
         """Every arm's optimum, once per replicate."""
         return [iter([spec]) for spec in self._replicate_specs()]
 
+    def controls(self) -> list[Lane]:
+        """The base against itself, once per task; nothing where nothing is measured."""
+        return [iter([spec]) for spec in self._control_specs()]
+
     def probes(self) -> list[Lane]:
         """Every replicate that trained, measured against the base and its neighbour; the base as control."""
         return [iter([spec]) for spec in self._probe_specs()]
 
     def planned(self) -> list[RunRecord]:
         """The records of exactly the runs that this study consists of, as far as they have begun."""
-        specs = [self._baseline(task) for task in self.study.tasks]
-        specs += [record.spec for task, method in self.study.arms for record in self._trials(task, method)]
+        specs = [self.baseline(task) for task in self.study.tasks]
+        specs += [record.spec for task, method in self.study.arms for record in self.trials_of(task, method)]
         specs += [*self._replicate_specs(), *self._probe_specs()]
         folders = [self.opened.home.run(spec.run_id) for spec in specs]
         return [folder.record() for folder in folders if folder.spec_file.exists()]
 
-    def _baseline(self, task: TaskSpec) -> RunSpec:
+    def baseline(self, task: TaskSpec) -> RunSpec:
         return plan.baseline(self.study, task, self.opened.inputs, self.opened.threads)
 
-    def _trials(self, task: TaskSpec, method: MethodSpec) -> list[RunRecord]:
+    def trials_of(self, task: TaskSpec, method: MethodSpec) -> list[RunRecord]:
         folders = self.opened.home.find(f"trial.{task.name}.{method.name}.")
         records = [folder.record() for folder in folders]
         return [record for record in records if record.spec.number < self.study.search.trials]
@@ -220,10 +213,14 @@ class Story:
             ]
         return specs
 
+    def _control_specs(self) -> list[RunSpec]:
+        tasks = self.study.tasks if self.study.measure else ()
+        return [plan.control(self.baseline(task), self.study) for task in tasks]
+
     def _probe_specs(self) -> list[RunSpec]:
         if not self.study.measure:
             return []
-        specs = [plan.control(self._baseline(task), self.study) for task in self.study.tasks]
+        specs = self._control_specs()
         previous: RunSpec | None = None
         for subject in self._replicate_specs():
             result = self.opened.home.run(subject.run_id).result()

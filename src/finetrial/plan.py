@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from finetrial.records import How, LoopRules, MethodSpec, RunSpec, Seeds, Setting, TaskSpec, stream_seed
+from finetrial.space import largest, middle, smallest
 from finetrial.study import Study
+
+FROZEN_BODY = "frozen-body"
+# A head of a few thousand weights on fixed features: a rate and passes at which it has settled on all tasks.
+FROZEN_BODY_SETTINGS: dict[str, Setting] = {
+    "learning_rate": 3e-3, "epochs": 3, "warmup_ratio": 0.1, "weight_decay": 0.0,
+}  # fmt: skip
 
 Inputs = Mapping[str, Mapping[str, str]]  # task name -> input name -> SHA-256
 
@@ -121,3 +128,33 @@ def probe(study: Study, subject: RunSpec, reference: RunSpec | None) -> RunSpec:
 def control(baseline_spec: RunSpec, study: Study) -> RunSpec:
     """Phase 3's negative control: the base model measured against itself in a second pass."""
     return baseline_spec.model_copy(update={"stage": "probe", "measures": study.measure})
+
+
+def rehearsal(study: Study, task: TaskSpec, method: MethodSpec, inputs: Inputs, threads: int) -> RunSpec:
+    """Part of `finetrial check`: an arm with the largest settings of its space, as a trial would be."""
+    space = study.spaces[method.name]
+    rate, sizes = space["learning_rate"], space["batch_size"]
+    params = {
+        "search_rows": study.search.rows,
+        "batch_sizes": sorted({int(smallest(sizes)), int(largest(sizes))}),
+        "learning_rates": list(dict.fromkeys(float(value(rate)) for value in (middle, largest, smallest))),
+    }
+    settings = {name: largest(space[name]) for name in space} | {"learning_rate": middle(rate)}
+    return RunSpec(
+        study=study.study, stage="check", task=task, method=method, number=0, model=study.model,
+        settings=settings, rows=study.train.rows, rules=_rules(study),
+        seeds=seeds(study, "check", task.name, 0), inputs=dict(inputs[task.name]),
+        measures={"rehearsal": {"use": "rehearsal", "params": params}}, how=how(study, threads),
+    )  # fmt: skip
+
+
+def frozen_body(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunSpec:
+    """Part of `finetrial check`: what the head alone learns on `search.rows`, the body as it is."""
+    sizes = study.spaces[study.methods[0].name]["batch_size"]
+    settings = FROZEN_BODY_SETTINGS | {"batch_size": smallest(sizes)}
+    return RunSpec(
+        study=study.study, stage="check", task=task, number=0, model=study.model, settings=settings,
+        method=MethodSpec(name=FROZEN_BODY, use="frozen", params={}), rows=study.search.rows,
+        rules=_rules(study), seeds=seeds(study, "trial", task.name, 0), inputs=dict(inputs[task.name]),
+        how=how(study, threads),
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SchemaVersion = Literal[1]  # of every record but the summary; another is refused by name, never guessed at
 SCHEMA_VERSION: SchemaVersion = 1
 
-Stage = Literal["baseline", "trial", "replicate", "probe"]
+Stage = Literal["baseline", "check", "trial", "replicate", "probe"]
 Outcome = Literal[
     "done",
     "diverged",
@@ -151,7 +151,7 @@ class RunSpec(Frozen):
     rules: LoopRules = LoopRules()
     seeds: Seeds
     inputs: dict[str, str] = {}  # SHA-256 of the model and data files, so that changed input is a new run
-    measures: dict[str, dict[str, Any]] = {}  # probes only: name -> the probe's own parameters
+    measures: dict[str, dict[str, Any]] = {}  # probes and rehearsals: name -> its own parameters
     subject: str | None = None  # probes only: run id of the replicate measured; None is the base model
     reference: str | None = None  # probes only: run id of the neighbour replicate, for seed-to-seed drift
     how: How = How()

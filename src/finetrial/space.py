@@ -115,6 +115,62 @@ BOUNDS: dict[str, tuple[float, float, bool]] = {
 }
 
 
+def middle(dimension: Dimension) -> Setting:
+    """The value half-way: by ratio where the range goes by ratio; of a choice the upper median."""
+    match dimension:
+        case Range():
+            return _at(dimension, 0.5)
+        case Choice():
+            ordered = sorted(dimension.choices) if _numeric(dimension) else list(dimension.choices)
+            return ordered[len(ordered) // 2]
+        case Fixed():
+            return dimension.value
+
+
+def largest(dimension: Dimension) -> Setting:
+    """The largest value; of a choice between words the first."""
+    match dimension:
+        case Range():
+            return _at(dimension, 1.0)
+        case Choice():
+            return max(dimension.choices) if _numeric(dimension) else dimension.choices[0]
+        case Fixed():
+            return dimension.value
+
+
+def smallest(dimension: Dimension) -> Setting:
+    """The smallest value; of a choice between words the first."""
+    match dimension:
+        case Range():
+            return _at(dimension, 0.0)
+        case Choice():
+            return min(dimension.choices) if _numeric(dimension) else dimension.choices[0]
+        case Fixed():
+            return dimension.value
+
+
+def spread(dimension: Dimension, points: int = 64) -> list[Setting]:
+    """Values as the start-up trials of a search draw them on average: of a range, evenly spaced ones."""
+    match dimension:
+        case Range():
+            return [_at(dimension, (index + 0.5) / points) for index in range(points)]
+        case Choice():
+            return list(dimension.choices)
+        case Fixed():
+            return [dimension.value]
+
+
+def _at(dimension: Range, share: float) -> int | float:
+    low, high = dimension.low, dimension.high
+    value = low * (high / low) ** share if dimension.log else low + (high - low) * share
+    value = min(max(value, low), high)
+    return round(value) if dimension.integer else value
+
+
+def _numeric(dimension: Choice) -> bool:
+    return all(isinstance(choice, int | float) for choice in dimension.choices)
+
+
 def parse_dimension(value: Any) -> Dimension:
     """The dimension that a study file's value stands for.
 

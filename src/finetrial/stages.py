@@ -1,4 +1,4 @@
-"""What a worker does for each stage: baseline, trial, replicate, probe. Child side; each gives a Result."""
+"""What a worker does for each stage: baseline, check, trial, replicate, probe. Child side; gives a Result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.proof import prove, weights_hash
 from finetrial.records import Result, RunSpec, Training, canonical_json
+from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
 from finetrial.train import evaluate, make_accelerator, train
 from finetrial.training_state import Progress
@@ -28,7 +29,10 @@ OWNER = "finetrial-run.txt"
 
 def run(spec: RunSpec, folder: RunFolder) -> Result:
     """Do what a spec says and give its result; resumes by itself from what the folder holds."""
-    stages = {"baseline": _baseline, "trial": _training, "replicate": _training, "probe": _probe}
+    check = rehearse if spec.measures else _training  # or the frozen body
+    stages = {
+        "baseline": _baseline, "check": check, "trial": _training, "replicate": _training, "probe": _probe,
+    }  # fmt: skip
     return stages[spec.stage](spec, folder)
 
 

@@ -176,6 +176,8 @@ class Home:
         self.cache = path / "cache"
         self.tracking = path / "tracking"
         self.log_file = path / "log.txt"
+        self.check_json = path / "check.json"
+        self.check_text = path / "check.md"
         self.coordinator_lock = path / "coordinator.lock"
 
     def run(self, run_id: str) -> RunFolder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from rich.text import Text
 from finetrial import files, lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
 from finetrial.plan import overview
-from finetrial.records import NEXT_STEP, Result, RunRecord
+from finetrial.records import NEXT_STEP, RunRecord
 from finetrial.store import Home, RunFolder
 from finetrial.study import Study
 
 if TYPE_CHECKING:
+    from finetrial.check_report import Checked
     from finetrial.progress import Progress
     from finetrial.summary import Summary
 
@@ -33,11 +34,11 @@ if not console.is_terminal:
 LAST_RECORDS = 8  # of a run's training, in `show`
 
 
-def progress() -> Progress:
-    """A live table in a terminal, plain lines elsewhere."""
-    from finetrial.progress import make_progress
+def progress(*, quiet: bool = False) -> Progress:
+    """A live table in a terminal, plain lines elsewhere, nothing where only JSON is to be printed."""
+    from finetrial.progress import Progress, make_progress
 
-    return make_progress(console, console.is_terminal)
+    return Progress() if quiet else make_progress(console, console.is_terminal)
 
 
 def show_title(study: Study, home: Path) -> None:
@@ -76,18 +77,23 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
     console.print(f"{runs} runs of arms, {extra} {controls}")
 
 
-def show_check(study: Study, results: Mapping[str, Result]) -> None:
-    """Splits and baselines of every task."""
-    table = _table("task", "train", "validation", "test", "baseline", "test scores")
-    for task, result in results.items():
-        rows = [str(result.split_rows[name]) for name in ("train", "validation", "test")]
-        baselines = {**result.measures["baselines"], "untrained": result.scores["test"]}
-        for name, scores in baselines.items():
-            parts = [f"{metric} {value:.1f}" for metric, value in scores.items() if "rows" not in metric]
-            shown = ", ".join(parts)
-            table.add_row(task, *rows, name, shown)
-            task, rows = "", ["", "", ""]
-    console.print(table)
+def show_check(checked: Checked, *, as_json: bool = False) -> None:
+    """Whether the study fits and learns, and how long it takes."""
+    from finetrial import check_report
+
+    if as_json:
+        print_json(checked.model_dump(mode="json"))
+        return
+    for rows in (check_report.arm_rows(checked), check_report.study_rows(checked)):
+        table = _table(*rows[0])
+        for row in rows[1:]:
+            table.add_row(*row)
+        console.print(table)
+    for note in checked.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for fault in checked.faults:
+        console.print(f"cannot run as it is: {fault}", soft_wrap=True)
+    console.print(f"check  {Path(checked.home) / 'check.md'}", soft_wrap=True)
 
 
 def show_verdicts(summary: Summary, home: Path) -> None:

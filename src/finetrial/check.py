@@ -1,0 +1,235 @@
+"""`finetrial check`: will the study fit, will it learn, how long will it take; in minutes, before the night.
+
+Everything runs in the study's own folder, as isolated runs: the baselines, a rehearsal of every arm, what the
+head alone learns on a frozen body, the control, and two real trials of the most demanding arm. Baselines,
+control and trials are the study's own, and `run` does not do them again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from finetrial import check_report, files, plan
+from finetrial.check_report import ArmCheck, Checked, TaskCheck
+from finetrial.errors import RunsFailed
+from finetrial.forecast import Evidence, Forecast, forecast, rehearsal_of
+from finetrial.housekeeping import LEAST_FREE_BYTES, refuse_links
+from finetrial.opening import open_home, resolve_inputs
+from finetrial.pipeline import Story
+from finetrial.plugins import metric_of
+from finetrial.progress import Progress
+from finetrial.records import NEXT_STEP, MethodSpec, RunRecord, TaskSpec
+from finetrial.schedule import Lane
+from finetrial.store import Home
+from finetrial.study import Study
+from finetrial.study_log import study_log
+
+PILOTS = 2
+
+
+def check_study(study: Study, home_path: Path, progress: Progress) -> Checked:
+    """Rehearse a study, write `check.json` and `check.md` into its folder, and give what they say.
+
+    Raises:
+        FinetrialError: something that the study names is not there or cannot be used; the message has it.
+    """
+    inputs, home = resolve_inputs(study), Home(home_path)
+    with home.coordinate():
+        refuse_links(home)
+        opened = open_home(study, home, inputs, begins=False)
+        with study_log(home.log_file, progress, "finetrial check") as logged:
+            for folder in home.find("check."):  # what a machine does today is asked today
+                shutil.rmtree(folder.path)
+            story = Story.begin(opened, logged)
+            story.phase("baseline", "baseline", story.baselines())
+            _refuse_failed(story)
+            arms = [f"{task.name}/{method.name}" for task, method in study.arms]
+            frozen = [f"{task.name}/{plan.FROZEN_BODY}" for task in study.tasks]
+            story.phase("rehearse", "check", _rehearsals(story), totals=dict.fromkeys([*arms, *frozen], 1))
+            found = _evidence(story)
+            if not _faults(found):
+                story.phase("control", "probe", story.controls(), totals=dict.fromkeys(_tasks(study), 1))
+                task, method = _most_demanding(study, found)
+                number = min(PILOTS, study.search.trials)
+                lane = (story.trial(task, method, index) for index in range(number))
+                story.phase("pilot", "trial", [lane], totals={f"{task.name}/{method.name}": number})
+                found = _evidence(story, pilots=(task, method))
+        checked = _told(story, found)
+        files.write_text(home.check_json, checked.model_dump_json(indent=1) + "\n")
+        files.write_text(home.check_text, check_report.markdown(checked))
+        return checked
+
+
+def _refuse_failed(story: Story) -> None:
+    """Raises RunsFailed if a baseline was given up: there is nothing to compare with."""
+    for task in story.study.tasks:
+        failure = story.opened.home.run(story.baseline(task).run_id).failure()
+        if failure is not None:
+            raise RunsFailed(f"{failure.run_id}: {failure.kind}: {failure.reason}; {NEXT_STEP[failure.kind]}")
+
+
+def _tasks(study: Study) -> list[str]:
+    return [task.name for task in study.tasks]
+
+
+def _rehearsals(story: Story) -> list[Lane]:
+    study, opened = story.study, story.opened
+    specs = [plan.rehearsal(study, task, method, opened.inputs, opened.threads) for task, method in study.arms]
+    specs += [plan.frozen_body(study, task, opened.inputs, opened.threads) for task in study.tasks]
+    return [iter([spec]) for spec in specs]
+
+
+def _evidence(story: Story, pilots: tuple[TaskSpec, MethodSpec] | None = None) -> Evidence:
+    """The records of what was run so far."""
+    home = story.opened.home
+    records = [folder.record() for folder in home.find("")]
+    rehearsed = {r.spec.arm: r for r in records if r.spec.stage == "check"}
+    baselines = {task.name: home.run(story.baseline(task).run_id).record() for task in story.study.tasks}
+    return Evidence(
+        baselines=baselines,
+        rehearsals={arm: record for arm, record in rehearsed.items() if record.spec.measures},
+        frozen={record.spec.task.name: record for record in rehearsed.values() if not record.spec.measures},
+        pilots=story.trials_of(*pilots)[:PILOTS] if pilots else (),
+        controls={
+            record.spec.task.name: record
+            for record in records
+            if record.spec.stage == "probe" and record.spec.subject is None and record.result
+        },
+    )
+
+
+def _most_demanding(study: Study, found: Evidence) -> tuple[TaskSpec, MethodSpec]:
+    """The arm that takes the most memory."""
+    return max(
+        study.arms,
+        key=lambda arm: rehearsal_of(found.rehearsals[f"{arm[0].name}/{arm[1].name}"]).predicted_memory_bytes,
+    )
+
+
+def _faults(found: Evidence) -> list[str]:
+    """What keeps an arm from fitting or learning, and what to do about it."""
+    said = []
+    for arm, record in found.rehearsals.items():
+        if record.failure is not None:
+            kind = record.failure.kind
+            said.append(f"{arm}: {kind.replace('_', ' ')}: {record.failure.reason}; {NEXT_STEP[kind]}")
+        elif rehearsal_of(record).overfit.fault is not None:
+            said.append(f"{arm} does not learn ten samples by heart: {rehearsal_of(record).overfit.fault}")
+    return said
+
+
+def _told(story: Story, found: Evidence) -> Checked:
+    study, home = story.study, story.opened.home
+    faults = _faults(found)
+    foretold = None if faults else forecast(study, found)
+    if foretold is not None:
+        faults += _no_room(home, study, foretold) + _no_time(study, foretold) + _no_pilot(found)
+    tasks = {task.name: _task(task, found) for task in study.tasks}
+    ran = [*found.baselines.values(), *found.rehearsals.values(), *found.frozen.values(), *found.pilots]
+    ran += list(found.controls.values())
+    return Checked(
+        study=study.study,
+        home=str(home.path),
+        tasks=tasks,
+        arms={arm: _arm(study, arm, record, found) for arm, record in found.rehearsals.items()},
+        forecast=foretold,
+        runs=len(ran),
+        ended_well=sum(record.outcome in ("done", "diverged") for record in ran),
+        killed=sum(a.outcome in ("crashed", "lost", "timed_out") for r in ran for a in r.attempts),
+        out_of_memory=sum(a.outcome == "out_of_memory" for r in ran for a in r.attempts),
+        retries=sum(len(record.attempts) - 1 for record in ran),
+        faults=tuple(faults),
+        notes=tuple(_notes(found, tasks)),
+    )
+
+
+def _task(task: TaskSpec, found: Evidence) -> TaskCheck:
+    metric = metric_of(task)
+    result = found.baselines[task.name].result
+    assert result is not None  # the scheduler has refused to go on otherwise, or it was given up
+    trivial = {name: scores[metric.name] for name, scores in result.measures["baselines"].items()}
+    validation = {"untrained": result.scores["validation"][metric.name]}
+    frozen = found.frozen[task.name].result if task.name in found.frozen else None
+    if frozen is not None and frozen.score is not None:
+        validation["frozen body"] = frozen.score
+    return TaskCheck(
+        metric=metric.name, higher_is_better=metric.higher_is_better, rows=result.split_rows, test=trivial,
+        validation=validation,
+    )  # fmt: skip
+
+
+def _arm(study: Study, arm: str, record: RunRecord, found: Evidence) -> ArmCheck:
+    method = record.spec.method
+    rate = study.spaces[method.name]["learning_rate"] if method else None
+    pilots = [pilot for pilot in found.pilots if pilot.spec.arm == arm]
+    return ArmCheck(
+        rehearsal=rehearsal_of(record) if record.result else None,
+        failure=record.failure.reason if record.failure else None,
+        learning_rate=rate.model_dump(mode="json") if rate else {},
+        pilots=tuple(
+            check_report.Pilot(
+                learning_rate=float(pilot.spec.settings["learning_rate"]),
+                outcome=pilot.outcome or "unfinished",
+                score=pilot.result.score if pilot.result else None,
+                measured_memory_bytes=pilot.result.cost.peak_memory_bytes if pilot.result else None,
+            )
+            for pilot in pilots
+        ),
+    )
+
+
+def _no_room(home: Home, study: Study, foretold: Forecast) -> list[str]:
+    free = shutil.disk_usage(home.path).free - LEAST_FREE_BYTES
+    needs = f"the study needs about {foretold.disk_bytes / 1e6:.0f} MB of disk"
+    if foretold.disk_bytes > free:
+        return [f"{needs}, and {home.path} has {free / 1e6:.0f} MB to spare; make room or use another --home"]
+    if study.run.disk_bytes is not None and foretold.disk_bytes > study.run.disk_bytes:
+        return [f"{needs}, more than run.disk ({study.run.disk_bytes / 1e6:.0f} MB); raise it"]
+    return []
+
+
+def _no_time(study: Study, foretold: Forecast) -> list[str]:
+    limit = study.run.limit_seconds
+    if limit is None:
+        return []
+    longest = {name: max(arm.trial_seconds, arm.replicate_seconds) for name, arm in foretold.arms.items()}
+    return [
+        f"a run of {name} takes about {check_report.duration(seconds)}, more than run.trial_limit "
+        f"({check_report.duration(limit)}); raise it, or lower search.rows or train.rows"
+        for name, seconds in longest.items()
+        if seconds > limit
+    ]
+
+
+def _no_pilot(found: Evidence) -> list[str]:
+    """Pilots of which not one ended with a number."""
+    if not found.pilots or any(pilot.outcome in ("done", "diverged") for pilot in found.pilots):
+        return []
+    return [
+        f"{pilot.spec.run_id}: {pilot.failure.kind}: {pilot.failure.reason}; {NEXT_STEP[pilot.failure.kind]}"
+        for pilot in found.pilots
+        if pilot.failure
+    ]
+
+
+def _notes(found: Evidence, tasks: dict[str, TaskCheck]) -> list[str]:
+    """What a person should know before they begin, though the study can run."""
+    said = []
+    for arm, record in found.rehearsals.items():
+        count = rehearsal_of(record).contradictions if record.result else 0
+        if count:
+            said.append(f"{arm.partition('/')[0]}: {count} training inputs occur again with another label")
+    for arm in {pilot.spec.arm for pilot in found.pilots}:
+        task = tasks[arm.partition("/")[0]]
+        pilots = [pilot for pilot in found.pilots if pilot.spec.arm == arm]
+        scores = [pilot.result.score for pilot in pilots if pilot.result and pilot.result.score is not None]
+        diverged = sum(pilot.outcome == "diverged" for pilot in pilots)
+        if diverged == len(pilots):
+            said.append(f"{arm}: every pilot diverged; lower the upper end of its learning_rate")
+        elif scores and not task.beaten_by(scores):
+            said.append(
+                f"{arm}: no pilot is better than what needs no training ({task.metric} {task.best:.1f}); two "
+                f"trials with settings drawn at random need not be, but rows or epochs may be too few"
+            )
+    return list(dict.fromkeys(said))

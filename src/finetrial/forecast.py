@@ -1,0 +1,172 @@
+"""How long a study takes and how much room it needs, from what `finetrial check` ran. Pure functions.
+
+A run is its start, its set-up, its steps and its evaluations; a phase is its lanes on so many places, as the
+scheduler fills them; where settings are searched, the mean over the space stands for what is not known yet.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from finetrial.records import Frozen, RunRecord, canonical_json
+from finetrial.rehearsed import Pace, Phase, Rehearsal
+from finetrial.space import Fixed, Space, spread
+from finetrial.study import Study
+
+# Analysis and report of a study of two arms (docs/log.md); small beside any study.
+REPORT_SECONDS = 8.0
+# A run's records without its checkpoints, and the report with its figures (docs/log.md).
+RECORD_BYTES, REPORT_BYTES = 100_000, 3_000_000
+# The neighbour is a third model beside base and subject.
+NEIGHBOUR = 1.5
+# How far the pilots may correct the rehearsals' pace: beyond that one of the two was disturbed.
+LEAST_CORRECTION, MOST_CORRECTION = 0.5, 2.0
+
+
+class ArmForecast(Frozen):
+    """Seconds that a run of an arm takes in each phase."""
+
+    trial_seconds: float
+    replicate_seconds: float
+    probe_seconds: float  # of the second replicate and later ones; the first has no neighbour
+
+
+class Forecast(Frozen):
+    """Seconds and bytes of the whole study, from nothing to its report."""
+
+    arms: dict[str, ArmForecast]  # task/method
+    phases: dict[str, float]  # baseline, search, train, measure, report
+    seconds: float
+    disk_bytes: int
+    correction: float  # the pilots' pace over the rehearsals'
+
+
+class Evidence(NamedTuple):
+    """The ended runs that a forecast is made from."""
+
+    baselines: dict[str, RunRecord]  # task
+    rehearsals: dict[str, RunRecord]  # task/method
+    frozen: dict[str, RunRecord]  # task
+    pilots: Sequence[RunRecord] = ()
+    controls: dict[str, RunRecord] = {}  # task
+
+
+def forecast(study: Study, found: Evidence) -> Forecast:
+    """What the whole study takes, for a machine that is as busy as it was during the check."""
+    start = statistics.median(_start_seconds(record) for record in _all(found))
+    correction = _correction(study, found)
+    arms = {}
+    for task, method in study.arms:
+        name = f"{task.name}/{method.name}"
+        space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
+        control = found.controls.get(task.name)
+        probe = start + NEIGHBOUR * (span(control) - start) if control else 0.0
+        arms[name] = ArmForecast(
+            trial_seconds=start + _training(study, space, given, given.search, correction),
+            replicate_seconds=start
+            + _training(study, space, given, given.train, correction)
+            + given.test_seconds * correction
+            + given.save_seconds,
+            probe_seconds=probe,
+        )
+    parallel, seeds = study.run.parallel, study.train.seeds
+    probes = [span(record) for record in found.controls.values()]
+    for task, method in study.arms if found.controls else ():
+        later = arms[f"{task.name}/{method.name}"].probe_seconds
+        probes += [span(found.controls[task.name]), *[later] * (seeds - 1)]
+    phases = {
+        "baseline": makespan([span(record) for record in found.baselines.values()], parallel),
+        "search": makespan([study.search.trials * arm.trial_seconds for arm in arms.values()], parallel),
+        "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),
+        "measure": makespan(probes, parallel),
+        "report": REPORT_SECONDS,
+    }
+    return Forecast(
+        arms=arms, phases=phases, seconds=math.fsum(phases.values()), disk_bytes=_disk_bytes(study, found),
+        correction=correction,
+    )  # fmt: skip
+
+
+def makespan(lanes: Iterable[float], places: int) -> float:
+    """Seconds until the last lane has ended, each begun in order as soon as a place is free."""
+    free = [0.0] * max(1, places)
+    for seconds in lanes:
+        heapq.heappush(free, heapq.heappop(free) + seconds)
+    return max(free)
+
+
+def epoch_seconds(paces: Sequence[Pace], batch_size: float) -> float:
+    """Going once over a phase's rows: a cost per row and one per step, so linear in 1 / batch size."""
+    first, last = paces[0], paces[-1]
+    if first.batch_size == last.batch_size:
+        return first.seconds
+    share = (1 / batch_size - 1 / first.batch_size) / (1 / last.batch_size - 1 / first.batch_size)
+    return first.seconds + min(max(share, 0.0), 1.0) * (last.seconds - first.seconds)
+
+
+def rehearsal_of(record: RunRecord) -> Rehearsal:
+    """What a rehearsal that ended well has found."""
+    assert record.result is not None
+    return Rehearsal.model_validate_json(canonical_json(record.result.measures["rehearsal"]))
+
+
+def span(record: RunRecord) -> float:
+    """Seconds from the first attempt's start to the last one's end, pauses between them left out."""
+    return math.fsum(a.ended_at - a.started_at for a in record.attempts if a.ended_at is not None)
+
+
+def _training(study: Study, space: Space, given: Rehearsal, phase: Phase, correction: float) -> float:
+    """Seconds of a run whose settings are drawn from the space, without its start and its test."""
+    epochs = [float(value) for value in spread(space["epochs"])]
+    sizes = [float(value) for value in spread(space["batch_size"])]
+    steps = statistics.fmean(epochs) * statistics.fmean(epoch_seconds(phase.paces, size) for size in sizes)
+    evaluations = statistics.fmean(math.ceil(value) for value in epochs) * study.train.evaluations_per_epoch
+    seconds = (steps + evaluations * given.validation_seconds) * correction
+    every = study.run.checkpoint_seconds
+    checkpoints = math.floor(seconds / every) * given.checkpoint_seconds if every else 0.0
+    if study.run.checkpoint_steps is not None:
+        mean_steps = statistics.fmean(epochs) * statistics.fmean(pace.steps for pace in phase.paces)
+        checkpoints += mean_steps / study.run.checkpoint_steps * given.checkpoint_seconds
+    return phase.setup_seconds + seconds + checkpoints
+
+
+def _correction(study: Study, found: Evidence) -> float:
+    """How much longer the pilots' steps and evaluations took than their rehearsal foretold."""
+    took = foretold = 0.0
+    for record in found.pilots:
+        if record.outcome != "done" or record.result is None or len(record.attempts) > 1:
+            continue
+        given = rehearsal_of(found.rehearsals[record.spec.arm])
+        space: Space = {name: Fixed(value=value) for name, value in record.spec.settings.items()}
+        without = given.search.model_copy(update={"setup_seconds": 0.0})
+        foretold += _training(study, space, given, without, 1.0)
+        took += record.result.cost.train_seconds + record.result.cost.evaluate_seconds
+    ratio = took / foretold if took and foretold else 1.0
+    return min(max(ratio, LEAST_CORRECTION), MOST_CORRECTION)
+
+
+def _start_seconds(record: RunRecord) -> float:
+    """From the scheduler's start of a run to the worker's clock, and from its end to the scheduler's note."""
+    took = record.result.cost.wall_seconds if record.result else 0.0
+    return max(0.0, span(record) - took)
+
+
+def _all(found: Evidence) -> list[RunRecord]:
+    groups = (
+        found.baselines.values(), found.rehearsals.values(), found.frozen.values(), found.pilots,
+        found.controls.values(),
+    )  # fmt: skip
+    return [record for group in groups for record in group if record.result]
+
+
+def _disk_bytes(study: Study, found: Evidence) -> int:
+    """Models of the replicates, checkpoints of the runs at a time (old and new), records, report."""
+    arms = [rehearsal_of(record) for record in found.rehearsals.values()]
+    models = study.train.seeds * sum(arm.model_bytes for arm in arms)
+    checkpoints = 2 * study.run.parallel * max(arm.checkpoint_bytes for arm in arms)
+    runs = len(arms) * (study.search.trials + 2 * study.train.seeds)
+    return models + checkpoints + runs * RECORD_BYTES + REPORT_BYTES
