@@ -32,8 +32,8 @@ from finetrial.plugins import Feature, Stepping
 SHARE = 0.85
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
-# With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case they
-# serve again (bench/memory.py). Where the budget has no room for so much, large blocks are given back at once.
+# With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case
+# they serve again (bench/memory.py). Where that is too much, large blocks are given back at once.
 ROOMY = 2.0
 LARGE_BLOCK_BYTES = 262_144
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
