@@ -15,9 +15,9 @@ KILLS = ("child killed", "parent killed", "both killed", "group killed", "orphan
 SIGNALS = ("child SIGTERM", "parent SIGTERM", "parent SIGINT")
 HANGS = ("child hangs", "child stopped")
 CLOCKS = ("clock a day ahead", "clock a day back")
-# "memory limited", a limit on the child's memory (RLIMIT_AS), is not among them: such a run goes on with half as
-# much at once, so that its sums round otherwise, and equal weights are what this campaign asks for. It is tested
-# by itself (tests/test_fit.py).
+# "memory limited", a limit on the child's memory (RLIMIT_AS), is not among them: such a run goes on with half
+# as much at once, so that its sums round otherwise, and equal weights are what this campaign asks for. It is
+# tested by itself (tests/test_fit.py).
 MEMORY = ("out of memory",)
 OF_CHILD = (*KILLS, *SIGNALS, *HANGS, *CLOCKS, *MEMORY)
 OF_PARENT = ("parent killed", "group killed", "parent SIGTERM", "parent SIGINT", *CLOCKS, "second coordinator")

@@ -35,7 +35,7 @@ def params_of(kind: str, name: str) -> Frozen:
 def test_the_folders_hold_what_the_docs_say():
     assert {kind: plugins.names(kind) for kind in PROTOCOLS} == {
         "tasks": ["classification", "mrpc", "rte", "squad_v2", "sst2", "synthetic_qa"],
-        "methods": ["full", "lora"],
+        "methods": ["frozen", "full", "lora"],
         "probes": ["drift"],
         "engines": ["inline", "local", "spawn"],
         "trackers": ["wandb"],
@@ -215,7 +215,7 @@ def test_a_file_called_like_an_installed_module_breaks_nothing(tmp_path, engine)
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("methods", "lroa", "there is no method called 'lroa'. Did you mean 'lora'? Known: full, lora."),
+        ("methods", "lroa", "there is no method called 'lroa'. Did you mean 'lora'? Known: frozen, full"),
         ("methods", "squad_v2", "there is no method called 'squad_v2'. It is one of the tasks. Known"),
         ("tasks", "x", "there is no task called 'x'. Known: classification, mrpc, rte, squad_v2, sst2, sy"),
         ("tasks", "", "there is no task called ''."),

@@ -31,7 +31,8 @@ from finetrial.training_state import Progress
 
 SAMPLES = 10
 LEARNT_LOSS = 0.1
-LEARNING_STEPS = 100  # at each learning rate
+LEARNING_STEPS = 200  # at each learning rate; at half of them the loss has to be so much of its start, or less
+HALF_WAY = 0.75
 TIMED_BATCHES = 6
 TIMED_SECONDS = 20.0  # at each batch size, unless the fewest take longer
 FEWEST_TIMED = 3
@@ -94,7 +95,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         checkpoint_bytes=saved[0][1],
         save_seconds=saved[1][0],
         model_bytes=saved[1][1],
-        contradictions=_contradictions(features),
+        contradictions=contradictions(features),
     )
     return Result(
         run_id=spec.run_id, outcome="done", measures={"rehearsal": found.model_dump(mode="json")},
@@ -262,9 +263,7 @@ def pick_samples(features: Sequence[Feature]) -> list[Feature]:
 def _try(loop: Loop, samples: Sequence[Feature], rate: float) -> Try:
     progress, diverged = loop.progress, None
     try:
-        while progress.step < LEARNING_STEPS and (
-            progress.step == 0 or (progress.last_loss or 0) >= LEARNT_LOSS
-        ):
+        while progress.step < LEARNING_STEPS and not _over(progress):
             loop.step(samples)
     except Diverged as error:
         diverged = error.reason
@@ -273,6 +272,14 @@ def _try(loop: Loop, samples: Sequence[Feature], rate: float) -> Try:
         learning_rate=rate, steps=progress.step, first_loss=progress.first_loss, loss=loss, diverged=diverged,
         learnt=diverged is None and loss is not None and loss < LEARNT_LOSS,
     )  # fmt: skip
+
+
+def _over(progress: Progress) -> bool:
+    """Whether the samples are learnt, or will not be."""
+    first, last = progress.first_loss, progress.last_loss
+    if first is None or last is None:
+        return False
+    return last < LEARNT_LOSS or (2 * progress.step >= LEARNING_STEPS and last > HALF_WAY * first)
 
 
 def _fault(loop: Loop, model: Any, tries: Sequence[Try]) -> str:
@@ -298,10 +305,13 @@ def _fault(loop: Loop, model: Any, tries: Sequence[Try]) -> str:
         return f"{said}; raise the upper end of learning_rate"
     if len(tries) > 1 and best.learning_rate == min(each.learning_rate for each in tries):
         return f"{said}; lower the ends of learning_rate"
-    return f"{said}; the method may train too little, or the labels do not follow from the texts"
+    return (
+        f"{said}; try another range of learning_rate, or else the method trains too little, or the labels do "
+        f"not follow from the texts"
+    )
 
 
-def _contradictions(features: Sequence[Feature]) -> int:
+def contradictions(features: Sequence[Feature]) -> int:
     """Training inputs that occur again with another label."""
     labels: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for feature in features:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TOKENISE_AT_ONCE = 1000  # examples per tokenizer call: fast, and bounded in memory
 THRESHOLD = "no_answer_threshold"
+RANDOM_SEED, RANDOM_DRAWS = 0, 10
 
 
 class QaParams(Frozen):
@@ -172,9 +173,33 @@ class ExtractiveQa:
         )
 
     def baselines(self, splits: Splits, params: QaParams) -> dict[str, dict[str, float]]:
-        """`no_answer`: the test scores of never answering."""
+        """Test scores of never answering (`no_answer`), and of guessing (`random_span`, a mean over guesses):
+        as often as train's questions have no answer none, else words of the context, as many as an answer of
+        train has."""
         has_answer = {example["id"]: bool(example["answers"]["text"]) for example in splits.test}
-        return {"no_answer": squad_metrics.aggregate(_no_answer_scores(splits.test), has_answer)}
+        withheld = _no_answer_scores(splits.test)
+        lengths = [len(e["answers"]["text"][0].split()) if e["answers"]["text"] else 0 for e in splits.train]
+        draws = np.random.default_rng(RANDOM_SEED)
+        guesses = []
+        for _ in range(RANDOM_DRAWS):
+            taken = draws.choice(lengths, size=len(splits.test))
+            scores = {
+                example["id"]: squad_metrics.best_over_golds(
+                    example["answers"]["text"], _random_words(example["context"], int(length), draws)
+                )
+                if length
+                else withheld[example["id"]]
+                for example, length in zip(splits.test, taken, strict=True)
+            }
+            guesses.append(squad_metrics.aggregate(scores, has_answer))
+        mean = {name: float(np.mean([guess[name] for guess in guesses])) for name in guesses[0]}
+        return {"no_answer": squad_metrics.aggregate(withheld, has_answer), "random_span": mean}
+
+
+def _random_words(context: str, count: int, draws: np.random.Generator) -> str:
+    words = context.split()
+    start = int(draws.integers(max(1, len(words) - count + 1)))
+    return " ".join(words[start : start + count])
 
 
 def best_threshold(differences: Sequence[float], gains: Sequence[float]) -> float:

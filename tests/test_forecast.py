@@ -1,0 +1,137 @@
+"""How long a study takes: by hand, and by what has to hold for any."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetrial import plan
+from finetrial.forecast import Evidence, epoch_seconds, forecast, makespan
+from finetrial.records import Attempt, Cost, Result, RunRecord
+from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
+from finetrial.study_file import parse_study
+from wrong_study_files import text_of
+
+lanes = st.lists(st.floats(0, 1e4), max_size=20)
+
+
+@given(lanes, st.integers(1, 8))
+def test_a_phase_takes_no_less_than_its_longest_lane_and_its_share_and_no_more_than_all(seconds, places):
+    took = makespan(seconds, places)
+    assert took >= max([*seconds, 0.0]) - 1e-6
+    assert took >= sum(seconds) / places - 1e-6
+    assert took <= sum(seconds) / places + max([*seconds, 0.0]) + 1e-6  # Graham 1966
+    assert makespan(seconds, 1) == pytest.approx(sum(seconds))
+
+
+def test_lanes_are_begun_in_order():
+    assert makespan([3, 2, 2], 2) == 4
+    assert makespan([2, 2, 3], 2) == 5
+
+
+@given(st.floats(0.01, 10), st.floats(0.001, 10), st.integers(1, 64), st.integers(65, 512), st.integers(1, 512))
+def test_a_cost_per_row_and_one_per_step_are_met_between_two_paces(row, step, small, large, size):
+    def took(batch_size: float) -> float:
+        return 1000 * row + 1000 / batch_size * step
+
+    paces = [Pace(batch_size=b, steps=1, padded_tokens=1, seconds=took(b)) for b in (small, large)]
+    assert epoch_seconds(paces, size) == pytest.approx(took(min(max(size, small), large)))
+
+
+STUDY = parse_study(
+    text_of(
+        methods="{full: {search: {learning_rate: 1e-3}}, lora: {search: {learning_rate: 1e-2}}}",
+        search="{trials: 4, rows: 100, space: {epochs: [1, 3], batch_size: [10, 20]}}",
+        train="{seeds: 3}", claims="[]", run="{parallel: 2, checkpoint: 1000 s}",
+    ),
+    file="study.yaml", base=Path(),
+)  # fmt: skip
+[TASK] = STUDY.tasks
+INPUTS = {TASK.name: {}}
+
+
+def rehearsal(pace: float) -> Rehearsal:
+    """A step takes `pace` seconds at either batch size, 10 and 20."""
+
+    def phase(rows: int, setup: float) -> Phase:
+        paces = [(10, rows / 10 * pace), (20, rows / 20 * pace)]
+        return Phase(
+            setup_seconds=setup,
+            paces=tuple(Pace(batch_size=b, steps=rows // b, padded_tokens=1, seconds=s) for b, s in paces),
+        )
+
+    learnt = Try(learning_rate=1e-3, steps=5, first_loss=1.0, loss=0.05, diverged=None, learnt=True)
+    return Rehearsal(
+        batch_size=20, micro_batches=1, micro_batch_tokens=None, gradient_checkpointing=False, budget_bytes=100,
+        predicted_memory_bytes=50, measured_memory_bytes=50, overfit=Overfit(tries=(learnt,), fault=None),
+        tokens_per_second=1.0, search=phase(100, 5.0), train=phase(1000, 9.0), validation_seconds=2.0,
+        test_seconds=30.0, checkpoint_seconds=1.0, checkpoint_bytes=7_000, save_seconds=4.0, model_bytes=1_000,
+        contradictions=0,
+    )  # fmt: skip
+
+
+def record(spec, wall: float, span: float, **changes) -> RunRecord:
+    cost = Cost(
+        wall_seconds=wall, cpu_seconds=wall, peak_memory_bytes=1, device="cpu", **changes.pop("cost", {})
+    )
+    result = Result(run_id=spec.run_id, outcome="done", cost=cost, **changes)
+    attempt = Attempt(number=1, host="h", pid=1, started_at=0.0, ended_at=span, outcome="done")
+    return RunRecord(spec, result, None, (attempt,))
+
+
+def evidence(**changes) -> Evidence:
+    baseline = plan.baseline(STUDY, TASK, INPUTS, 1)
+    rehearsals = {}
+    for method, pace in zip(STUDY.methods, (1.0, 2.0), strict=True):
+        spec = plan.rehearsal(STUDY, TASK, method, INPUTS, 1)
+        found = {"rehearsal": rehearsal(pace).model_dump(mode="json")}
+        rehearsals[spec.arm] = record(spec, 10.0, 11.0, measures=found)
+    return Evidence({TASK.name: record(baseline, 20.0, 21.0)}, rehearsals, {}, **changes)
+
+
+def test_a_study_by_hand():
+    """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s."""
+    found = forecast(
+        STUDY, evidence(controls={TASK.name: record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)})
+    )
+    full, lora = found.arms.values()
+    evaluations = 2 * 2.0
+    assert full.trial_seconds == pytest.approx(1 + 5 + 2 * 7.5 + evaluations)
+    assert lora.trial_seconds == pytest.approx(1 + 5 + 2 * 15 + evaluations)
+    assert full.replicate_seconds == pytest.approx(1 + 9 + 2 * 75 + evaluations + 30 + 4)
+    assert lora.probe_seconds == pytest.approx(1 + 5 * 1.5)
+    assert found.phases["baseline"] == 21
+    assert found.phases["search"] == pytest.approx(4 * lora.trial_seconds)  # two lanes side by side
+    assert found.phases["train"] == makespan([full.replicate_seconds] * 3 + [lora.replicate_seconds] * 3, 2)
+    assert found.phases["measure"] == makespan([6, 6, 8.5, 8.5, 6, 8.5, 8.5], 2)
+    assert found.seconds == pytest.approx(math.fsum(found.phases.values()))
+    assert found.correction == 1.0
+    assert found.disk_bytes >= 3 * 2 * 1_000 + 2 * 2 * 7_000
+
+
+def test_the_pilots_correct_the_pace_of_every_arm():
+    """Three epochs at batch size 20: 15 steps of 1 s and 3 evaluations of 2 s; they took a third longer."""
+    settings = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 20, "warmup_ratio": 0.0, "weight_decay": 0.0}
+    spec = plan.trial(STUDY, TASK, STUDY.methods[0], 0, settings, INPUTS, 1)
+    pilot = record(spec, 35.0, 36.0, cost={"train_seconds": 20.0, "evaluate_seconds": 8.0})
+    found = forecast(STUDY, evidence(pilots=[pilot]))
+    assert found.correction == pytest.approx(28 / 21)
+    lora = found.arms[f"{TASK.name}/lora"]
+    assert lora.trial_seconds == pytest.approx(1 + 5 + (2 * 15 + 2 * 2.0) * 28 / 21)
+
+
+def test_a_disturbed_pilot_corrects_no_more_than_twice():
+    settings = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 20, "warmup_ratio": 0.0, "weight_decay": 0.0}
+    spec = plan.trial(STUDY, TASK, STUDY.methods[0], 0, settings, INPUTS, 1)
+    pilot = record(spec, 35.0, 36.0, cost={"train_seconds": 2000.0, "evaluate_seconds": 8.0})
+    assert forecast(STUDY, evidence(pilots=[pilot])).correction == 2.0
+
+
+def test_checkpoints_cost_what_they_take():
+    often = STUDY.model_copy(update={"run": STUDY.run.model_copy(update={"checkpoint_seconds": 10.0})})
+    before, after = (forecast(each, evidence()).arms[f"{TASK.name}/full"] for each in (STUDY, often))
+    assert after.trial_seconds - before.trial_seconds == pytest.approx(math.floor((2 * 7.5 + 4) / 10))
