@@ -1,4 +1,4 @@
-"""A rehearsal's parts: which ten samples, which contradictions; and the frozen body that arms are compared with."""
+"""A rehearsal's parts: which ten samples, which contradictions; and the frozen body to compare with."""
 
 from __future__ import annotations
 
