@@ -198,7 +198,7 @@ ONE_MISTAKE = {
     ),
     "a task as method": (
         {"methods": "[full, synthetic_qa]", "claims": "[]"},
-        "methods.1 (line 4): there is no method called 'synthetic_qa'. It is one of the tasks. Known: fu",
+        "methods.1 (line 4): there is no method called 'synthetic_qa'. It is one of the tasks. Known: fr",
     ),
     "module not there": (
         {"methods": "{full: {}, mine: {use: 'finetrial_not_there:PLUGIN'}}", "claims": "[]"},
