@@ -1,6 +1,6 @@
 """A study on a small memory budget, with and without somebody who kills one of its processes every few seconds.
 
-    python bench/antagonist.py [--trials 15] [--rows 32] [--every 6] [--output bench/results/antagonist.json]
+    python bench/antagonist.py [--trials 15] [--rows 32] [--every 6] [--hours 2] [--output FILE]
 
 MiniLM on SQuAD v2 rows of up to 384 tokens, full fine-tuning and LoRA, `run.memory: 1.5 GB`. The antagonist
 kills (SIGKILL) a random process of the study, the coordinator too; a command that has ended is run again. In
@@ -46,7 +46,6 @@ claims: []
 run: {{parallel: 2, threads: 1, memory: 1.5 GB, checkpoint: 1 steps, attempts: 50}}
 """
 MARK = "FINETRIAL_ANTAGONIST"
-MOST_STARTS = 200
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
@@ -72,7 +71,7 @@ def antagonise(mark: str, every: float, over: threading.Event, killed: list[str]
                 killed.append("coordinator" if " run " in line else "nursery or worker")
 
 
-def study(file: Path, home: Path, *, every: float | None) -> dict[str, Any]:
+def study(file: Path, home: Path, *, every: float | None, hours: float) -> dict[str, Any]:
     """The study's numbers and how it went."""
     over, killed, starts = threading.Event(), [], 0
     mark = str(home)
@@ -80,10 +79,15 @@ def study(file: Path, home: Path, *, every: float | None) -> dict[str, Any]:
     if every is not None:
         thread.start()
     started, code = time.perf_counter(), -1
-    while code != 0 and starts < MOST_STARTS:
+    while code != 0 and time.perf_counter() - started < 3600 * hours:
         starts += 1
         command = [sys.executable, "-m", "finetrial", "run", str(file), "--home", str(home)]
         code = subprocess.run(command, env={**os.environ, MARK: mark}, capture_output=True).returncode
+        done = sum(folder.record().outcome is not None for folder in Home(home).find("trial."))
+        so_far = (
+            f"{time.perf_counter() - started:.0f} s: {starts} starts, {len(killed)} killed, {done} trials ended"
+        )
+        sys.stderr.write(f"{so_far}, exit code {code}\n")
     over.set()
     records = [folder.record() for folder in Home(home).find("")]
     trials = [record for record in records if record.spec.stage == "trial"]
@@ -99,7 +103,7 @@ def study(file: Path, home: Path, *, every: float | None) -> dict[str, Any]:
         "split": sum(
             bool(r.result and r.result.training and r.result.training.micro_batches > 1) for r in trials
         ),
-        "peak_mb": max(r.result.cost.peak_memory_bytes for r in trials if r.result) / 1e6,
+        "peak_mb": max((r.result.cost.peak_memory_bytes / 1e6 for r in trials if r.result), default=None),
         "numbers": {r.spec.run_id: [r.result.weights_sha256, r.result.scores] for r in records if r.result},
     }
 
@@ -109,6 +113,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=15)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--every", type=float, default=6.0, help="Seconds between kills, in the mean.")
+    parser.add_argument("--hours", type=float, default=2.0, help="How long each of the two may take at most.")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("FINETRIAL_DATA", "../shared/data")))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -118,7 +123,7 @@ def main() -> int:
         file = Path(place) / "study.yaml"
         file.write_text(STUDY.format(data=given.data.resolve(), trials=given.trials, rows=given.rows))
         for name, every in (("undisturbed", None), ("antagonised", given.every)):
-            found[name] = study(file, Path(place) / name, every=every)
+            found[name] = study(file, Path(place) / name, every=every, hours=given.hours)
             shown = {key: value for key, value in found[name].items() if key != "numbers"}
             sys.stdout.write(f"{name}: {json.dumps(shown)}\n")
             sys.stdout.flush()

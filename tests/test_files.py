@@ -162,3 +162,17 @@ def test_a_torn_line_that_was_written_on_is_left_out_and_the_others_are_read(tmp
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
     assert list(files.json_lines(path)) == [{"step": 1}, {"step": 4}]
+
+
+def test_a_folder_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "link"
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    files.discard(link)  # nothing is deleted through a link
+    assert elsewhere.is_dir()
+    assert f"{link} could not be deleted" in caplog.text
+    caplog.clear()
+    files.discard(tmp_path / "never there")
+    files.discard(elsewhere)
+    assert not elsewhere.exists()
+    assert caplog.text == ""

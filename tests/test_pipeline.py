@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -134,3 +136,39 @@ def test_killed_once_in_a_phase_the_study_completes_with_the_same_weights(refere
     assert without_measured(before) == without_measured(after)
     ended = [attempt.outcome for attempt in undone.attempt_records()]
     assert ended == ["crashed" if victim == "child" else "lost", "done"]
+
+
+def test_learning_rates_up_to_ten_diverge_early_and_the_search_moves_away(tiny_bert, tmp_path):
+    study, home = tmp_path / "study.yaml", tmp_path / "home"
+    study.write_text(
+        f"""\
+study: absurd
+model: {tiny_bert}
+tasks: {{synthetic_qa: {{rows: 160, validation_rows: 16, test_rows: 8, max_length: 64}}}}
+methods: [full, lora, frozen]
+search:
+  trials: 20
+  space:
+    learning_rate: {{low: 0.0001, high: 10, log: false}}
+    epochs: 2
+    batch_size: 8
+    warmup_ratio: 0
+    weight_decay: 0
+train: {{seeds: 1}}
+measure: []
+run: {{engine: inline, threads: 1}}
+"""
+    )
+    run_study(study, home)
+    drawn, guided = defaultdict(list), defaultdict(list)
+    for record in (folder.record() for folder in Home(home).find("trial.")):
+        rate, method = float(record.spec.settings["learning_rate"]), record.spec.method.name
+        (drawn if record.spec.number < 7 else guided)[method].append(rate)  # from then on TPE proposes
+        if rate > 5:
+            assert record.outcome == "diverged", (method, rate)
+            assert record.result.training.steps <= 20 < record.result.training.planned_steps
+    for method in ("full", "lora", "frozen"):
+        assert (len(drawn[method]), len(guided[method])) == (7, 13)
+        assert fmean(guided[method]) < 0.8 * fmean(drawn[method])
+    absurd = [[rate > 5 for rates in part.values() for rate in rates] for part in (drawn, guided)]
+    assert fmean(absurd[1]) < 0.5 * fmean(absurd[0])

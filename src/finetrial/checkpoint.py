@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -113,20 +112,20 @@ def _committed(final: Path) -> Iterator[Path]:
             f"{final.parent} is a link that leads out of the run's folder; put a folder in its place"
         )
     temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    files.discard(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         files.commit_folder(temporary, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.discard(temporary)
 
 
 def _drop_all_but(folder: Path, keep: set[str]) -> None:
     """Nothing else belongs here: the worker holds the run's lock, so a left-over is a killed attempt's."""
     for path in folder.iterdir():
         if path.name not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            files.discard(path)
 
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

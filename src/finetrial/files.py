@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+LOG = logging.getLogger("finetrial")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -102,10 +104,20 @@ def commit_folder(temporary: Path, final: Path) -> None:
         aside = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
         final.rename(aside)
         temporary.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)
     else:
         temporary.rename(final)
     sync_folder(final.parent)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that nobody reads any more, if it is there; what cannot be deleted is a warning."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        LOG.warning("%s could not be deleted (%s); no run is affected, delete it yourself", folder, error)
 
 
 def damage(folder: Path) -> str | None:

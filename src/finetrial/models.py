@@ -82,7 +82,7 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
                     shutil.rmtree(folder)
                 files.commit_folder(temporary, folder)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)  # there still, if something was raised
+                files.discard(temporary)  # there still, if something was raised
     finally:
         lock.release()
     return Location(str(folder), None, True)

@@ -67,8 +67,8 @@ class ModelSource(Frozen):
     """Where the base model comes from.
 
     `name` is a Hub name (`org/name`, with `revision`), a folder (`./x`, `/x`, `~/x`), or
-    `package:NAME/folder`, a folder inside an installed Python package. `gguf_file` names a GGUF file in
-    it, which is dequantised once. `config` changes entries of the model's own config, e.g.
+    `package:NAME/folder`, a folder inside an installed Python package. `gguf_file` names a GGUF file in it,
+    which is dequantised once. `config` changes entries of the model's own config, e.g.
     `{attention_probs_dropout_prob: 0.0}`, for every method alike; a name that it does not have is refused.
     `token_type_ids`: whether the second text of a pair is marked as such where the tokenizer does so; not
     good for sentence-embedding models, which have seen single texts only.
@@ -116,9 +116,11 @@ class LoopRules(Frozen):
     evaluations_per_epoch: int = Field(default=1, ge=1)
     keep: Literal["best", "last"] = "best"
     early_stopping: EarlyStopping | None = None
-    # Diverged: the loss lies above so many times its start (see `training_state.guard`) for so many steps.
+    # Diverged: the loss lies above so many times its start (see `training_state.guard`) for so many steps,
+    # or half of the trained tensors so many times theirs.
     divergence_factor: float = Field(default=2.0, gt=1)
     divergence_steps: int = Field(default=10, ge=1)
+    divergence_growth: float = Field(default=50.0, gt=1)
 
 
 class How(Frozen):

@@ -7,7 +7,6 @@ and again, which an arm that works learns by heart (Karpathy 2019, "A recipe for
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetrial import files
 from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.data import cap_rows
@@ -202,7 +202,7 @@ def _save(loop: Loop, folder: RunFolder) -> tuple[float, int]:
         loop.tokenizer.save_pretrained(place)
         return lap(), _bytes_in(place)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        files.discard(place)
 
 
 def _bytes_in(folder: Path) -> int:

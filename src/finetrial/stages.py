@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -177,7 +176,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
     final = folder.home.model_folder(bench.spec)
     final.parent.mkdir(parents=True, exist_ok=True)
     for left_over in final.parent.glob(f".{final.name}.????????.*"):  # a killed attempt's, of this run alone
-        shutil.rmtree(left_over, ignore_errors=True)
+        files.discard(left_over)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         plugin, _ = bench.method()
@@ -187,7 +186,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
         files.write_text(temporary / OWNER, bench.spec.run_id + "\n")
         files.commit_folder(temporary, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.discard(temporary)
     return size
 
 

@@ -64,6 +64,12 @@ class Stepper:
             self.watch.after()
         return norm
 
+    def weight_sizes(self) -> list[float]:
+        """The root mean square of every trained tensor."""
+        norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32) for tensor in self.trained]
+        sizes = zip(torch.stack(norms).tolist(), self.trained, strict=True)
+        return [norm / math.sqrt(tensor.numel()) for norm, tensor in sizes]
+
     def _in_backward(self, parameter: torch.Tensor) -> None:
         if not self.last_part or parameter.grad is None:
             return

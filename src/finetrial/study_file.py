@@ -124,8 +124,9 @@ def _model(collector: Collector, value: Any) -> ModelSource | None:
     if local and source.revision is not None:
         collector.add(("model", "revision"), f"belongs to a Hub model, and {name} is local; leave it out")
     if name.startswith("package:"):
-        if "/" not in name:
-            collector.add(("model",), f"{show(name)} names no folder; write package:NAME/folder")
+        package = name.removeprefix("package:").partition("/")[0]
+        if not package.isidentifier():
+            collector.add(("model",), f"{show(package)} is no package's name; write package:NAME/folder")
     elif local:
         pass
     elif collector.base is not None and name and (collector.base / name).is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,13 +209,14 @@ def _show_losses(folder: RunFolder) -> None:
     records = [r for r in found if r.get("kind") in ("train", "diverged")]
     if not records:
         return
-    table = _table("step", "loss", "gradient norm", "learning rate")
+    table = _table("step", "loss", "gradient norm", "weights' growth", "learning rate")
     for record in records[-LAST_RECORDS:]:
         rate = f"{record['learning_rate']:.3g}"
         if record["kind"] == "diverged":
-            table.add_row(str(record["step"]), record["reason"], "", rate)
+            table.add_row(str(record["step"]), record["reason"], "", "", rate)
         else:
-            table.add_row(str(record["step"]), f"{record['loss']:.4g}", f"{record['gradient_norm']:.4g}", rate)
+            numbers = (record.get(name, math.nan) for name in ("loss", "gradient_norm", "weight_growth"))
+            table.add_row(str(record["step"]), *(f"{number:.4g}" for number in numbers), rate)
     console.print(table)
 
 

@@ -66,8 +66,8 @@ def train(
     `progress` is kept up to date, so that it tells how far a run came that diverged.
 
     Raises:
-        Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed far above its
-            start; nothing is skipped or filtered.
+        Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed, or the
+            weights grew, far above their start; nothing is skipped or filtered.
         OutOfMemory: it took more than its budget; a checkpoint of its last whole step is there.
     """
     spec = bench.spec
@@ -157,17 +157,20 @@ class Loop:
         """
         progress = self.progress
         progress.step += 1
+        if not progress.first_weight_sizes:
+            progress.first_weight_sizes = self.stepper.weight_sizes()
         self.stepper.look(progress.step, self.planned_steps)
         loss = self._backward(batch)
-        norm = self.stepper.finish()
+        progress.gradient_norm = self.stepper.finish()
         self.stepper.lost(progress)
-        progress.gradient_norm, progress.learning_rate = norm, float(self.scheduler.get_last_lr()[0])
+        progress.weigh(self.stepper.weight_sizes())
+        progress.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         progress.examples += len(batch)
         progress.largest_batch = max(progress.largest_batch, len(batch))
         progress.tokens += sum(len(feature.input_ids) for feature in batch)
         try:
-            guard(progress, self.bench.spec.rules, loss, norm)
+            guard(progress, self.bench.spec.rules, loss)
         except Diverged as diverged:
             record = {
                 "kind": "diverged", "step": progress.step, "reason": diverged.reason,
@@ -205,8 +208,8 @@ class Loop:
         record = {
             "kind": "train", "step": progress.step, "planned_steps": self.planned_steps,
             "loss": math.fsum(losses) / len(losses), "gradient_norm": progress.gradient_norm,
-            "learning_rate": progress.learning_rate, "tokens": progress.tokens,
-            "lost_to_rounding": progress.lost_to_rounding,
+            "weight_growth": progress.weight_growth, "learning_rate": progress.learning_rate,
+            "tokens": progress.tokens, "lost_to_rounding": progress.lost_to_rounding,
             "seconds": round(self.clock.train(), 3),
         }  # fmt: skip
         append_json_line(self.folder.metrics_file, record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +16,8 @@ from finetrial.records import LoopRules
 # What divergence is measured against: the median of so many losses, at most so many times the first.
 START_LOSSES = 5
 LUCK = 10.0
+# A tensor whose root mean square starts below this, as that of a fresh head, counts as starting here.
+SMALL_WEIGHTS = 0.1
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Progress:
     last_loss: float | None = None
     gradient_norm: float = 0.0  # of the last step, before clipping
     learning_rate: float = 0.0  # that the last step was made with
+    first_weight_sizes: list[float] = field(default_factory=list)  # each trained tensor's, at the start
+    weight_growth: float = 1.0  # the median tensor's size after the last, as a multiple of its start
     first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
     steps_above_start: int = 0
     unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
@@ -66,6 +70,12 @@ class Progress:
         """Share of the watched updates so far that were lost."""
         return self.updates_lost / self.updates_watched if self.updates_watched else None
 
+    def weigh(self, sizes: Sequence[float]) -> None:
+        """Take in the root mean square of every trained tensor after a step."""
+        starts = (max(start, SMALL_WEIGHTS) for start in self.first_weight_sizes)
+        growths = [size / start for size, start in zip(sizes, starts, strict=True)]
+        self.weight_growth = statistics.median(growths) if all(map(math.isfinite, growths)) else math.nan
+
     def keep(self, score: float, scored: Scored) -> None:
         """Remember an evaluation as that of the weights that are kept."""
         self.best_step, self.best_score = self.step, score
@@ -74,12 +84,23 @@ class Progress:
         self.best_per_example = dict(scored.per_example)
 
 
-def guard(progress: Progress, rules: LoopRules, loss: float, norm: float) -> None:
-    """Whether training still is where finite numbers come back from; called after every step."""
-    if not math.isfinite(loss):
-        raise Diverged(progress.step, f"the loss is {loss}")
-    if not math.isfinite(norm):
-        raise Diverged(progress.step, f"the gradient norm is {norm}")
+def guard(progress: Progress, rules: LoopRules, loss: float) -> None:
+    """Whether training still is where useful weights come back from; called after every step.
+
+    The loss alone does not tell: behind a layer norm a model may be lost while it predicts what it did.
+    """
+    for name, value in (
+        ("loss", loss),
+        ("gradient norm", progress.gradient_norm),
+        ("trained weights' size", progress.weight_growth),
+    ):
+        if not math.isfinite(value):
+            raise Diverged(progress.step, f"the {name} is {value}")
+    if progress.weight_growth > rules.divergence_growth:
+        raise Diverged(
+            progress.step,
+            f"the trained weights are {progress.weight_growth:.3g} times as large as at the start",
+        )
     if len(progress.first_losses) < START_LOSSES:
         progress.first_losses.append(loss)
     # One batch may be lucky, so the start is the median of the first; but no explosion is taken for a start.

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetrial import files
 from finetrial.errors import PluginError
 from finetrial.records import Result, RunSpec, short_hash
 
@@ -94,7 +94,7 @@ class WandbTracker:
             _end_service(wandb)
         for copy in earlier:
             if copy.resolve() != written.resolve():
-                shutil.rmtree(copy, ignore_errors=True)
+                files.discard(copy)
 
 
 def run_identifier(spec: RunSpec) -> str:
