@@ -39,7 +39,7 @@ tasks:
 methods:
   full: {{search: {{learning_rate: {{low: 2e-5, high: 2e-3}}}}}}
   lora: {{search: {{learning_rate: {{low: 2e-4, high: 2e-2}}}}}}
-search: {{trials: {trials}, rows: {rows}, space: {{epochs: 1, batch_size: [8, 16]}}}}
+search: {{trials: {trials}, rows: {rows}, space: {{epochs: 1, batch_size: [4, 8]}}}}
 train: {{seeds: 1, rows: {rows}}}
 measure: []
 claims: []

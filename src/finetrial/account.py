@@ -11,8 +11,8 @@ import torch
 
 from finetrial import plugins
 from finetrial.assemble import Workbench, pick_device
-from finetrial.fit import Fit, peak_bytes
-from finetrial.records import Cost, RunSpec
+from finetrial.fit import peak_bytes
+from finetrial.records import Cost, Fit, RunSpec
 from finetrial.training_state import Progress
 
 ENVIRONMENT_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "tokenizers", "safetensors")

@@ -54,9 +54,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append one record and flush it to the operating system, so that a killed process loses none."""
+    """Append one record and flush it to the operating system, so that a killed process loses none.
+
+    A line that an earlier process has left torn stays by itself.
+    """
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    torn = _last_byte(path) not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+        stream.write("\n" + line if torn else line)
+
+
+def _last_byte(path: Path) -> bytes:
+    """Of a file; nothing if it is empty or not there."""
+    if not path.exists() or path.stat().st_size == 0:
+        return b""
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1)
 
 
 def json_lines(

@@ -15,7 +15,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -26,10 +26,13 @@ from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, h
 from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
+from finetrial.records import Fit
 
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
 # for the system, the coordinator, and what a prediction does not see.
 SHARE = 0.85
+# Of a budget, left free: how far the worst prediction lay below what was measured (bench/memory.py).
+MARGIN = 0.05
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
 # With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case
@@ -43,21 +46,10 @@ COARSE = 8
 PROVED_SHARE = 0.7
 
 
-class Fit(NamedTuple):
-    """How a run is fitted to its budget."""
-
-    budget: int  # bytes: of the process, or on its GPU
-    predicted: int | None  # bytes: the peak of training, likewise; None: so far below that it was not counted
-    tokens: int | None = None  # most of a micro-batch, padding included; None: as many as there are
-    rows: int | None = None  # most rows of a micro-batch, as the study asks
-    checkpointing: bool = False
-    evaluation_tokens: int = EVALUATION_TOKENS
-    tight: bool = False  # large blocks are given back to the system at once; on a CPU only
-
-    def split(self, batch: Sequence[Feature]) -> list[Sequence[Feature]]:
-        """An effective batch in micro-batches."""
-        lengths = [len(feature.input_ids) for feature in batch]
-        return [batch[part] for part in micro_batches(lengths, rows=self.rows, tokens=self.tokens)]
+def split(fit: Fit, batch: Sequence[Feature]) -> list[Sequence[Feature]]:
+    """An effective batch in the micro-batches of a fit."""
+    lengths = [len(feature.input_ids) for feature in batch]
+    return [batch[part] for part in micro_batches(lengths, rows=fit.rows, tokens=fit.tokens)]
 
 
 class Ladder:
@@ -81,63 +73,84 @@ class Ladder:
         sizes = [len(feature.input_ids) for feature in validation]
         self.judged = [validation[i] for i in heaviest(evaluation_batches(sizes), sizes)]
 
-    def choose(self, halvings: int, *, count: bool = False) -> Fit:
+    def choose(self, halvings: int, *, earlier: Fit | None = None, count: bool = False) -> Fit:
         """The largest that fits, or so many rungs below it: one for every time that memory ran out.
 
+        `earlier`: of an attempt at the same run before this one; it stays, if it was asked for the same.
         `count`: also where the budget is so large that nobody need know what it takes.
 
         Raises:
             DoesNotFit: there is none; it says what takes how much.
         """
-        if not count and halvings == 0 and self.spec.how.memory_bytes is None and self.surely_fits():
-            return Fit(self.budget, None, rows=self.spec.how.micro_batch, checkpointing=bool(self.asked))
-        found = next(itertools.islice(self.rungs(), halvings, None), None)
+        how = self.spec.how
+        asked = Fit(
+            device=self.device, budget=self.budget, predicted=None, rows=how.micro_batch, asked=self.asked,
+            checkpointing=bool(self.asked), evaluation_tokens=EVALUATION_TOKENS, halvings=halvings,
+        )  # fmt: skip
+        if earlier is not None and all(
+            getattr(earlier, name) == getattr(asked, name)
+            for name in ("device", "budget", "rows", "asked", "halvings")
+        ):
+            return earlier
+        if not count and halvings == 0 and how.memory_bytes is None and self.surely_fits():
+            return asked
+        found = next(itertools.islice(self.rungs(asked), halvings, None), None)
         if found is None:
             step = self.step([self.longest], checkpointing=True, split=True)
             parts = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in step._asdict().items())
             raise DoesNotFit(
                 f"one row of {len(self.longest.input_ids)} tokens at a time takes "
                 f"{self.total(step) / 1e6:.0f} MB with gradient checkpointing ({parts}, the process "
-                f"{self.held / 1e6:.0f} MB), and the budget is {self.budget / 1e6:.0f} MB"
+                f"{self.held / 1e6:.0f} MB), and of the budget of {self.budget / 1e6:.0f} MB a run may be "
+                f"foretold to take {self.most / 1e6:.0f} MB"
             )
         return found
 
-    def rungs(self) -> Iterator[Fit]:
+    @property
+    def most(self) -> int:
+        """Bytes that a run may be foretold to take."""
+        return int(self.budget * (1 - MARGIN))
+
+    def rungs(self, asked: Fit) -> Iterator[Fit]:
         length = len(self.longest.input_ids)
         for checkpointing in (False, True) if self.asked is None else (self.asked,):
-            first = self.largest(checkpointing=checkpointing)
+            first = self.largest(asked.model_copy(update={"checkpointing": checkpointing}))
             if first is None:
                 continue
             yield first
-            tokens = first.tokens or _padded(first.split(self.worst)[0])
+            tokens = first.tokens or _padded(split(first, self.worst)[0])
             while tokens >= 2 * length:
                 tokens //= 2
-                yield first._replace(
-                    tokens=tokens, evaluation_tokens=min(tokens, EVALUATION_TOKENS), tight=True
-                )
+                less = {"tokens": tokens, "evaluation_tokens": min(tokens, EVALUATION_TOKENS), "tight": True}
+                yield first.model_copy(update=less)
 
-    def largest(self, *, checkpointing: bool) -> Fit | None:
+    def largest(self, asked: Fit) -> Fit | None:
         """The largest micro-batch that fits, or None if one row does not."""
-        rows = self.spec.how.micro_batch
-        parts = Fit(0, 0, rows=rows).split(self.worst)
+        checkpointing = asked.checkpointing
+        parts = split(asked, self.worst)
         step = self.step(max(parts, key=_padded), checkpointing=checkpointing, split=len(parts) > 1)
         evaluation = self.evaluation(self.judged)
         predicted = self.total(step, evaluation)
-        if predicted <= self.budget:
+        if predicted <= self.most:
             tight = self.device == "cpu" and ROOMY * predicted > self.budget
-            return Fit(self.budget, predicted, None, rows, checkpointing, EVALUATION_TOKENS, tight)
+            return asked.model_copy(update={"predicted": predicted, "tight": tight})
         one, two = (
             self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
             for count in (1, 2)
         )
-        if one > self.budget:
+        if one > self.most:
             return None
-        most = 1 + int((self.budget - one) // max(1, two - one))
-        tokens = most * len(self.longest.input_ids)
-        return Fit(
-            self.budget, one + (most - 1) * (two - one), tokens, rows, checkpointing,
-            min(EVALUATION_TOKENS, tokens), tight=self.device == "cpu",
-        )  # fmt: skip
+        rows = 1 + (self.most - one) // max(1, two - one)
+        if self.device == "cpu":
+            # A power of two: what a process holds varies by some megabytes from one to the next, and the
+            # split, on which the bits of the result depend, should not vary with it.
+            rows = 1 << (rows.bit_length() - 1)
+        tokens = rows * len(self.longest.input_ids)
+        found = {
+            "predicted": one + (rows - 1) * (two - one), "tokens": tokens,
+            "evaluation_tokens": min(EVALUATION_TOKENS, tokens), "tight": self.device == "cpu",
+        }  # fmt: skip
+        return asked.model_copy(update=found)
 
     def surely_fits(self) -> bool:
         """Whether a coarse upper bound is within the budget, so that the seconds of counting are saved.
@@ -157,7 +170,7 @@ class Ladder:
         most = max(_padded(self.worst), _padded(self.judged))
         per_token = outputs + heads * layers * len(self.longest.input_ids)
         parameters = sum(parameter.numel() for parameter in self.shapes.parameters())
-        return self.held + 4 * (6 * parameters + COARSE * most * per_token) < self.budget
+        return self.held + 4 * (6 * parameters + COARSE * most * per_token) < self.most
 
     def step(self, part: Sequence[Feature], *, checkpointing: bool, split: bool) -> memory.Step:
         """Bytes of a training step whose largest micro-batch is that."""

@@ -138,6 +138,23 @@ class How(Frozen):
     log_steps: int = 10
 
 
+class Fit(Frozen):
+    """How a run is fitted to its memory, chosen by its first attempt: a later one goes on with the same."""
+
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    device: str  # cpu or cuda
+    budget: int  # bytes: of the process, or on its GPU
+    predicted: int | None  # bytes: the peak of training, likewise; None: so far below that it was not counted
+    tokens: int | None = None  # most of a micro-batch, padding included; None: as many as there are
+    rows: int | None = None  # most rows of a micro-batch, as the study asks
+    checkpointing: bool = False  # activations are computed twice instead of kept
+    evaluation_tokens: int  # most of a batch that is only evaluated
+    tight: bool = False  # large blocks are given back to the system at once; on a CPU only
+    asked: bool | None = None  # run.gradient_checkpointing
+    halvings: int = 0  # how often memory had run out when it was chosen
+    proved: bool = False  # a step that was thrown away has kept to the budget
+
+
 class RunSpec(Frozen):
     """What one run does: pure data, written first. Its id is a readable name and a hash of the rest."""
 

@@ -19,11 +19,11 @@ from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged
-from finetrial.fit import Fit, Ladder, keep_to, peak_bytes
+from finetrial.fit import Ladder, keep_to, peak_bytes, split
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.proof import prove
-from finetrial.records import Result, RunSpec, Setting
+from finetrial.records import Fit, Result, RunSpec, Setting
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.store import RunFolder
 from finetrial.train import Loop, evaluate, open_loop
@@ -170,7 +170,7 @@ def _longest(batch: Sequence[Feature]) -> int:
 
 def _padded(fit: Fit, batch: Sequence[Feature]) -> int:
     """Tokens of an effective batch, padding included, as it is split."""
-    return sum(len(part) * _longest(part) for part in fit.split(batch))
+    return sum(len(part) * _longest(part) for part in split(fit, batch))
 
 
 def _judge(loop: Loop, validation: Sequence[Feature]) -> float:

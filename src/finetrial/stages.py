@@ -12,11 +12,11 @@ from finetrial.assemble import Workbench, input_hash, open_workbench, pick_devic
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged, HomeError
-from finetrial.fit import Fit, Ladder, keep_to, peak_bytes
+from finetrial.fit import Ladder, keep_to, peak_bytes
 from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.proof import prove, weights_hash
-from finetrial.records import Result, RunSpec, Training, canonical_json
+from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
 from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
 from finetrial.train import evaluate, make_accelerator, train
@@ -73,14 +73,21 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
     ladder = Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
-    fit = ladder.choose(folder.out_of_memory())
+    tokens = sum(len(feature.input_ids) for feature in features)
+    folder.event("encoded", inputs=len(features), tokens=tokens, validation_inputs=len(validation))
+    earlier = folder.fit()
+    fit = ladder.choose(folder.out_of_memory(), earlier=earlier)
+    if fit != earlier:
+        folder.write_fit(fit)
     keep_to(fit)
+    folder.event("fitted", **fit.model_dump(mode="json", exclude={"schema_version"}))
     model, built = bench.build_tuned()
     hashes = {"train": input_hash(features), "validation": input_hash(validation)}
     scored = None
     try:
         trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit)
         peak = peak_bytes()  # of training: what comes after holds a second model
+        folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
         if spec.stage == "replicate":
             test = bench.encode(bench.splits.test, built)
             hashes["test"] = input_hash(test)
@@ -102,6 +109,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     if scored is not None:
         scores["test"], per_example["test"] = scored.metrics, scored.per_example
         saved_bytes = _save_model(bench, folder, trained.model, built.tokenizer)
+        folder.event("model saved", bytes=saved_bytes)
     files.write_json(folder.examples_file, per_example)
     return Result(
         run_id=spec.run_id,

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from finetrial import files
 from finetrial.errors import HomeError
 from finetrial.lease import FileLock
-from finetrial.records import Attempt, Failure, Result, RunRecord, RunSpec, canonical_json
+from finetrial.records import Attempt, Failure, Fit, Result, RunRecord, RunSpec, canonical_json
 from finetrial.secrets_guard import hide
 from finetrial.summary import Summary
 
@@ -38,7 +39,9 @@ class RunFolder:
         self.spec_file = path / "spec.json"
         self.lease_file = path / "lease.json"
         self.attempts = path / "attempts"
+        self.fit_file = path / "fit.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.events_file = path / "events.jsonl"
         self.examples_file = path / "examples.json"
         self.log_file = path / "log.txt"
         self.checkpoint = path / "checkpoint"
@@ -112,6 +115,26 @@ class RunFolder:
     def write_attempt(self, attempt: Attempt) -> None:
         reason = None if attempt.reason is None else hide(attempt.reason)
         _write(self.attempts / f"{attempt.number}.json", attempt.model_copy(update={"reason": reason}))
+
+    def fit(self) -> Fit | None:
+        """How an earlier attempt was fitted to its memory; None if nothing says so, or it is damaged."""
+        try:
+            return _read(self.fit_file, Fit) if self.fit_file.exists() else None
+        except HomeError:  # it is counted again, and comes out the same but for a narrow case
+            _say(f"{self.fit_file} cannot be read; what the run takes is counted again")
+            return None
+
+    def write_fit(self, fit: Fit) -> None:
+        _write(self.fit_file, fit)
+
+    def event(self, event: str, **facts: Any) -> None:
+        """Append to the run's structured log: what its process did, with the time (UTC)."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        told = {name: hide(value) if isinstance(value, str) else value for name, value in facts.items()}
+        files.append_json_line(self.events_file, {"time": now, "event": event, **told})
+
+    def events(self) -> list[dict[str, Any]]:
+        return list(files.json_lines(self.events_file))
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole record of metrics.jsonl, read from its end."""
@@ -318,8 +341,12 @@ def _read(path: Path, model: type[M]) -> M:
 
 
 def _say_damaged(path: Path, line: int) -> None:
+    _say(f"{path} line {line} is damaged and left out")
+
+
+def _say(text: str) -> None:
     """Into the run's log: the worker is who resumes."""
-    sys.stderr.write(f"{path} line {line} is damaged and left out\n")
+    sys.stderr.write(f"{text}\n")
 
 
 def digest(content: Any) -> str:

@@ -24,7 +24,7 @@ from finetrial.assemble import Workbench
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, model_inputs
 from finetrial.errors import Diverged, OutOfMemory
 from finetrial.files import append_json_line
-from finetrial.fit import PROVED_SHARE, Fit, check, checkpoint_gradients
+from finetrial.fit import PROVED_SHARE, check, checkpoint_gradients, peak_bytes, split
 from finetrial.notice import EXIT_CODE, termination_notice
 from finetrial.optimisation import (
     evaluation_steps,
@@ -36,7 +36,7 @@ from finetrial.optimisation import (
     settings_used,
 )
 from finetrial.plugins import Feature, Scored, metric_of
-from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
+from finetrial.records import Fit, LoopRules, RunSpec, Setting, stream_seed
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
 from finetrial.training_state import Clock, Progress, guard
@@ -76,7 +76,7 @@ def train(
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     due = _checkpoint_rule(spec, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
-    if progress.step == 0 and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
+    if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
         loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
     with termination_notice() as asked:
         for indices in planned_batches(lengths, spec, progress.step):
@@ -94,6 +94,7 @@ def train(
                 loop.save()
             if leaving:
                 sys.stderr.write(f"asked to end: left after step {progress.step}, with a checkpoint\n")
+                folder.event("left when asked to end", step=progress.step)
                 sys.exit(EXIT_CODE)
     loop.clock.train()
 
@@ -124,6 +125,7 @@ def open_loop(
     found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(bench.spec))
     if found is not None:
         progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
+        folder.event("resumed", step=progress.step)
     folder.keep_metrics_up_to(progress.step)
     stepper = Stepper(accelerator, model, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
@@ -188,7 +190,7 @@ class Loop:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        parts = self.fit.split(batch)
+        parts = split(self.fit, batch)
         progress.micro_batches = max(progress.micro_batches, len(parts))
         for index, part in enumerate(parts):
             tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
@@ -275,6 +277,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         vars(self.progress).update(vars(before))
         check(self.fit)
+        self.folder.write_fit(self.fit.model_copy(update={"proved": True}))
+        self.folder.event("memory proved", peak_bytes=peak_bytes(), rows=len(batch))
 
     def keep_to_budget(self) -> None:
         """End a run that has taken more memory than it may, with a checkpoint: it goes on with less at once."""
@@ -287,10 +291,13 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of this step."""
         self.clock.train()
+        started = time.perf_counter()
         checkpoint.save(
             self.folder.checkpoint, self.progress.step, self.model, self.optimizer, self.scheduler,
             asdict(self.progress),
         )  # fmt: skip
+        seconds = round(time.perf_counter() - started, 3)
+        self.folder.event("checkpoint", step=self.progress.step, seconds=seconds, peak_bytes=peak_bytes())
 
 
 def _check_weights(model: Any) -> None:

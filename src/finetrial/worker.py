@@ -10,6 +10,7 @@ import ctypes
 import os
 import random
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -80,7 +81,11 @@ def _do(folder: RunFolder) -> int:
         from finetrial import stages
 
         sys.stderr.write(f"attempt {attempt}: {stages.describe(spec, folder.path)}\n")
-        folder.write_result(stages.run(spec, folder))
+        folder.event(
+            "begins", attempt=attempt, pid=os.getpid(), host=socket.gethostname(), settings=spec.settings
+        )
+        result = stages.run(spec, folder)
+        folder.write_result(result)
     except Exception as error:  # noqa: BLE001 - the one place: whatever happened becomes a typed failure
         kind, reason = classify(error)
         if kind in ("bug", "out_of_memory"):
@@ -92,11 +97,21 @@ def _do(folder: RunFolder) -> int:
             final=isinstance(error, DoesNotFit),
         )  # fmt: skip
         folder.write_failure(failure)
+        _say_end(folder, kind, reason)
         return 1
+    _say_end(folder, result.outcome, result.reason)
     left = folder.drop_checkpoint()
     if left is not None:
         sys.stderr.write(f"{left}\n")
     return 0
+
+
+def _say_end(folder: RunFolder, outcome: Outcome, reason: str | None) -> None:
+    """Into the structured log; the record is written by now, so a full disk changes nothing."""
+    try:
+        folder.event("ends", outcome=outcome, reason=reason)
+    except OSError as error:
+        sys.stderr.write(f"{folder.events_file}: {error}\n")
 
 
 def classify(error: Exception) -> tuple[Outcome, str]:
