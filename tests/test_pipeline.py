@@ -15,7 +15,8 @@ from statistics import fmean
 
 import pytest
 
-from finetrial.store import Home
+from finetrial.records import Failure
+from finetrial.store import Home, RunFolder
 
 FINETRIAL = [sys.executable, "-m", "finetrial"]
 
@@ -136,6 +137,44 @@ def test_killed_once_in_a_phase_the_study_completes_with_the_same_weights(refere
     assert without_measured(before) == without_measured(after)
     ended = [attempt.outcome for attempt in undone.attempt_records()]
     assert ended == ["crashed" if victim == "child" else "lost", "done"]
+
+
+@pytest.mark.parametrize(("policy", "kept_of_each_arm"), [("best", 1), ("none", 0)])
+def test_models_are_kept_by_policy_once_they_are_measured(reference, tmp_path, policy, kept_of_each_arm):
+    study, home = tmp_path / "study.yaml", tmp_path / "home"
+    study.write_text(reference[0].read_text() + f"run: {{threads: 1, parallel: 2, keep_models: {policy}}}\n")
+    study.write_text("\n".join(line for line in study.read_text().splitlines() if "log_steps" not in line))
+    shutil.copytree(reference[1], home)
+    before = Home(home).summary()
+    unmeasured = next(iter(Home(home).find("probe.synthetic_qa.lora.001")))
+    kept_probe = unmeasured.result_file.read_bytes()
+    unmeasured.result_file.unlink()
+    give_up(unmeasured)
+    run_study(study, home, check=False)
+    assert len(models(home, "lora")) == 2  # one is still to be measured, if somebody tries again
+    unmeasured.failure_file.unlink()
+    unmeasured.result_file.write_bytes(kept_probe)
+    run_study(study, home)
+    after = Home(home).summary()
+    assert after.arms == before.arms
+    assert after.claims == before.claims
+    for method in ("full", "lora"):
+        kept = models(home, method)
+        assert len(kept) == kept_of_each_arm
+        replicates = [f.record() for f in Home(home).find(f"replicate.synthetic_qa.{method}.")]
+        best = max(replicates, key=lambda r: (r.result.score, -r.spec.number))
+        assert set(kept) <= {Home(home).model_folder(best.spec)}
+
+
+def give_up(folder: RunFolder) -> None:
+    """As for a run that had its chances."""
+    folder.write_failure(
+        Failure(run_id=folder.path.name, kind="crashed", reason="made up", attempt=1, final=True)
+    )
+
+
+def models(home: Path, method: str) -> list[Path]:
+    return sorted((home / "models").glob(f"synthetic_qa.{method}.*"))
 
 
 def test_learning_rates_up_to_ten_diverge_early_and_the_search_moves_away(tiny_bert, tmp_path):

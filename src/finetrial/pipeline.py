@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetrial import analyse, export, plan, plugins, report, search
-from finetrial.evidence import trial_score
+from finetrial.evidence import best_trial, trial_score
 from finetrial.housekeeping import check_room, refuse_links
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
@@ -45,6 +45,7 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
             story.export_optima()
             story.phase("train", "replicate", story.replicates())
             story.phase("measure", "probe", story.probes())
+            story.reclaim_models()
             return _conclude(story)
 
 
@@ -182,6 +183,21 @@ class Story:
     def probes(self) -> list[Lane]:
         """Every replicate that trained, measured against the base and its neighbour; the base as control."""
         return [iter([spec]) for spec in self._probe_specs()]
+
+    def reclaim_models(self) -> None:
+        """Delete the models that `run.keep_models` does not keep, of arms where nothing is left to measure."""
+        home, policy = self.opened.home, self.study.run.keep_models
+        planned = self.planned() if policy != "all" else []
+        for task, method in self.study.arms:
+            mine = [record for record in planned if record.spec.arm == f"{task.name}/{method.name}"]
+            replicates = [record for record in mine if record.spec.stage == "replicate"]
+            if any(record.result is None for record in mine if record.spec.stage in ("replicate", "probe")):
+                continue
+            best = best_trial(replicates, metric_of(task)) if policy == "best" else None
+            for record in replicates:
+                left = home.drop_model(record.spec) if record is not best else None
+                if left is not None:
+                    self.progress.note(left)
 
     def planned(self) -> list[RunRecord]:
         """The records of exactly the runs that this study consists of, as far as they have begun."""

@@ -173,13 +173,7 @@ class RunFolder:
 
     def drop_checkpoint(self) -> str | None:
         """Delete the checkpoints; a warning if that could not be done, which changes no result."""
-        if not self.checkpoint.exists():
-            return None
-        try:
-            shutil.rmtree(self.checkpoint)
-        except OSError as error:  # a link, too: nothing is deleted through it
-            return f"{self.checkpoint} could not be deleted ({error}); no run is affected, delete it yourself"
-        return None
+        return _drop(self.checkpoint)
 
 
 class Home:
@@ -264,6 +258,10 @@ class Home:
         method = spec.method.name if spec.method else "base"
         return self.models / f"{spec.task.name}.{method}.seed{spec.number}"
 
+    def drop_model(self, spec: RunSpec) -> str | None:
+        """Delete a replicate's trained model; a warning if that could not be done, which changes no result."""
+        return _drop(self.model_folder(spec))
+
     def write_summary(self, summary: Summary) -> None:
         files.write_text(self.summary_file, summary.model_dump_json(indent=1) + "\n")
 
@@ -311,6 +309,16 @@ class Damaged(HomeError):
 
     def __str__(self) -> str:
         return f"{self.path} is damaged: {self.why}; `finetrial run` does what is damaged anew"
+
+
+def _drop(folder: Path) -> str | None:
+    if not folder.exists():
+        return None
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # a link, too: nothing is deleted through it
+        return f"{folder} could not be deleted ({error}); no run is affected, delete it yourself"
+    return None
 
 
 def _write(path: Path, record: BaseModel) -> None:

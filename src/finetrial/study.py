@@ -75,6 +75,7 @@ class RunRules(Frozen):
     micro_batch: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool | None = None
     log_steps: int = Field(default=10, ge=1)
+    keep_models: Literal["all", "best", "none"] = "all"
 
 
 class Study(Frozen):

@@ -259,7 +259,7 @@ def _checkpoint(value: Any) -> tuple[float | None, int | None]:
 
 def _run(collector: Collector, value: Any) -> RunRules | None:
     keys = ("engine", "parallel", "threads", "memory", "disk", "trial_limit", "attempts", "checkpoint",
-            "micro_batch", "gradient_checkpointing", "log_steps")  # fmt: skip
+            "micro_batch", "gradient_checkpointing", "log_steps", "keep_models")  # fmt: skip
     converters: dict[str, Callable[[Any], Any]] = {
         "memory": parse_size, "disk": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
     }  # fmt: skip
