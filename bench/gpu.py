@@ -191,10 +191,10 @@ def main() -> int:
             f"{label:<12}{row['steps']:>6}{row['tokens_per_second']:>10.0f}{row['peak_memory_gb']:>9.2f}"
             f"{row['first_loss']:>12.4f}{row['last_loss']:>11.4f}"
         )
-    print(f"{'memory':<26}{'peak GB':>9}{'s/step':>8}{'first loss':>12}{'last loss':>11}")
+    print(f"{'memory':<26}{'foretold':>9}{'peak GB':>9}{'s/step':>8}{'first loss':>12}{'last loss':>11}")
     for label, row in memory.items():
         print(
-            f"{label:<26}{row['peak_memory_gb']:>9.2f}{row['seconds_per_step']:>8.2f}{row['losses'][0]:>12.4f}"
+            f"{label:<26}{row['foretold_gb']:>9.2f}{row['peak_memory_gb']:>9.2f}{row['seconds_per_step']:>8.2f}{row['losses'][0]:>12.4f}"
             f"{row['losses'][-1]:>11.4f}"
         )
     for label, check in checks.items():

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gc
 import time
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForQuestionAnswering
 
-from finetrial import plugins
+from finetrial import memory, plugins
 from finetrial.assemble import pick_device
-from finetrial.fit import peak_bytes
+from finetrial.fit import checkpoint_gradients, optimizer_without_values, peak_bytes
 from finetrial.optimisation import how_to_step, prepare_optimisation
 from finetrial.plugins import AttachInput
 from finetrial.records import LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec
@@ -35,14 +36,12 @@ ARMS: dict[str, tuple[str, dict[str, Any], Any, bool]] = {
 # GB (10^9 bytes): what the lean run may take, and below which the run that it is compared with is no such run.
 LEAN_MOST, MIXED_LEAST = 5.0, 16.0
 ROWS, LENGTH, STEPS = 2, 384, 4
+NEAR = 0.05  # how far what is foretold may be from what is measured
 
 
-def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str, Any]:
-    """Peak memory over a few steps, the losses of the steps, and seconds per step after the first."""
-    name, params, clip, recompute = ARMS[label]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    device = pick_device()
-    spec = RunSpec(
+def spec_of(label: str) -> RunSpec:
+    name, params, clip, _ = ARMS[label]
+    return RunSpec(
         study="memory", stage="trial", number=0, model=ModelSource(name="./none"),
         task=TaskSpec(name="none", use="none", params={}),
         method=MethodSpec(name=name, use=name, params=params),
@@ -52,16 +51,56 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
         },
         rules=LoopRules(precision="bf16", clip=clip), seeds=Seeds(data_order=1, head=2, adapter=3, dropout=4),
     )  # fmt: skip
-    torch.manual_seed(0)
+
+
+def model_of(shape: dict[str, int], label: str) -> Any:
+    """A random model with the arm's method attached, on torch's present device."""
+    name, params, _, recompute = ARMS[label]
     config = LlamaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
-    model = LlamaForQuestionAnswering(config)
-    weights = sum(p.numel() for p in model.parameters())
+    model = LlamaForQuestionAnswering(config).requires_grad_(False)
     plugin = plugins.load("methods", name)
-    model.requires_grad_(False)
     given = AttachInput(model, "question_answering", ("qa_outputs",))
-    model = plugin.attach(given, spec.settings, plugin.Params.model_validate(params))
-    if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = plugin.attach(given, spec_of(label).settings, plugin.Params.model_validate(params))
+    checkpoint_gradients(model, on=recompute)
+    return model
+
+
+def inputs_of(vocabulary: int, length: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    ends = torch.randint(0, length, (2, ROWS), generator=random)
+    return {
+        "input_ids": torch.randint(3, vocabulary, (ROWS, length), generator=random),
+        "attention_mask": torch.ones(ROWS, length, dtype=torch.int64),
+        "start_positions": ends[0],
+        "end_positions": ends[1],
+    }
+
+
+def foretold(shape: dict[str, int], label: str, length: int = LENGTH) -> memory.Step:
+    """What `finetrial` foretells of the arm's step, by parts."""
+    device, spec = pick_device().type, spec_of(label)
+    with torch.device("meta"):
+        model = model_of(shape, label)
+
+    def loss_of(outputs: Any, batch: Any) -> torch.Tensor:
+        return sum(each.float().sum() for each in (outputs["start_logits"], outputs["end_logits"]))  # type: ignore[return-value]
+
+    return memory.training_step(
+        model, inputs_of(shape["vocab_size"], length), loss_of, partial(optimizer_without_values, spec),
+        in_backward=how_to_step(spec).in_backward, autocast=lambda: torch.autocast(device, torch.bfloat16),
+        device=device,
+    )  # fmt: skip
+
+
+def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str, Any]:
+    """Peak memory over a few steps, foretold and measured, the losses, and seconds per step after the first."""
+    name, params, clip, recompute = ARMS[label]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    told = foretold(shape, label, length)
+    device, spec = pick_device(), spec_of(label)
+    torch.manual_seed(0)
+    model = model_of(shape, label)
+    weights = sum(p.numel() for p in model.parameters())
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -69,19 +108,16 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
     model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, STEPS + 1)
     stepper = Stepper(accelerator, model, optimizer, spec.rules, how_to_step(spec))
     model.train()
-    random = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, shape["vocab_size"], (ROWS, length), generator=random).to(accelerator.device)
-    ends = torch.randint(0, length, (2, ROWS), generator=random).to(accelerator.device)
+    batch = {
+        key: tensor.to(accelerator.device) for key, tensor in inputs_of(shape["vocab_size"], length).items()
+    }
     losses, started = [], time.perf_counter()
     for step in range(1, STEPS + 1):
         if step == 2:
             started = time.perf_counter()
         stepper.look(step, STEPS)
         optimizer.zero_grad(set_to_none=True)
-        outputs = model(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), start_positions=ends[0],
-            end_positions=ends[1],
-        )  # fmt: skip
+        outputs = model(**batch)
         accelerator.backward(outputs.loss)
         losses.append(float(outputs.loss.detach()))
         del outputs
@@ -90,7 +126,9 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
         scheduler.step()
     row = {
         "method": name, "params": params, "clip": clip, "recomputed": recompute, "weights": weights,
-        "rows": ROWS, "length": length, "peak_memory_gb": peak_bytes() / 1e9, "losses": losses,
+        "rows": ROWS, "length": length, "peak_memory_gb": peak_bytes() / 1e9,
+        "foretold_gb": (told.weights + told.gradients + told.optimizer + told.activations) / 1e9,
+        "foretold_parts_gb": {part: size / 1e9 for part, size in told._asdict().items()}, "losses": losses,
         "seconds_per_step": (time.perf_counter() - started) / (STEPS - 1),
     }  # fmt: skip
     del model, optimizer, scheduler, stepper, accelerator
@@ -107,5 +145,9 @@ def memory_runs(shape: dict[str, int], *, dry_run: bool) -> tuple[dict[str, Any]
         lean, mixed = (rows[label]["peak_memory_gb"] for label in ("lean full", "AdamW, mixed precision"))
         checks[f"lean full takes at most {LEAN_MOST} GB, mixed precision {MIXED_LEAST} GB or more"] = {
             "passed": lean <= LEAN_MOST and mixed >= MIXED_LEAST, "peaks_gb": [lean, mixed],
+        }  # fmt: skip
+        ratios = {label: row["foretold_gb"] / row["peak_memory_gb"] for label, row in rows.items()}
+        checks[f"memory foretold over measured within {1 - NEAR:.2f} and {1 + NEAR:.2f}"] = {
+            "passed": all(abs(ratio - 1) <= NEAR for ratio in ratios.values()), "ratios": ratios,
         }  # fmt: skip
     return rows, checks

@@ -14,6 +14,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, h
 from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
-from finetrial.records import Fit
+from finetrial.records import Fit, RunSpec
 
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
 # for the system, the coordinator, and what a prediction does not see.
@@ -36,9 +37,11 @@ MARGIN = 0.05
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
 # With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case
-# they serve again (bench/memory.py). Where that is too much, large blocks are given back at once.
+# they serve again (bench/memory.py). Where that is too much, large blocks are given back at once. Freed blocks
+# below the limit lie between a step's gradients and may not serve again: at 256 KB, SmolLM2 with LoRA took
+# 80 MB more.
 ROOMY = 2.0
-LARGE_BLOCK_BYTES = 262_144
+LARGE_BLOCK_BYTES = 65_536
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
 COARSE = 8
@@ -176,18 +179,10 @@ class Ladder:
         """Bytes of a training step whose largest micro-batch is that."""
         checkpoint_gradients(self.shapes, on=checkpointing)
         return memory.training_step(
-            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum, self.optimizer,
-            split=split, in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast,
-            device=self.device,
+            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum,
+            partial(optimizer_without_values, self.spec), split=split,
+            in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast, device=self.device,
         )  # fmt: skip
-
-    def optimizer(self, trained: list[torch.nn.Parameter]) -> Any:
-        """The run's own, or what it would take: a lean one reads values, which the parameters do not have."""
-        how = how_to_step(self.spec)
-        if how == Stepping():
-            return make_optimizer(trained, self.spec)
-        found = lean.bytes_of(trained, rounding=how.rounding, quantised=how.state == "8bit")
-        return memory.Stated(*found)
 
     def evaluation(self, batch: Sequence[Feature]) -> int:
         tensors = collate(batch, self.pad_token_id)
@@ -201,6 +196,14 @@ class Ladder:
         """Bytes at the peak of training."""
         activations = max(step.activations, evaluation)
         return self.held + step.resident + step.gradients + step.optimizer + activations
+
+
+def optimizer_without_values(spec: RunSpec, trained: list[torch.nn.Parameter]) -> Any:
+    """A run's own optimiser, or what it would take: a lean one reads values, which these have not."""
+    how = how_to_step(spec)
+    if how == Stepping():
+        return make_optimizer(trained, spec)
+    return memory.Stated(*lean.bytes_of(trained, rounding=how.rounding, quantised=how.state == "8bit"))
 
 
 def _padded(part: Sequence[Feature]) -> int:
@@ -258,11 +261,16 @@ def keep_to(fit: Fit) -> None:
 
 def give_back_at_once() -> None:
     """From now on a large block goes back to the system when it is freed, where the C library can be told."""
-    if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):
-            library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-            library.malloc_trim(0)
+    library = _c_library()
+    if library is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        library.malloc_trim(0)
+
+
+def _c_library() -> Any:
+    """The GNU C library, or None elsewhere."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def check(fit: Fit) -> None:
