@@ -33,10 +33,12 @@ class Trouble:
     sigterm_at: int | None = None
     error_at: tuple[int, Exception] | None = None
     nan_loss_at: int | None = None
+    interrupt_at_prediction: int | None = None  # a batch of an evaluation
     nan_logits_at_evaluation: int | None = None
     scores: list[float] = field(default_factory=list)  # the F1 that evaluations say, one after the other
     losses: int = 0
     evaluations: int = 0
+    predictions: int = 0
     calibrations: list[Any] = field(default_factory=list)  # what each evaluation was given
     batches: list[list[list[int]]] = field(default_factory=list)  # the inputs seen, without padding
 
@@ -68,6 +70,9 @@ class FragileHead(ExtractiveQa):
         return loss * math.nan if TROUBLE.losses == TROUBLE.nan_loss_at else loss
 
     def predictions(self, outputs: Any, batch: Mapping[str, Any]) -> list[Any]:
+        TROUBLE.predictions += 1
+        if TROUBLE.predictions == TROUBLE.interrupt_at_prediction:
+            raise Interrupted
         if TROUBLE.evaluations + 1 == TROUBLE.nan_logits_at_evaluation:
             outputs.start_logits = outputs.start_logits * math.nan
         return super().predictions(outputs, batch)

@@ -87,6 +87,24 @@ def test_a_notice_to_end_is_answered_with_a_checkpoint_and_nothing_is_done_twice
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_notice_to_end_is_answered_within_a_long_evaluation_too(tiny_bert, tmp_path, step):
+    spec = make_spec(tiny_bert, "lora", task_params={"validation_rows": 700})  # several batches
+    whole = run(spec, tmp_path / "whole")
+    TROUBLE.reset(sigterm_at=step)
+    with pytest.raises(SystemExit) as left:
+        run(spec, tmp_path / "cut")
+    assert left.value.code == 143
+    folder = folder_of(spec, tmp_path / "cut")
+    assert folder.checkpoint_step() == step
+    assert list(folder.checkpoint.glob("evaluation/*"))
+    TROUBLE.reset()
+    resumed = run(spec, tmp_path / "cut")
+    assert TROUBLE.losses == 12 - step
+    assert unmeasured(resumed) == unmeasured(whole)
+    assert records(spec, tmp_path / "cut") == records(spec, tmp_path / "whole")
+
+
 def test_the_cases_of_resuming_are_what_they_say(tiny_bert, tmp_path):
     """Or they would show nothing: best weights from before the cut, a stop before the end."""
     rules = {"evaluations_per_epoch": 2}

@@ -15,7 +15,7 @@ from finetrial import checkpoint, files, worker
 from finetrial.assemble import input_hash, open_workbench
 from finetrial.batching import collate, model_inputs
 from finetrial.errors import HomeError, OutOfMemory
-from finetrial.proof import prove, weights_hash
+from finetrial.proof import prove
 from finetrial.records import ModelSource, RunSpec
 from finetrial.store import Home
 from fragile import TROUBLE
@@ -108,10 +108,12 @@ def test_the_weights_hash_tells_values_names_shapes_and_signs_apart():
         {"a": torch.zeros(0)},
         {},
     ]
-    assert len({weights_hash(kind) for kind in kinds}) == len(kinds)
+    assert len({checkpoint.weights_hash(kind) for kind in kinds}) == len(kinds)
     matrix = torch.arange(6.0).reshape(2, 3)
-    assert weights_hash({"a": matrix.T}) == weights_hash({"a": matrix.T.contiguous()})
-    assert weights_hash({"a": matrix, "b": matrix}) == weights_hash({"b": matrix, "a": matrix})
+    assert checkpoint.weights_hash({"a": matrix.T}) == checkpoint.weights_hash({"a": matrix.T.contiguous()})
+    assert checkpoint.weights_hash({"a": matrix, "b": matrix}) == checkpoint.weights_hash(
+        {"b": matrix, "a": matrix}
+    )
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ def test_a_replicate_scores_test_with_validations_threshold_and_saves_the_scored
     assert files.damage(saved) is None
     assert AutoTokenizer.from_pretrained(saved).pad_token == "[PAD]"
     model = AutoModelForQuestionAnswering.from_pretrained(saved)
-    assert weights_hash(dict(model.named_parameters())) == result.weights_sha256
+    assert checkpoint.weights_hash(dict(model.named_parameters())) == result.weights_sha256
     assert result.cost.saved_bytes == sum(
         p.stat().st_size for p in saved.iterdir() if p.name in ("config.json", "model.safetensors")
     )

@@ -43,14 +43,17 @@ POINTS = {
     },
     "finetrial.optimisation": {"prepare_optimisation": "train", "settings_used": "train"},
     "finetrial.train": {
-        "train": "train", "Loop.step": "train", "Loop.judge": "evaluate", "evaluate": "evaluate",
+        "train": "train", "Loop.step": "train", "Loop.judge": "evaluate",
+    },
+    "finetrial.evaluation": {
+        "evaluate": "evaluate", "Kept.begin": "evaluate", "Kept.write": "evaluate", "Kept.end": "evaluate",
     },
     "finetrial.checkpoint": {
         "save": "save", "save_best": "save", "load_best": "save", "newest": "save", "restore": "save",
         "_drop_all_but": "clean-up",
     },
     "finetrial.stages": {
-        "_training": "result", "_save_model": "result", "prove": "result", "weights_hash": "result",
+        "_training": "result", "_save_model": "result", "prove": "result",
         "_probe": "evaluate", "_baseline": "evaluate",
     },
     "finetrial.export": {"optimum": "export", "write": "export", "read": "export"},

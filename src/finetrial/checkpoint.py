@@ -6,10 +6,12 @@ is a folder committed by its manifest; a damaged one is passed over for the newe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from finetrial import files
 from finetrial.errors import HomeError
+from finetrial.records import How
+
+# In a run's checkpoint folder: the outputs of an evaluation that is not complete.
+EVALUATION = "evaluation"
 
 
 def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -27,9 +33,35 @@ def trained_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rule(how: How, start: int = 0) -> Callable[[int], bool]:
+    """When to write: every so many steps from `start`, or every so many seconds. It changes no result."""
+    last = {"step": start, "time": time.monotonic()}
+
+    def due(step: int) -> bool:
+        by_steps = how.checkpoint_steps is not None and step - last["step"] >= how.checkpoint_steps
+        by_time = (
+            how.checkpoint_seconds is not None and time.monotonic() - last["time"] >= how.checkpoint_seconds
+        )
+        if by_steps or by_time:
+            last.update(step=step, time=time.monotonic())
+        return by_steps or by_time
+
+    return due
+
+
 def save(folder: Path, step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any]) -> None:
     """Commit a checkpoint of this step, then drop the older ones. `state` is plain JSON."""
-    with _committed(folder / f"step-{step:08d}") as temporary:
+    with committed(folder / f"step-{step:08d}") as temporary:
         save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
         tensors, scalars = _flatten(optimizer.state_dict())
         random_tensors, random_scalars = _random_states()
@@ -48,7 +80,7 @@ def save(folder: Path, step: int, model: Any, optimizer: Any, scheduler: Any, st
 
 def save_best(folder: Path, step: int, model: Any) -> None:
     """Commit the weights of the best evaluation so far; of earlier ones keep what a checkpoint needs."""
-    with _committed(folder / _best_name(step)) as temporary:
+    with committed(folder / _best_name(step)) as temporary:
         save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
     steps = [path for path in folder.glob("step-*") if files.damage(path) is None]
     needed = {_best_name(best) for best in map(_best_step, steps) if best is not None}
@@ -105,7 +137,7 @@ def _best_step(checkpoint: Path) -> int | None:
 
 
 @contextmanager
-def _committed(final: Path) -> Iterator[Path]:
+def committed(final: Path) -> Iterator[Path]:
     """An empty folder that becomes the final one; on an error (a full disk) nothing of it is left."""
     if final.parent.is_symlink():  # older ones are deleted there
         raise HomeError(
@@ -122,9 +154,12 @@ def _committed(final: Path) -> Iterator[Path]:
 
 
 def _drop_all_but(folder: Path, keep: set[str]) -> None:
-    """Nothing else belongs here: the worker holds the run's lock, so a left-over is a killed attempt's."""
+    """Nothing else belongs here: the worker holds the run's lock, so a left-over is a killed attempt's.
+
+    But for an evaluation that was cut off: it is of a step that is still to come.
+    """
     for path in folder.iterdir():
-        if path.name not in keep:
+        if path.name not in keep and path.name != EVALUATION:
             files.discard(path)
 
 

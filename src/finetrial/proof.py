@@ -1,9 +1,7 @@
-"""Proof of training: which tensors moved from their start, and the hash of what was trained. Child side."""
+"""Proof of training: which tensors moved from their start. Child side."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,13 +54,3 @@ def _counts_as_moved(group: str, rows: list[tuple[str, float, float]]) -> bool:
 def _plain_name(name: str) -> str:
     """A parameter's name without what PEFT wraps around it."""
     return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-
-
-def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of tensors in order of name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

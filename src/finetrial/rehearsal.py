@@ -19,6 +19,7 @@ from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged
+from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes, split
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature, Splits
@@ -26,7 +27,7 @@ from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Setting
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.store import RunFolder
-from finetrial.train import Loop, evaluate, open_loop
+from finetrial.train import Loop, open_loop
 from finetrial.training_state import Progress
 
 SAMPLES = 10

@@ -12,14 +12,15 @@ from finetrial.assemble import Workbench, input_hash, open_workbench, pick_devic
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged, HomeError
+from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes
 from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
-from finetrial.proof import prove, weights_hash
+from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
 from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
-from finetrial.train import evaluate, make_accelerator, train
+from finetrial.train import make_accelerator, train
 from finetrial.training_state import Progress
 
 # In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
@@ -48,7 +49,15 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
         features = bench.encode(examples, built)
         scored = evaluate(
-            accelerator, model, bench, built.tokenizer, features, examples, calibration, tokens=tokens
+            accelerator,
+            model,
+            bench,
+            built.tokenizer,
+            features,
+            examples,
+            calibration,
+            tokens=tokens,
+            kept=Kept(folder),
         )
         calibration = calibration or scored.calibration
         scores[split], hashes[split] = scored.metrics, input_hash(features)
@@ -93,7 +102,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
             hashes["test"] = input_hash(test)
             scored = evaluate(
                 trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
-                progress.best_calibration, tokens=fit.evaluation_tokens,
+                progress.best_calibration, tokens=fit.evaluation_tokens, kept=Kept(folder),
             )  # fmt: skip
     except Diverged as diverged:
         reason = str(Diverged(diverged.step or progress.step, diverged.reason))
@@ -122,7 +131,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         proof=prove(bench, trained.model),
         cost=cost_of(clock, trained.model, progress, saved_bytes, peak, fit),
         # A replicate's kept weights; a trial keeps none, so those of its last step.
-        weights_sha256=weights_hash(checkpoint.trained_tensors(trained.model)),
+        weights_sha256=checkpoint.weights_hash(checkpoint.trained_tensors(trained.model)),
         input_sha256=hashes,
         split_rows=split_rows(bench),
         environment=environment(spec),

@@ -1,4 +1,4 @@
-"""THE training loop, one for every method, and the evaluation that goes with it. Child side.
+"""THE training loop, one for every method. Child side.
 
 A difference between two methods here is a difference between methods: data order, batches, schedule,
 clipping, precision, evaluation and stopping are this code, and the random streams are the replicate's. The
@@ -21,8 +21,9 @@ from accelerate import Accelerator
 
 from finetrial import checkpoint
 from finetrial.assemble import Workbench
-from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, model_inputs
+from finetrial.batching import collate, heaviest, model_inputs
 from finetrial.errors import Diverged, OutOfMemory
+from finetrial.evaluation import Kept, evaluate
 from finetrial.files import append_json_line
 from finetrial.fit import PROVED_SHARE, check, checkpoint_gradients, peak_bytes, split
 from finetrial.notice import EXIT_CODE, termination_notice
@@ -35,7 +36,7 @@ from finetrial.optimisation import (
     prepare_optimisation,
     settings_used,
 )
-from finetrial.plugins import Feature, Scored, metric_of
+from finetrial.plugins import Feature, metric_of
 from finetrial.records import Fit, LoopRules, RunSpec, Setting, stream_seed
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
@@ -74,18 +75,21 @@ def train(
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
     loop = open_loop(bench, folder, model, tokenizer, progress, fit, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
-    due = _checkpoint_rule(spec, progress.step)
+    due = checkpoint.rule(spec.how, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
     if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
         loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
     with termination_notice() as asked:
-        for indices in planned_batches(lengths, spec, progress.step):
+        if progress.unjudged:  # the last attempt left within that evaluation
+            loop.judge(validation, asked)
+        batches = () if progress.stopped_early else planned_batches(lengths, spec, progress.step)
+        for indices in batches:
             loop.step([features[i] for i in indices])
             last = progress.step == planned_steps
             if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
                 loop.record()
             if progress.step in evaluate_at:
-                loop.judge(validation)
+                loop.judge(validation, asked)
             if progress.stopped_early or last:
                 break
             loop.keep_to_budget()
@@ -217,23 +221,29 @@ class Loop:
         append_json_line(self.folder.metrics_file, record)
         losses.clear()
 
-    def judge(self, validation: Sequence[Feature]) -> None:
+    def judge(self, validation: Sequence[Feature], asked: Callable[[], bool] = lambda: False) -> None:
         """Score validation, keep the weights if they are the best, and apply the stopping rule.
 
         `progress.best_*` is of the weights that are kept: with `keep: last` those of the last evaluation.
+        `asked`: whether the process was told to end.
         """
         bench, progress, rules = self.bench, self.progress, self.bench.spec.rules
         metric = metric_of(bench.spec.task)
         self.clock.train()
+        progress.unjudged = True
         try:
             _check_weights(self.model)
             scored = evaluate(
                 self.accelerator, self.model, bench, self.tokenizer, validation, bench.splits.validation,
-                tokens=self.fit.evaluation_tokens,
+                tokens=self.fit.evaluation_tokens, kept=Kept(self.folder, asked=asked),
             )  # fmt: skip
         except Diverged as diverged:  # a head knows no step
             raise Diverged(progress.step, diverged.reason) from diverged
+        except SystemExit:  # told to end: the next attempt begins with this evaluation
+            self.save()
+            raise
         self.clock.evaluate()
+        progress.unjudged = False
         score = scored.metrics[metric.name]
         if not math.isfinite(score):
             raise Diverged(progress.step, f"the score is {score}")
@@ -306,46 +316,6 @@ def _check_weights(model: Any) -> None:
             raise Diverged(0, f"{name} holds a weight that is not finite")
 
 
-def evaluate(
-    accelerator: Accelerator,
-    model: Any,
-    bench: Workbench,
-    tokenizer: Any,
-    features: Sequence[Feature],
-    examples: Sequence[dict[str, Any]],
-    calibration: dict[str, float] | None = None,
-    *,
-    tokens: int = EVALUATION_TOKENS,
-) -> Scored:
-    """Scores of a split, so many tokens at a time. Validation chooses the calibration; test is given it."""
-    model.eval()
-    predictions: list[Any] = [None] * len(features)
-    with torch.no_grad():
-        for indices in evaluation_batches([len(feature.input_ids) for feature in features], tokens):
-            batch = [features[i] for i in indices]
-            tensors = collate(batch, tokenizer.pad_token_id, accelerator.device)
-            outputs = model(**model_inputs(tensors))
-            made = bench.task.head.predictions(outputs, tensors)
-            for index, prediction in zip(indices, made, strict=True):
-                predictions[index] = prediction
-    return bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
-
-
 def _keeps_best(spec: RunSpec) -> bool:
     """A trial's weights are never used again; a replicate's best are what is tested and saved."""
     return spec.stage == "replicate" and spec.rules.keep == "best"
-
-
-def _checkpoint_rule(spec: RunSpec, start: int) -> Callable[[int], bool]:
-    """When to write a checkpoint: every so many steps, or every so many seconds. It changes no result."""
-    last = {"step": start, "time": time.monotonic()}
-
-    def due(step: int) -> bool:
-        every_steps, every_seconds = spec.how.checkpoint_steps, spec.how.checkpoint_seconds
-        by_steps = every_steps is not None and step - last["step"] >= every_steps
-        by_time = every_seconds is not None and time.monotonic() - last["time"] >= every_seconds
-        if by_steps or by_time:
-            last.update(step=step, time=time.monotonic())
-        return by_steps or by_time
-
-    return due

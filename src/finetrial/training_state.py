@@ -49,6 +49,7 @@ class Progress:
     peak_score: float | None = None  # the best of all evaluations, kept or not: what early stopping compares
     evaluations_without_gain: int = 0
     stopped_early: bool = False
+    unjudged: bool = False  # the evaluation of this step is still to be made
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     cpu_seconds: float = 0.0
