@@ -34,6 +34,7 @@ class Trouble:
     error_at: tuple[int, Exception] | None = None
     nan_loss_at: int | None = None
     interrupt_at_prediction: int | None = None  # a batch of an evaluation
+    sigterm_at_prediction: int | None = None
     nan_logits_at_evaluation: int | None = None
     scores: list[float] = field(default_factory=list)  # the F1 that evaluations say, one after the other
     losses: int = 0
@@ -73,6 +74,8 @@ class FragileHead(ExtractiveQa):
         TROUBLE.predictions += 1
         if TROUBLE.predictions == TROUBLE.interrupt_at_prediction:
             raise Interrupted
+        if TROUBLE.predictions == TROUBLE.sigterm_at_prediction:
+            os.kill(os.getpid(), signal.SIGTERM)
         if TROUBLE.evaluations + 1 == TROUBLE.nan_logits_at_evaluation:
             outputs.start_logits = outputs.start_logits * math.nan
         return super().predictions(outputs, batch)

@@ -176,3 +176,16 @@ def test_a_folder_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
     files.discard(elsewhere)
     assert not elsewhere.exists()
     assert caplog.text == ""
+
+
+def test_a_line_that_a_killed_process_has_left_torn_stays_by_itself(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    files.append_json_line(path, {"step": 1})
+    with path.open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    files.append_json_line(path, {"step": 3})
+    files.append_json_line(path, {"step": 4})
+    damaged = []
+    records = list(files.json_lines(path, lambda _, line: damaged.append(line)))
+    assert [record["step"] for record in records] == [1, 3, 4]
+    assert damaged == [2]

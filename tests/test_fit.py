@@ -210,7 +210,6 @@ def test_the_step_that_proves_the_memory_leaves_no_trace(tiny_bert, tmp_path, me
     assert unmeasured(proved) == unmeasured(plain)
     folder = folder_of(near, tmp_path / "proved")
     assert folder.fit().proved
-    folder.result_file.unlink()
     folder.drop_checkpoint()
     TROUBLE.reset()
     again = run(near, tmp_path / "proved")  # a later attempt need not prove it again

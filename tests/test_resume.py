@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetrial.files import json_lines
 from finetrial.records import EarlyStopping, How, RunSpec
 from fragile import TROUBLE, Interrupted
 from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
@@ -74,14 +75,18 @@ def test_a_notice_to_end_is_answered_with_a_checkpoint_and_nothing_is_done_twice
     spec = make_spec(tiny_bert, "lora", rules={"evaluations_per_epoch": 2})  # no checkpoint is ever due
     whole = run(spec, tmp_path / "whole")
     TROUBLE.reset(sigterm_at=step)
-    if step < 12:
-        with pytest.raises(SystemExit) as left:
-            run(spec, tmp_path / "cut")
-        assert left.value.code == 143
-        assert folder_of(spec, tmp_path / "cut").checkpoint_step() == step
-        TROUBLE.reset()
-    resumed = run(spec, tmp_path / "cut")  # the last step is not cut off: there is nothing left to do
-    assert TROUBLE.losses == 12 - (step if step < 12 else 0)
+    with pytest.raises(SystemExit) as left:
+        run(spec, tmp_path / "cut")
+    assert left.value.code == 143
+    folder = folder_of(spec, tmp_path / "cut")
+    assert folder.checkpoint_step() == step
+    TROUBLE.reset()
+    resumed = run(spec, tmp_path / "cut")
+    assert TROUBLE.losses == 12 - step
+    told = [event["event"] for event in json_lines(folder.events_file)]
+    assert [event for event in told if event in ("left when asked to end", "resumed")] == [
+        "left when asked to end", "resumed",
+    ]  # fmt: skip
     assert resumed.weights_sha256 == whole.weights_sha256
     assert records(spec, tmp_path / "cut") == records(spec, tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -98,6 +103,10 @@ def test_a_notice_to_end_is_answered_within_a_long_evaluation_too(tiny_bert, tmp
     folder = folder_of(spec, tmp_path / "cut")
     assert folder.checkpoint_step() == step
     assert list(folder.checkpoint.glob("evaluation/*"))
+    TROUBLE.reset(interrupt_at=1)
+    if step == 6:  # killed after it has judged, before a checkpoint
+        with pytest.raises(Interrupted):
+            run(spec, tmp_path / "cut")
     TROUBLE.reset()
     resumed = run(spec, tmp_path / "cut")
     assert TROUBLE.losses == 12 - step

@@ -46,7 +46,7 @@ POINTS = {
         "train": "train", "Loop.step": "train", "Loop.judge": "evaluate",
     },
     "finetrial.evaluation": {
-        "evaluate": "evaluate", "Kept.begin": "evaluate", "Kept.write": "evaluate", "Kept.end": "evaluate",
+        "evaluate": "evaluate", "Kept.begin": "evaluate", "Kept.write": "evaluate",
     },
     "finetrial.checkpoint": {
         "save": "save", "save_best": "save", "load_best": "save", "newest": "save", "restore": "save",

@@ -6,9 +6,11 @@ split is scored when, and with which calibration, is `train.py`'s and `stages.py
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +22,14 @@ from finetrial.assemble import Workbench, input_hash
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, model_inputs
 from finetrial.notice import EXIT_CODE
 from finetrial.plugins import Example, Feature, Scored
-from finetrial.records import short_hash
-from finetrial.store import RunFolder
+from finetrial.records import How, short_hash
 
-# Outputs of a batch that take more than this are not kept: no task of today has them, and disk is not for that.
-MOST_KEPT_BYTES = 64 * 10**6
+# Outputs that wait to be written take no more than this; a batch that takes more by itself is not kept.
+MOST_WAITING_BYTES = 64 * 10**6
 
 
-class _Outputs(dict[str, torch.Tensor]):
-    """A model's outputs, read back: tensors by name, as attributes, too."""
+class Outputs(dict[str, torch.Tensor]):
+    """A model's outputs as a head sees them, computed or read back: its tensors by name, as attributes, too."""
 
     def __getattr__(self, name: str) -> torch.Tensor:
         try:
@@ -41,46 +42,39 @@ class Kept:
     """Outputs of the batches of one evaluation, written as often as a run's checkpoints are.
 
     They hold for the same weights, inputs and batches only, whose hash lies beside them. A part that is
-    damaged, or of another evaluation, is left out and computed again.
+    damaged, or of another evaluation, is left out and computed again. They stay until the run goes on
+    (`drop_up_to`) or ends.
     """
 
-    def __init__(self, folder: RunFolder, *, asked: Callable[[], bool] = lambda: False):
-        """`asked`: whether the process was told to end."""
-        self.place = folder.checkpoint / checkpoint.EVALUATION
-        self.due = checkpoint.rule(folder.spec().how)
+    def __init__(self, checkpoints: Path, name: str, how: How, asked: Callable[[], bool] = lambda: False):
+        """`name`: of the evaluation, within its run. `asked`: whether the process was told to end."""
+        self.place = checkpoints / checkpoint.EVALUATION / name
+        self.due = checkpoint.rule(how)
         self.asked = asked
-        self._new: dict[str, torch.Tensor] = {}
-        self._read: dict[str, torch.Tensor] = {}
-        self._last = 0
-        self._key: str | None = None
-        self._key_of: Callable[[], str] = str
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._read: dict[int, Outputs] = {}
 
     def begin(self, key_of: Callable[[], str]) -> None:
         """Read what an earlier process has left. `key_of` is asked only where there is something to compare."""
-        self._key_of = key_of
+        self._key = functools.cache(key_of)
         for part in sorted(self.place.iterdir()) if self.place.is_dir() else []:
             fault = files.damage(part)
-            if fault is None and json.loads((part / "key.json").read_text())["key"] != self.key:
+            if fault is None and json.loads((part / "key.json").read_text())["key"] != self._key():
                 fault = "it is of another evaluation"
             if fault is None:
-                self._read |= load_file(part / "outputs.safetensors")
+                for name, tensor in load_file(part / "outputs.safetensors").items():
+                    number, _, field = name.partition(".")
+                    self._read.setdefault(int(number), Outputs())[field] = tensor
             else:
                 sys.stderr.write(f"kept outputs {part.name} are left out: {fault}\n")
                 files.discard(part)
 
-    @property
-    def key(self) -> str:
-        if self._key is None:
-            self._key = self._key_of()
-        return self._key
-
-    def get(self, number: int, device: Any) -> _Outputs | None:
+    def get(self, number: int, device: Any) -> Outputs | None:
         """The outputs of a batch, if they are there."""
-        start = f"{number}."
-        found = {n.removeprefix(start): t for n, t in self._read.items() if n.startswith(start)}
-        return _Outputs({name: tensor.to(device) for name, tensor in found.items()}) if found else None
+        found = self._read.get(number)
+        return None if found is None else Outputs({name: tensor.to(device) for name, tensor in found.items()})
 
-    def add(self, number: int, outputs: Mapping[str, Any], *, last: bool) -> None:
+    def add(self, number: int, outputs: Outputs, *, last: bool) -> None:
         """Take in a batch's outputs; write them if it is time to, and there are more to come.
 
         Raises:
@@ -88,12 +82,12 @@ class Kept:
         """
         if last:
             return
-        tensors = {name: tensor for name, tensor in outputs.items() if torch.is_tensor(tensor)}
-        if sum(tensor.nbytes for tensor in tensors.values()) <= MOST_KEPT_BYTES:
+        if sum(tensor.nbytes for tensor in outputs.values()) <= MOST_WAITING_BYTES:
             # Copies: a view would be written with all that it is a view of.
-            self._new |= {f"{number}.{name}": t.detach().cpu().clone() for name, t in tensors.items()}
+            self._waiting |= {f"{number}.{name}": t.detach().cpu().clone() for name, t in outputs.items()}
+        full = sum(tensor.nbytes for tensor in self._waiting.values()) > MOST_WAITING_BYTES
         leaving = self.asked()
-        if self._new and (self.due(number + 1) or leaving):
+        if self._waiting and (self.due(number + 1) or full or leaving):
             self.write(number)
         if leaving:
             sys.stderr.write("asked to end: left within an evaluation, with what was computed of it\n")
@@ -101,13 +95,22 @@ class Kept:
 
     def write(self, number: int) -> None:
         with checkpoint.committed(self.place / f"to-{number:08d}") as temporary:
-            save_file(self._new, temporary / "outputs.safetensors")
-            files.write_json(temporary / "key.json", {"key": self.key})
-        self._new = {}
+            save_file(self._waiting, temporary / "outputs.safetensors")
+            files.write_json(temporary / "key.json", {"key": self._key()})
+        self._waiting = {}
 
-    def end(self) -> None:
-        """The evaluation is complete: nobody needs them any more."""
-        files.discard(self.place)
+
+def validation_name(step: int) -> str:
+    """What `Kept` calls the evaluation after a step."""
+    return f"validation-{step:08d}"
+
+
+def drop_up_to(checkpoints: Path, step: int) -> None:
+    """Delete the outputs of evaluations up to a step: the run has gone on from there."""
+    place = checkpoints / checkpoint.EVALUATION
+    for path in place.glob("validation-*"):
+        if path.name <= validation_name(step):
+            files.discard(path)
 
 
 def evaluate(
@@ -138,13 +141,11 @@ def evaluate(
             tensors = collate([features[i] for i in indices], tokenizer.pad_token_id, accelerator.device)
             outputs = kept.get(number, accelerator.device) if kept is not None else None
             if outputs is None:
-                outputs = model(**model_inputs(tensors))
+                computed = model(**model_inputs(tensors)).items()
+                outputs = Outputs({name: value for name, value in computed if torch.is_tensor(value)})
                 if kept is not None:
                     kept.add(number, outputs, last=number + 1 == len(batches))
             made = bench.task.head.predictions(outputs, tensors)
             for index, prediction in zip(indices, made, strict=True):
                 predictions[index] = prediction
-    scored = bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
-    if kept is not None:
-        kept.end()
-    return scored
+    return bench.task.head.score(predictions, features, examples, bench.task_params, calibration)

@@ -87,12 +87,13 @@ class Ladder:
         """
         how = self.spec.how
         asked = Fit(
-            device=self.device, budget=self.budget, predicted=None, rows=how.micro_batch, asked=self.asked,
-            checkpointing=bool(self.asked), evaluation_tokens=EVALUATION_TOKENS, halvings=halvings,
+            device=self.device, budget=self.budget, predicted=None, rows=how.micro_batch,
+            checkpointing=bool(self.asked), checkpointing_asked=self.asked,
+            evaluation_tokens=EVALUATION_TOKENS, halvings=halvings,
         )  # fmt: skip
         if earlier is not None and all(
             getattr(earlier, name) == getattr(asked, name)
-            for name in ("device", "budget", "rows", "asked", "halvings")
+            for name in ("device", "budget", "rows", "checkpointing_asked", "halvings")
         ):
             return earlier
         if not count and halvings == 0 and how.memory_bytes is None and self.surely_fits():
@@ -261,16 +262,11 @@ def keep_to(fit: Fit) -> None:
 
 def give_back_at_once() -> None:
     """From now on a large block goes back to the system when it is freed, where the C library can be told."""
-    library = _c_library()
-    if library is not None:
-        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-        library.malloc_trim(0)
-
-
-def _c_library() -> Any:
-    """The GNU C library, or None elsewhere."""
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    return library if hasattr(library, "mallopt") else None
+    if sys.platform.startswith("linux"):
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+            library.malloc_trim(0)
 
 
 def check(fit: Fit) -> None:

@@ -150,7 +150,7 @@ class Fit(Frozen):
     checkpointing: bool = False  # activations are computed twice instead of kept
     evaluation_tokens: int  # most of a batch that is only evaluated
     tight: bool = False  # large blocks are given back to the system at once; on a CPU only
-    asked: bool | None = None  # run.gradient_checkpointing
+    checkpointing_asked: bool | None = None  # run.gradient_checkpointing
     halvings: int = 0  # how often memory had run out when it was chosen
     proved: bool = False  # a step that was thrown away has kept to the budget
 

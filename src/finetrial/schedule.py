@@ -53,6 +53,7 @@ class Running:
     deadline: float | None
     renew_at: float
     memory_kills: int  # that the system had made before it
+    kept_outputs: int  # parts of evaluations that it began with
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Scheduler:
         attempt = Attempt(
             number=number, host=socket.gethostname(), pid=0, started_at=now, from_step=folder.checkpoint_step()
         )
-        handle, kills = None, processes.memory_kills()
+        handle, kills, kept = None, processes.memory_kills(), folder.kept_outputs()
         try:
             folder.write_attempt(attempt)
             handle = self.engine.start(folder.path, spec)
@@ -156,7 +157,9 @@ class Scheduler:
         limit = spec.how.limit_seconds
         clock = time.monotonic()
         deadline = clock + limit if limit is not None else None
-        return Running(lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills)
+        return Running(
+            lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills, kept
+        )  # fmt: skip
 
     def _watch(self, run: Running) -> Exit | None:
         """How a run ended, or None while it goes on; one over its time limit is ended here."""
@@ -179,7 +182,8 @@ class Scheduler:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
         outcome, reason, final = self._outcome(run, ended)
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
-        further = run.folder.checkpoint_step() > run.attempt.from_step and outcome != "timed_out"
+        further = run.folder.checkpoint_step() > run.attempt.from_step
+        further = (further or run.folder.kept_outputs() > run.kept_outputs) and outcome != "timed_out"
         past = run.folder.current_attempts()
         count = sum(a.outcome in RESUMED and a.counts for a in past) + (0 if further else 1)
         halved = sum(a.outcome == "out_of_memory" for a in past)

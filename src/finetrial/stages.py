@@ -14,6 +14,7 @@ from finetrial.data import cap_rows
 from finetrial.errors import Diverged, HomeError
 from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes
+from finetrial.notice import termination_notice
 from finetrial.optimisation import plan_steps
 from finetrial.plugins import ProbeInput
 from finetrial.proof import prove
@@ -46,21 +47,15 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     model = accelerator.prepare(built.model)
     scores, hashes, calibration = {}, {}, None
     tokens = EVALUATION_TOKENS >> folder.out_of_memory()
-    for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
-        features = bench.encode(examples, built)
-        scored = evaluate(
-            accelerator,
-            model,
-            bench,
-            built.tokenizer,
-            features,
-            examples,
-            calibration,
-            tokens=tokens,
-            kept=Kept(folder),
-        )
-        calibration = calibration or scored.calibration
-        scores[split], hashes[split] = scored.metrics, input_hash(features)
+    with termination_notice() as asked:
+        for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
+            features = bench.encode(examples, built)
+            scored = evaluate(
+                accelerator, model, bench, built.tokenizer, features, examples, calibration, tokens=tokens,
+                kept=Kept(folder.checkpoint, split, spec.how, asked),
+            )  # fmt: skip
+            calibration = calibration or scored.calibration
+            scores[split], hashes[split] = scored.metrics, input_hash(features)
     return Result(
         run_id=spec.run_id,
         outcome="done",
@@ -94,16 +89,18 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     hashes = {"train": input_hash(features), "validation": input_hash(validation)}
     scored = None
     try:
-        trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit)
-        peak = peak_bytes()  # of training: what comes after holds a second model
-        folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
-        if spec.stage == "replicate":
-            test = bench.encode(bench.splits.test, built)
-            hashes["test"] = input_hash(test)
-            scored = evaluate(
-                trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
-                progress.best_calibration, tokens=fit.evaluation_tokens, kept=Kept(folder),
-            )  # fmt: skip
+        with termination_notice() as asked:
+            trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit, asked)
+            peak = peak_bytes()  # of training: what comes after holds a second model
+            folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
+            if spec.stage == "replicate":
+                test = bench.encode(bench.splits.test, built)
+                hashes["test"] = input_hash(test)
+                scored = evaluate(
+                    trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,
+                    progress.best_calibration, tokens=fit.evaluation_tokens,
+                    kept=Kept(folder.checkpoint, "test", spec.how, asked),
+                )  # fmt: skip
     except Diverged as diverged:
         reason = str(Diverged(diverged.step or progress.step, diverged.reason))
         return Result(

@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -133,9 +134,6 @@ class RunFolder:
         told = {name: hide(value) if isinstance(value, str) else value for name, value in facts.items()}
         files.append_json_line(self.events_file, {"time": now, "event": event, **told})
 
-    def events(self) -> list[dict[str, Any]]:
-        return list(files.json_lines(self.events_file))
-
     def last_metrics(self) -> dict[str, Any] | None:
         """The newest whole record of metrics.jsonl, read from its end."""
         if not self.metrics_file.exists():
@@ -150,10 +148,18 @@ class RunFolder:
             return None
         return record if isinstance(record, dict) else None
 
-    def keep_metrics_up_to(self, step: int) -> None:
-        """Drop records after a checkpoint's step: the resumed run writes them again, the same."""
+    def keep_metrics_up_to(self, step: int, *, unjudged: bool = False) -> None:
+        """Drop records after a checkpoint's step: the resumed run writes them again, the same.
+
+        `unjudged`: the evaluation of that step is one of them.
+        """
         records = files.json_lines(self.metrics_file, _say_damaged)
-        kept = [record for record in records if record.get("step", math.inf) <= step]
+        kept = [
+            record
+            for record in records
+            if record.get("step", math.inf) <= step
+            and not (unjudged and record.get("kind") == "eval" and record["step"] == step)
+        ]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         files.write_text(self.metrics_file, text)
 
@@ -170,6 +176,10 @@ class RunFolder:
         """The step of the newest checkpoint, damaged or not; 0 if there is none."""
         steps = [path.name.removeprefix("step-") for path in self.checkpoint.glob("step-*")]
         return max((int(step) for step in steps if step.isdigit()), default=0)
+
+    def kept_outputs(self) -> int:
+        """How many parts of evaluations are kept beside the checkpoint."""
+        return len(list(self.checkpoint.glob("evaluation/*/to-*")))
 
     def drop_checkpoint(self) -> str | None:
         """Delete the checkpoints; a warning if that could not be done, which changes no result."""
@@ -221,10 +231,11 @@ class Home:
                 spec = folder.spec() if damaged.path != folder.spec_file else None
                 place = self._set_aside(folder, spec)
                 said.append(f"{damaged.path} is damaged: {damaged.why}; its run is set aside in {place}")
-        failures = [folder.failure() for folder in self.find("probe.")]
-        if not any(failure is not None and failure.kind == "refused" for failure in failures):
-            return said
+        refused = [f.spec() for f in self.find("probe.") if (why := f.failure()) and why.kind == "refused"]
+        needed = {run_id for spec in refused for run_id in (spec.subject, spec.reference)}
         for folder in self.find("replicate."):
+            if folder.path.name not in needed:
+                continue
             spec, result = folder.spec(), folder.result()
             model = self.model_folder(spec)
             broken = files.damage(model) if result is not None and result.outcome == "done" else None
@@ -260,7 +271,11 @@ class Home:
 
     def drop_model(self, spec: RunSpec) -> str | None:
         """Delete a replicate's trained model; a warning if that could not be done, which changes no result."""
-        return _drop(self.model_folder(spec))
+        folder = self.model_folder(spec)
+        if folder.exists():  # half a model is never seen under its name
+            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old"))
+        left = [_drop(old) for old in folder.parent.glob(f".{folder.name}.????????.old")]
+        return next((warning for warning in left if warning), None)
 
     def write_summary(self, summary: Summary) -> None:
         files.write_text(self.summary_file, summary.model_dump_json(indent=1) + "\n")

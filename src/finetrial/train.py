@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +23,10 @@ from finetrial import checkpoint
 from finetrial.assemble import Workbench
 from finetrial.batching import collate, heaviest, model_inputs
 from finetrial.errors import Diverged, OutOfMemory
-from finetrial.evaluation import Kept, evaluate
+from finetrial.evaluation import Kept, drop_up_to, evaluate, validation_name
 from finetrial.files import append_json_line
 from finetrial.fit import PROVED_SHARE, check, checkpoint_gradients, peak_bytes, split
-from finetrial.notice import EXIT_CODE, termination_notice
+from finetrial.notice import EXIT_CODE
 from finetrial.optimisation import (
     evaluation_steps,
     how_to_step,
@@ -61,15 +61,18 @@ def train(
     validation: Sequence[Feature],
     progress: Progress,
     fit: Fit,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
 
-    `progress` is kept up to date, so that it tells how far a run came that diverged.
+    `progress` is kept up to date, so that it tells how far a run came that diverged. `asked`: whether the
+    process was told to end.
 
     Raises:
         Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed, or the
             weights grew, far above their start; nothing is skipped or filtered.
         OutOfMemory: it took more than its budget; a checkpoint of its last whole step is there.
+        SystemExit: the process was told to end; a checkpoint is there.
     """
     spec = bench.spec
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
@@ -79,27 +82,27 @@ def train(
     lengths = [len(feature.input_ids) for feature in features]
     if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
         loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
-    with termination_notice() as asked:
-        if progress.unjudged:  # the last attempt left within that evaluation
+    if progress.unjudged:  # the last attempt left within that evaluation
+        loop.judge(validation, asked)
+    for indices in () if progress.stopped_early else planned_batches(lengths, spec, progress.step):
+        loop.step([features[i] for i in indices])
+        last = progress.step == planned_steps
+        if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
+            loop.record()
+        if progress.step in evaluate_at:
             loop.judge(validation, asked)
-        batches = () if progress.stopped_early else planned_batches(lengths, spec, progress.step)
-        for indices in batches:
-            loop.step([features[i] for i in indices])
-            last = progress.step == planned_steps
-            if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
-                loop.record()
-            if progress.step in evaluate_at:
-                loop.judge(validation, asked)
-            if progress.stopped_early or last:
-                break
+        over = progress.stopped_early or last
+        if over and spec.stage != "replicate":
+            break
+        if not over:
             loop.keep_to_budget()
-            leaving = asked()
-            if leaving or due(progress.step):
-                loop.save()
-            if leaving:
-                sys.stderr.write(f"asked to end: left after step {progress.step}, with a checkpoint\n")
-                folder.event("left when asked to end", step=progress.step)
-                sys.exit(EXIT_CODE)
+        leaving = asked()
+        if leaving or due(progress.step):
+            loop.save()
+        if leaving:
+            loop.leave()
+        if over:  # what is left is the test
+            break
     loop.clock.train()
 
     trained = loop.accelerator.unwrap_model(loop.model)
@@ -130,7 +133,7 @@ def open_loop(
     if found is not None:
         progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
         folder.event("resumed", step=progress.step)
-    folder.keep_metrics_up_to(progress.step)
+    folder.keep_metrics_up_to(progress.step, unjudged=progress.unjudged)
     stepper = Stepper(accelerator, model, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
@@ -221,7 +224,7 @@ class Loop:
         append_json_line(self.folder.metrics_file, record)
         losses.clear()
 
-    def judge(self, validation: Sequence[Feature], asked: Callable[[], bool] = lambda: False) -> None:
+    def judge(self, validation: Sequence[Feature], asked: Callable[[], bool]) -> None:
         """Score validation, keep the weights if they are the best, and apply the stopping rule.
 
         `progress.best_*` is of the weights that are kept: with `keep: last` those of the last evaluation.
@@ -235,13 +238,17 @@ class Loop:
             _check_weights(self.model)
             scored = evaluate(
                 self.accelerator, self.model, bench, self.tokenizer, validation, bench.splits.validation,
-                tokens=self.fit.evaluation_tokens, kept=Kept(self.folder, asked=asked),
+                tokens=self.fit.evaluation_tokens, kept=Kept(
+                    self.folder.checkpoint, validation_name(progress.step), bench.spec.how, asked
+                ),
             )  # fmt: skip
         except Diverged as diverged:  # a head knows no step
             raise Diverged(progress.step, diverged.reason) from diverged
         except SystemExit:  # told to end: the next attempt begins with this evaluation
-            self.save()
-            raise
+            self.clock.evaluate()
+            if progress.resumed_from[-1:] != [progress.step]:  # else the same is there already
+                self.save()
+            self.leave()
         self.clock.evaluate()
         progress.unjudged = False
         score = scored.metrics[metric.name]
@@ -307,7 +314,14 @@ class Loop:
             asdict(self.progress),
         )  # fmt: skip
         seconds = round(time.perf_counter() - started, 3)
+        drop_up_to(self.folder.checkpoint, self.progress.step - self.progress.unjudged)
         self.folder.event("checkpoint", step=self.progress.step, seconds=seconds, peak_bytes=peak_bytes())
+
+    def leave(self) -> NoReturn:
+        """End the process as it was told to; a checkpoint is there."""
+        sys.stderr.write(f"asked to end: left after step {self.progress.step}, with a checkpoint\n")
+        self.folder.event("left when asked to end", step=self.progress.step)
+        sys.exit(EXIT_CODE)
 
 
 def _check_weights(model: Any) -> None:
