@@ -36,11 +36,11 @@ SHARE = 0.85
 MARGIN = 0.05
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
-# With the C library's defaults a run takes up to 1.7 times what it needs, for freed blocks are kept in case
+# With the C library's defaults a run takes up to 2.1 times what it needs, for freed blocks are kept in case
 # they serve again (bench/memory.py). Where that is too much, large blocks are given back at once. Freed blocks
 # below the limit lie between a step's gradients and may not serve again: at 256 KB, SmolLM2 with LoRA took
 # 80 MB more.
-ROOMY = 2.0
+ROOMY = 2.5
 LARGE_BLOCK_BYTES = 65_536
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
