@@ -67,7 +67,7 @@ def test_it_fits_learns_and_foretells(tiny_bert):
     assert len(found["arms"][demanding]["pilots"]) == 2
     task = found["tasks"]["synthetic_qa"]
     assert set(task["test"]) == {"no_answer", "random_span"}
-    assert set(task["validation"]) == {"untrained", "frozen body"}
+    assert set(task["validation"]) == {"no_answer", "random_span", "untrained", "frozen body"}
     phases = found["forecast"]["phases"]
     assert set(phases) == {"baseline", "search", "train", "measure", "report"}
     assert found["forecast"]["seconds"] == pytest.approx(sum(phases.values()))

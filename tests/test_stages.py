@@ -171,6 +171,10 @@ def test_a_baseline_scores_the_untrained_model_and_the_trivial_answer(tiny_bert,
     spec = make_spec(tiny_bert, None, stage="baseline", settings={})
     result = run(spec, tmp_path)
     assert result.measures["baselines"]["no_answer"]["f1"] == pytest.approx(100 / 3)
+    validation = open_workbench(spec, folder_of(spec, tmp_path).home).splits.validation
+    withheld = sum(not row["answers"]["text"] for row in validation)
+    expected = 100 * withheld / len(validation)
+    assert result.measures["validation_baselines"]["no_answer"]["f1"] == pytest.approx(expected)
     assert set(result.scores) == {"validation", "test"}
     assert result.training is None
     assert result.cost.flops == 0

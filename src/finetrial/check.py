@@ -150,11 +150,14 @@ def _task(task: TaskSpec, found: Evidence) -> TaskCheck:
     metric = metric_of(task)
     result = found.baselines[task.name].result
     assert result is not None  # the scheduler has refused to go on otherwise, or it was given up
-    trivial = {name: scores[metric.name] for name, scores in result.measures["baselines"].items()}
-    validation = {"untrained": result.scores["validation"][metric.name]}
+    trivial, validation = (
+        {name: scores[metric.name] for name, scores in result.measures[which].items()}
+        for which in ("baselines", "validation_baselines")
+    )
+    validation["untrained"] = result.scores["validation"][metric.name]
     frozen = found.frozen[task.name].result if task.name in found.frozen else None
     if frozen is not None and frozen.score is not None:
-        validation["frozen body"] = frozen.score
+        validation[check_report.FROZEN_BODY] = frozen.score
     return TaskCheck(
         metric=metric.name, higher_is_better=metric.higher_is_better, rows=result.split_rows, test=trivial,
         validation=validation,

@@ -93,7 +93,11 @@ class Head(Protocol):
         ...
 
     def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:
-        """One small NumPy record per input of the batch, on the CPU."""
+        """One small NumPy record per input of the batch, on the CPU.
+
+        `outputs` are the tensors that the model gave, by name and as attributes; nothing else of what it gave
+        (`hidden_states`, `past_key_values`), for they may be read back after a kill.
+        """
         ...
 
     def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
         cost=cost_of(clock, model),
         input_sha256=hashes,
         split_rows=split_rows(bench),
-        measures={"baselines": bench.task.head.baselines(bench.splits, bench.task_params)},
+        measures={
+            "baselines": bench.task.head.baselines(bench.splits, bench.task_params),
+            # What trials are compared with, for they are scored there.
+            "validation_baselines": bench.task.head.baselines(
+                replace(bench.splits, test=bench.splits.validation), bench.task_params
+            ),
+        },
         environment=environment(spec),
     )
 
