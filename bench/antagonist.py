@@ -36,6 +36,7 @@ tasks:
     max_length: 384
     stride: 128
     validation_rows: 16
+    test_rows: 120
 methods:
   full: {{search: {{learning_rate: {{low: 2e-5, high: 2e-3}}}}}}
   lora: {{search: {{learning_rate: {{low: 2e-4, high: 2e-2}}}}}}
