@@ -118,7 +118,7 @@ def test_an_arm_that_does_not_fit_is_named_with_what_to_do(tiny_bert):
     result = call("check", "study.yaml")
     assert result.exit_code == 1
     assert "synthetic_qa/full: out of memory" in said(result)
-    assert "the budget is 50 MB" in said(result)
+    assert "of the budget of 50 MB" in said(result)
     assert "raise run.memory" in said(result)
     assert check_json()["forecast"] is None
     assert not HOME.find("trial.")
