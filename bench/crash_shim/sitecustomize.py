@@ -70,6 +70,7 @@ POINTS = {
 WRITTEN = {
     "spec.json": "ask", "lease.json": "ask", "study.yaml": "ask", "study.lock.json": "ask",
     "result.json": "result", "failure.json": "result", "examples.json": "result", "metrics.jsonl": "train",
+    "fit.json": "train", "events.jsonl": "train", "to": "evaluate", "key.json": "evaluate",
     "state.json": "save", "manifest.json": "save", "summary.json": "report", "step": "save", "best": "save",
     "seed": "result", "attempt": "result", "optimum": "export", "report": "report", "mirror": "clean-up",
 }  # fmt: skip
@@ -110,7 +111,7 @@ def kind_of_file(path: Path) -> str:
     for folder, kind in parts:
         if folder in path.parts:
             return kind
-    if path.name.startswith(("step-", "best-")):
+    if path.name.startswith(("step-", "best-", "to-")):
         return path.name.partition("-")[0]
     return "optimum" if "best" in path.parts else "other"
 
