@@ -10,6 +10,7 @@ import pytest
 
 from finetrial.files import json_lines
 from finetrial.records import EarlyStopping, How, RunSpec
+from finetrial.store import RunFolder
 from fragile import TROUBLE, Interrupted
 from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
 
@@ -70,16 +71,22 @@ def test_a_run_that_was_cut_off_and_resumed_is_the_same_to_the_bit(tiny_bert, tm
     assert whole.training.resumed_from == ()
 
 
+def left_at(spec: RunSpec, home: Path, step: int) -> RunFolder:
+    """The run's folder, after SIGTERM came within that step and was answered with a checkpoint."""
+    TROUBLE.reset(sigterm_at=step)
+    with pytest.raises(SystemExit) as left:
+        run(spec, home)
+    assert left.value.code == 143
+    folder = folder_of(spec, home)
+    assert folder.checkpoint_step() == step
+    return folder
+
+
 @pytest.mark.parametrize("step", [1, 5, 12])
 def test_a_notice_to_end_is_answered_with_a_checkpoint_and_nothing_is_done_twice(tiny_bert, tmp_path, step):
     spec = make_spec(tiny_bert, "lora", rules={"evaluations_per_epoch": 2})  # no checkpoint is ever due
     whole = run(spec, tmp_path / "whole")
-    TROUBLE.reset(sigterm_at=step)
-    with pytest.raises(SystemExit) as left:
-        run(spec, tmp_path / "cut")
-    assert left.value.code == 143
-    folder = folder_of(spec, tmp_path / "cut")
-    assert folder.checkpoint_step() == step
+    folder = left_at(spec, tmp_path / "cut", step)
     TROUBLE.reset()
     resumed = run(spec, tmp_path / "cut")
     assert TROUBLE.losses == 12 - step
@@ -96,12 +103,7 @@ def test_a_notice_to_end_is_answered_with_a_checkpoint_and_nothing_is_done_twice
 def test_a_notice_to_end_is_answered_within_a_long_evaluation_too(tiny_bert, tmp_path, step):
     spec = make_spec(tiny_bert, "lora", task_params={"validation_rows": 700})  # several batches
     whole = run(spec, tmp_path / "whole")
-    TROUBLE.reset(sigterm_at=step)
-    with pytest.raises(SystemExit) as left:
-        run(spec, tmp_path / "cut")
-    assert left.value.code == 143
-    folder = folder_of(spec, tmp_path / "cut")
-    assert folder.checkpoint_step() == step
+    folder = left_at(spec, tmp_path / "cut", step)
     assert list(folder.checkpoint.glob("evaluation/*"))
     TROUBLE.reset(interrupt_at=1)
     if step == 6:  # killed after it has judged, before a checkpoint
