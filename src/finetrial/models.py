@@ -182,6 +182,27 @@ def build(
     return Built(model, tokenizer, heads, causal)
 
 
+def language_model(source: ModelSource, location: Location) -> Any:
+    """The base as the causal language model that it was published as, in fp32 on the CPU.
+
+    Raises:
+        ModelError: it does not load, or its checkpoint lacks weights, the language head's say.
+    """
+    common: dict[str, Any] = {"revision": location.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(location.name, **common)
+        _change(config, source)
+        model, missing = _load_whole(AutoModelForCausalLM, location, config, common)
+    except LOAD_FAULTS as error:
+        raise ModelError(f"{source.name} does not load as a language model: {_reason(error)}") from error
+    if missing:
+        raise ModelError(
+            f"the checkpoint {source.name} lacks a language model's weights, {', '.join(sorted(missing)[:3])}; "
+            f"leave measure.forgetting.text out, or name a checkpoint that has them"
+        )
+    return model
+
+
 def check_finite(model: Any, source: ModelSource) -> None:
     """Refuse a model with a weight that is not a finite number: whatever is made of it would mean nothing."""
     wrong = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]

@@ -22,7 +22,7 @@ from finetrial import files
 from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyError
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
-from finetrial.sources import data_inputs, is_sentence_embedding, model_inputs
+from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.summary import Meta
@@ -155,7 +155,7 @@ def _model_notes(study: Study) -> tuple[str, ...]:
 
 
 def resolve_inputs(study: Study) -> dict[str, dict[str, str]]:
-    """Task -> input (`model`, `data/<file>`) -> SHA-256 of what is there now.
+    """Task -> input (`model`, `data/<file>`, `measure.<name>/<file>`) -> SHA-256 of what is there now.
 
     Raises:
         StudyError: the model or data files are not there; it names all of them.
@@ -166,10 +166,16 @@ def resolve_inputs(study: Study) -> dict[str, dict[str, str]]:
         model = model_inputs(study.model, base)
     except (ModelError, DataError) as error:  # DataError: a variable in the path is not set
         problems.append(Problem("model", str(error)))
+    measured: dict[str, str] = {}
+    for name, measure in study.measure.items():
+        try:
+            measured |= measure_inputs(name, measure, base)
+        except DataError as error:
+            problems.append(Problem(f"measure.{name}", str(error)))
     inputs = {}
     for task in study.tasks:
         try:
-            inputs[task.name] = model | data_inputs(task, base)
+            inputs[task.name] = model | data_inputs(task, base) | measured
         except DataError as error:
             problems.append(Problem(f"tasks.{task.name}", str(error)))
     if problems:

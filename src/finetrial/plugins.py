@@ -16,7 +16,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -199,11 +199,20 @@ class ProbeInput:
     neighbour: Any | None  # the same method's neighbouring replicate
     batches: Sequence[Mapping[str, Any]]  # collated tensors, with "pool_mask" (1 on content tokens)
     input_sha256: str
+    task: str = ""  # the task's name in the study
+    tokenizer: Any = None
+    causal: bool = False  # a decoder
+    folder: Path = Path()  # the study's, which relative paths of parameters are resolved against
+    language_model: Callable[[], Any] | None = None  # the base with its own language head, if it is causal
 
 
 @runtime_checkable
 class Probe(Protocol):
-    """probes/<name>.py: raw measurements of one trained model, as plain JSON."""
+    """probes/<name>.py: raw measurements of one trained model, as plain JSON.
+
+    It may also have `files(params, base)`, the local files that it reads, as a task has; and
+    `with_tasks(params, tasks)`: its parameters with what it takes from the study's tasks (or a ValueError).
+    """
 
     Params: type[Frozen]
 

@@ -76,6 +76,19 @@ def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float
     return arrays
 
 
+def pooled_rows(model: Any, batches: Sequence[Mapping[str, Any]]) -> NDArray[np.float32]:
+    """The last layer of every row, N x D, in the order of the batches.
+
+    Raises:
+        ValueError: as `pooled_layers`, or a row has no content.
+    """
+    pooled = [pooled_layers(model, batch)[-1] for batch in batches]
+    for batch, rows in zip(batches, pooled, strict=True):
+        if len(rows) != len(batch["input_ids"]):
+            raise ValueError(f"{len(batch['input_ids']) - len(rows)} rows of a batch have no content to pool")
+    return np.concatenate(pooled)
+
+
 def compare_models(
     models: Sequence[Any], pairs: Sequence[tuple[int, int]], batches: Sequence[Mapping[str, Any]]
 ) -> list[Comparison]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetrial import files, plugins
 from finetrial.errors import DataError, ModelError
@@ -129,10 +130,27 @@ def data_inputs(task: TaskSpec, base: Path) -> dict[str, str]:
     """
     plugin = plugins.load("tasks", task.use)
     params = plugin.Params.model_validate(task.params)
+    return _hashes("data", task.name, plugin.files(params, base))
+
+
+def measure_inputs(name: str, measure: Mapping[str, Any], base: Path) -> dict[str, str]:
+    """`{"measure.<name>/<file name>": SHA-256}` of the local files that a probe reads; most read none.
+
+    Raises:
+        DataError: a file is not there.
+    """
+    plugin = plugins.load("probes", measure["use"])
+    if not hasattr(plugin, "files"):
+        return {}
+    params = plugin.Params.model_validate(measure["params"])
+    return _hashes(f"measure.{name}", f"measure.{name}", plugin.files(params, base))
+
+
+def _hashes(kind: str, of: str, paths: Iterable[Path]) -> dict[str, str]:
     hashes: dict[str, str] = {}
-    for path in plugin.files(params, base):
+    for path in paths:
         if not path.is_file():
-            raise DataError(f"{task.name}: the data file {path} is not there; check its path in the study file")
-        key = f"data/{path.name}"
-        hashes[key if key not in hashes else f"data/{path.parent.name}/{path.name}"] = files.sha256_file(path)
+            raise DataError(f"{of}: the data file {path} is not there; check its path in the study file")
+        key = f"{kind}/{path.name}"
+        hashes[key if key not in hashes else f"{kind}/{path.parent.name}/{path.name}"] = files.sha256_file(path)
     return hashes

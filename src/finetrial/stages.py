@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,12 +161,16 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
         plugin = plugins.load("probes", asked["use"])
         params = plugin.Params.model_validate(asked["params"])
         rows = cap_rows(bench.splits.validation, getattr(params, "rows", None))
-        features = bench.encode(rows, built)
+        features = bench.encode(rows, built) if rows else []
         batches = [
             collate([features[i] for i in indices], built.tokenizer.pad_token_id, device)
             for indices in evaluation_batches([len(feature.input_ids) for feature in features], tokens)
         ]
-        given = ProbeInput(base, tuned, neighbour, batches, input_hash(features))
+        given = ProbeInput(
+            base, tuned, neighbour, batches, input_hash(features), task=spec.task.name,
+            tokenizer=built.tokenizer, causal=built.causal, folder=bench.base,
+            language_model=partial(models.language_model, spec.model, bench.location) if built.causal else None,
+        )  # fmt: skip
         measures[name] = plugin.measure(given, params)
     return Result(
         run_id=spec.run_id, outcome="done", cost=cost_of(clock, tuned), measures=measures,

@@ -56,11 +56,17 @@ def tasks(collector: Collector, value: Any) -> tuple[TaskSpec, ...]:
     return tuple(specs)
 
 
-def measures(collector: Collector, value: Any) -> dict[str, dict[str, Any]]:
+def measures(collector: Collector, value: Any, tasks: tuple[TaskSpec, ...]) -> dict[str, dict[str, Any]]:
+    """The measures with their parameters; what a probe takes from the study's tasks is filled in."""
     found = {}
     for name, entry in _entries(collector, ("measure",), value, required=False).items():
         plugin = plugin_of(collector, "probes", entry.use, entry.path)
-        params = _params(collector, plugin, entry, ("use",)) if plugin is not None else {}
+        built = None
+        if plugin is not None:
+            built = collector.build(entry.path, plugin.Params, entry.given, besides=("use",))
+        if built is not None and hasattr(plugin, "with_tasks"):
+            built = collector.convert(entry.path, lambda given, at=plugin: at.with_tasks(given, tasks), built)
+        params = built.model_dump(mode="json") if built is not None else {}
         found[name] = {"use": entry.use, "params": params}
     return found
 

@@ -87,16 +87,17 @@ def parse_study(text: str, *, file: str, base: Path) -> Study:
         search = given.get("search")
         shared = search.get("space") if isinstance(search, dict) else None
         methods = study_entries.methods(collector, given.get("methods"), shared)
+        tasks = study_entries.tasks(collector, given.get("tasks"))
         measure = DEFAULT_MEASURES if given.get("measure") is None else given["measure"]
         fields = {
             "study": study_entries.study_name(collector, given.get("study")),
             "model": _model(collector, given.get("model")),
-            "tasks": study_entries.tasks(collector, given.get("tasks")),
+            "tasks": tasks,
             "methods": methods.specs,
             "spaces": methods.spaces,
             "search": _search(collector, search),
             "train": _train(collector, given.get("train")),
-            "measure": study_entries.measures(collector, measure),
+            "measure": study_entries.measures(collector, measure, tasks),
             "run": _run(collector, given.get("run")),
             "track": _track(collector, given.get("track")),
         }
