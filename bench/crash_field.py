@@ -123,7 +123,7 @@ def write_model(folder: Path) -> None:
 def outcome_of(home: Path) -> dict[str, Any]:
     """Everything that must not depend on what happened on the way."""
     summary = json.loads((home / "analysis" / "summary.json").read_text())
-    kept = {key: value for key, value in summary.items() if key != "meta"}
+    kept = {key: value for key, value in summary.items() if key not in ("meta", "sha256")}
     kept["arms"] = [{k: v for k, v in arm.items() if k != "cost"} for arm in summary["arms"]]
     for row in kept["ledger"]:
         del row["attempts"]  # counted, and rightly more

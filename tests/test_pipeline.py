@@ -31,8 +31,8 @@ def run_study(study: Path, home: Path, *, check: bool = True) -> subprocess.Comp
 
 
 def without_measured(summary: dict[str, object]) -> dict[str, object]:
-    """A summary without what is measured on the clock: `meta` and every `cost`."""
-    kept = {key: value for key, value in summary.items() if key != "meta"}
+    """A summary without what is measured on the clock (`meta` and every `cost`), and its checksum."""
+    kept = {key: value for key, value in summary.items() if key not in ("meta", "sha256")}
     kept["arms"] = [{k: v for k, v in arm.items() if k != "cost"} for arm in summary["arms"]]
     return kept
 

@@ -141,11 +141,22 @@ def show(run_id: str, home: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("home", type=click.Path(path_type=Path))
-def report(home: Path) -> None:
-    """Analyse what there is and write the report again. HOME is a study's folder or its study file."""
-    from finetrial import pipeline, terminal
+@click.option(
+    "--verify", "only_verify", is_flag=True, help="Write nothing; exit 1 if a number does not follow."
+)
+def report(home: Path, only_verify: bool) -> None:
+    """Analyse what there is and write the report again. HOME is a study's folder or its study file.
+
+    With --verify every number and file of the report is derived anew from the run folders and compared with
+    what is there; nothing is started or written.
+    """
+    from finetrial import pipeline, terminal, verify
 
     path = _home(home)
+    if only_verify:
+        verified = verify.verify(path)
+        terminal.show_verified(verified, path)
+        sys.exit(EXIT_STUDY_WRONG if verified.differences else EXIT_DONE)
     summary = pipeline.report_again(path)
     terminal.show_verdicts(summary, path)
     sys.exit(terminal.exit_code(summary))

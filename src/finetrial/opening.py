@@ -64,7 +64,12 @@ class Opened:
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             home=str(self.home.path),
             wall_seconds=round(time.time() - self.started, 1) if self.started is not None else None,
-            environment=versions() | {"platform": platform.platform(), "threads": str(self.threads)},
+            environment=versions()
+            | {
+                "matplotlib": version("matplotlib"),
+                "platform": platform.platform(),
+                "threads": str(self.threads),
+            },
             run_rules=self.study.run.model_dump(mode="json"),
         )
 

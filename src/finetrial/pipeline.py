@@ -59,6 +59,11 @@ def report_again(home_path: Path) -> Summary:
     return _conclude(_story_so_far(home_path))
 
 
+def analyse_again(home_path: Path) -> Summary:
+    """What `report_again` would write as the summary; nothing is written. The same errors."""
+    return _summarise(_story_so_far(home_path))
+
+
 def runs_so_far(home_path: Path) -> tuple[Study, list[RunRecord]]:
     """The study of a folder, and the records of those of its runs that have begun; errors as `report_again`."""
     story = _story_so_far(home_path)
@@ -73,11 +78,20 @@ def _story_so_far(home_path: Path) -> Story:
 
 
 def _conclude(story: Story) -> Summary:
-    study, opened = story.study, story.opened
-    summary = analyse.summarise(study, story.planned(), opened.meta(), model_sha256=opened.model_sha256)
-    opened.home.write_summary(summary)
-    report.write(summary, opened.home.path)
+    summary = _summarise(story)
+    write(summary, story.opened.home)
     return summary
+
+
+def _summarise(story: Story) -> Summary:
+    opened = story.opened
+    return analyse.summarise(story.study, story.planned(), opened.meta(), model_sha256=opened.model_sha256)
+
+
+def write(summary: Summary, home: Home) -> None:
+    """Everything that follows from a summary: `analysis/` and `report/` of a folder."""
+    home.write_summary(summary)
+    report.write(summary, home.path)
 
 
 @dataclass

@@ -278,7 +278,7 @@ class Home:
         return next((warning for warning in left if warning), None)
 
     def write_summary(self, summary: Summary) -> None:
-        files.write_text(self.summary_file, summary.model_dump_json(indent=1) + "\n")
+        _write(self.summary_file, summary)
 
     def summary(self) -> Summary:
         """Every number of the report.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from finetrial.check_report import Checked
     from finetrial.progress import Progress
     from finetrial.summary import Summary
+    from finetrial.verify import Verified
 
 # A pipe or a log file has no width of its own; eighty columns would break words in every table.
 # No markup and no emoji codes: paths, reasons and settings may hold brackets and colons.
@@ -32,6 +33,7 @@ if not console.is_terminal:
     console = Console(highlight=False, markup=False, emoji=False, width=160)
 
 
+MOST_DIFFERENCES = 20  # listed by `report --verify`; the rest is counted
 LAST_RECORDS = 8  # of a run's training, in `show`
 
 
@@ -119,6 +121,27 @@ def show_verdicts(summary: Summary, home: Path) -> None:
     for kind in sorted({failure.kind for failure in summary.failures} & NEXT_STEP.keys()):
         console.print(f"{kind.replace('_', ' ')}: {NEXT_STEP[kind]}", soft_wrap=True)
     console.print(f"report  {home / 'report' / 'index.html'}", soft_wrap=True)
+
+
+def show_verified(verified: Verified, home: Path) -> None:
+    """One line if the report follows from its runs; else every place that does not, and what next."""
+    looked_at = f"{verified.runs:,} runs, {verified.numbers:,} numbers, {verified.files:,} files"
+    if not verified.differences:
+        unfinished = "" if verified.complete else "; the study is incomplete, and its report says so"
+        console.print(
+            f"{home}: the report follows from its runs: {looked_at} verified{unfinished}", soft_wrap=True
+        )
+        return
+    count = len(verified.differences)
+    counted = f"{count:,} difference{'s' if count > 1 else ''}"
+    console.print(f"{home}: {counted} between the report and its runs ({looked_at} compared)", soft_wrap=True)
+    for found in verified.differences[:MOST_DIFFERENCES]:
+        place = f"{found.file}: {found.where}" if found.where else found.file
+        console.print(f"  {place}: stored {found.stored}, derived {found.derived}", soft_wrap=True)
+    if count > MOST_DIFFERENCES:
+        console.print(f"  and {count - MOST_DIFFERENCES:,} more")
+    for hint in verified.hints:
+        console.print(f"note: {hint}", soft_wrap=True)
 
 
 def exit_code(summary: Summary) -> int:
