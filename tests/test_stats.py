@@ -1,4 +1,4 @@
-"""Intervals, tests, Holm and power against worked examples, scipy.stats and simulation."""
+"""Intervals, contrasts, exact tests and Holm against worked examples, scipy, statsmodels and simulation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import CompareMeans, ttost_ind, ttost_paired
 
 from finetrial import stats
 
@@ -123,39 +126,10 @@ def test_holm_as_published_and_in_the_order_given():
         stats.holm([1.2])
 
 
-@pytest.mark.parametrize(("n", "effect"), [(3, 3.26), (5, 1.68), (8, 1.16), (10, 1.00)])
-def test_the_smallest_detectable_effect_is_that_of_power_tables(n, effect):
-    """Tables are two-sided at 5 %: one-sided at 2.5 %."""
-    assert stats.smallest_detectable(1.0, n, alpha=0.025) == pytest.approx(effect, abs=0.006)
-    assert stats.smallest_detectable(0.1, n, alpha=0.025) == pytest.approx(effect / 10, abs=0.0006)
-
-
-@given(n=st.integers(2, 60), effect=st.floats(0, 3))
-@settings(max_examples=80, deadline=None)
-def test_power_is_the_noncentral_t_tail(n, effect):
-    threshold = scipy.stats.t.ppf(0.95, n - 1)
-    expected = scipy.stats.nct.sf(threshold, n - 1, effect * np.sqrt(n))
-    assert stats.power_one_sided(effect, 1.0, n) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("n", [2, 4, 5, 54, 1000])
-def test_power_is_one_far_beyond_what_the_distribution_function_can_compute(n):
-    assert stats.power_one_sided(1e4, 1.0, n) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("effect", [0.3, 0.5, 1.0, 2.0])
-def test_seeds_needed_is_the_first_n_with_eighty_percent_power(effect):
-    n = stats.seeds_needed(effect, 1.0)
-    assert stats.power_one_sided(effect, 1.0, n) >= 0.80
-    assert n == 2 or stats.power_one_sided(effect, 1.0, n - 1) < 0.80
-    assert stats.seeds_needed(-effect, 1.0) == n
-
-
-def test_half_a_standard_deviation_takes_27_replicates_and_nothing_takes_forever():
-    assert stats.seeds_needed(0.5, 1.0) == 27  # Cohen 1988: d = 0.5, one-sided 5 %, power 0.8
-    assert stats.seeds_needed(0.01, 1.0) is None
-    assert stats.seeds_needed(0.0, 1.0) is None
-    assert stats.seeds_needed(0.1, 0.0) == 2
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_holm_is_that_of_statsmodels(p_values):
+    assert stats.holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], abs=1e-12)
 
 
 def test_the_interval_covers_the_truth_in_95_of_100_studies_of_five():
@@ -185,3 +159,119 @@ def test_what_is_no_sample_is_refused(values):
 def test_unequal_lengths_cannot_be_paired():
     with pytest.raises(ValueError, match="cannot be paired"):
         stats.paired_difference([1.0], [1.0, 2.0])
+
+
+# ---- contrasts in general --------------------------------------------------------------------------------
+
+SCORES = st.lists(st.integers(-500, 500).map(lambda v: v / 100), min_size=3, max_size=10)
+PAIRS = st.lists(
+    st.tuples(*[st.integers(-500, 500).map(lambda v: v / 100)] * 2), min_size=3, max_size=10
+).filter(lambda pairs: min(np.ptp([m - r for m, r in pairs]), *np.ptp(pairs, axis=0)) > 0)
+
+
+def test_forgets_less_is_a_plain_difference_that_also_holds_at_and_below_zero():
+    forgetting, other = [-0.01, 0.00, 0.02, 0.01, -0.02], [0.05, 0.04, 0.08, 0.06, 0.03]
+    contrast = stats.contrast(forgetting, other, "less")
+    assert contrast.values == pytest.approx([-0.06, -0.04, -0.06, -0.05, -0.05])
+    expected = scipy.stats.ttest_rel(forgetting, other, alternative="less")
+    assert (contrast.test.t, contrast.p) == pytest.approx((expected.statistic, expected.pvalue), abs=1e-12)
+    assert contrast.test.upper == pytest.approx(expected.confidence_interval(0.95).high)
+    assert contrast.p_sign_flip == 1 / 32
+
+
+def test_named_claims_are_contrasts_with_a_factor():
+    assert stats.within(LORA, FULL, 0.03) == stats.contrast(LORA, FULL, "greater", factor=0.97)
+    assert stats.drifts_less(LORA, FULL, 0.2) == stats.contrast(LORA, FULL, "less", factor=0.8)
+
+
+def test_an_absolute_margin_is_the_equivalence_test_of_statsmodels():
+    p, (t_low, p_low, _), (t_high, p_high, _) = ttost_paired(np.array(LORA), np.array(FULL), -0.03, 0.03)
+    above = stats.contrast(LORA, FULL, "greater", offset=-0.03)
+    below = stats.contrast(LORA, FULL, "less", offset=0.03)
+    assert (above.test.t, above.p) == pytest.approx((t_low, p_low))
+    assert (below.test.t, below.p) == pytest.approx((t_high, p_high))
+    assert max(above.p, below.p) == pytest.approx(p)
+    assert p == pytest.approx(0.00253, abs=5e-6)
+
+
+def test_unpaired_worked_examples():
+    assert stats.unpaired_contrast(LORA, FULL, "greater", factor=0.97).p == pytest.approx(0.00213, abs=5e-6)
+    found = stats.unpaired_contrast(LORA_DRIFT, FULL_DRIFT, "less", factor=0.80)
+    assert found.p == pytest.approx(0.00125, abs=5e-6)
+    assert found.estimate == pytest.approx(-0.020)
+
+
+@given(method=SCORES, reference=SCORES)
+@settings(max_examples=80, deadline=None)
+def test_the_unpaired_contrast_is_welch_s(method, reference):
+    if np.ptp(method) == 0 and np.ptp(reference) == 0:
+        return
+    for direction in ("greater", "less"):
+        found = stats.unpaired_contrast(method, reference, direction)
+        expected = scipy.stats.ttest_ind(method, reference, equal_var=False, alternative=direction)
+        assert (found.t, found.p) == pytest.approx((expected.statistic, expected.pvalue), abs=1e-9)
+        assert found.degrees == pytest.approx(expected.df)
+    interval = CompareMeans.from_data(method, reference).tconfint_diff(0.05, usevar="unequal")
+    assert (found.low, found.high) == pytest.approx(interval, abs=1e-9)
+
+
+def test_the_unpaired_bounds_and_the_test_agree_at_five_percent():
+    edge = stats.unpaired_contrast(LORA, FULL, "greater").lower
+    assert stats.unpaired_contrast(LORA, FULL, "greater", offset=edge).p == pytest.approx(0.05, abs=1e-9)
+    edge = stats.unpaired_contrast(LORA, FULL, "less").upper
+    assert stats.unpaired_contrast(LORA, FULL, "less", offset=edge).p == pytest.approx(0.05, abs=1e-9)
+
+
+def test_the_unpaired_equivalence_is_that_of_statsmodels():
+    p, *_ = ttost_ind(np.array(LORA), np.array(FULL), -0.03, 0.03, usevar="unequal")
+    above = stats.unpaired_contrast(LORA, FULL, "greater", offset=-0.03)
+    below = stats.unpaired_contrast(LORA, FULL, "less", offset=0.03)
+    assert p == pytest.approx(np.max([above.p, below.p]))
+
+
+def test_unpaired_without_spread_has_no_t():
+    assert stats.unpaired_contrast([0.5, 0.5], [0.25, 0.25], "greater") == (
+        0.25, 0.25, 0.25, None, None, None, 0.25, 0.25,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="two on each side"):
+        stats.unpaired_contrast([0.5], [0.2, 0.3], "greater")
+
+
+@given(
+    pairs=PAIRS, shift=st.integers(-50, 50), scale=st.sampled_from([0.25, 2.0, 64.0]), seed=st.integers(0, 9)
+)
+@settings(max_examples=60, deadline=None)
+def test_a_difference_does_not_care_for_shift_unit_or_order(pairs, shift, scale, seed):
+    method, reference = (np.array(side) for side in zip(*pairs, strict=True))
+    order = np.random.default_rng(seed).permutation(len(method))
+    for test in (stats.contrast, stats.unpaired_contrast):
+        here = test(method, reference, "greater")
+        there = test(scale * (method[order] + shift), scale * (reference[order] + shift), "greater")
+        assert there.p == pytest.approx(here.p, abs=1e-9)
+        if test is stats.contrast:
+            assert there.interval.low == pytest.approx(scale * here.interval.low, abs=1e-9)
+            assert there.p_sign_flip == here.p_sign_flip
+        else:
+            assert there.low == pytest.approx(scale * here.low, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_mcnemar_is_that_of_statsmodels_and_a_binomial_test(outcomes):
+    ours, theirs = zip(*outcomes, strict=True)
+    found = stats.mcnemar_exact(ours, theirs)
+    table = [[sum((m, r) == cell for m, r in outcomes) for cell in row] for row in
+             [[(True, True), (True, False)], [(False, True), (False, False)]]]  # fmt: skip
+    assert (found.method_only, found.reference_only) == (table[0][1], table[1][0])
+    differing = found.method_only + found.reference_only
+    expected = scipy.stats.binomtest(found.method_only, differing).pvalue if differing else 1.0
+    assert found.p == pytest.approx(expected, abs=1e-12)
+    if differing:
+        assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-12)
+
+
+def test_mcnemar_needs_the_same_examples():
+    with pytest.raises(ValueError, match="at least one example"):
+        stats.mcnemar_exact([], [])
+    with pytest.raises(ValueError, match="cannot be paired"):
+        stats.mcnemar_exact([True], [True, False])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetrial import stats
+from finetrial import power, stats
 from finetrial.stats import ALPHA, Contrast
 from finetrial.study import Claim
 from finetrial.summary import ClaimResult, Interval, Verdict
@@ -165,7 +165,7 @@ def _seeds_needed(contrast: Contrast, n: int, family: int) -> int | None:
     mean, sd = contrast.interval.estimate, contrast.interval.sd or 0.0
     helps = mean > 0 if contrast.supports == "greater" else mean < 0
     # Support must survive Holm; at worst that means this level. A refutation rests on its bound alone.
-    needed = stats.seeds_needed(mean, sd, ALPHA / family if helps else ALPHA)
+    needed = power.seeds_needed(mean, sd, ALPHA / family if helps else ALPHA)
     return None if needed is None else max(needed, n + 1)
 
 
@@ -176,7 +176,7 @@ def _result(
     assessed = verdict != "not_assessable"
     detectable = None
     if assessed and contrast is not None:
-        detectable = stats.smallest_detectable(contrast.interval.sd or 0.0, contrast.interval.n)
+        detectable = power.smallest_detectable(contrast.interval.sd or 0.0, contrast.interval.n)
     sides = (case.method, case.reference)
     return ClaimResult(
         claim=case.claim.text,

@@ -1,11 +1,12 @@
-"""Few replicates, honest numbers: intervals, one-sided tests, exact sign-flips, Holm, power.
+"""Few replicates, honest numbers: intervals, t-tests of contrasts, exact sign-flips, McNemar, Holm.
 
 Pure functions of short sequences of floats; no files, no verdicts (those are `claims.py`'s). The unit is
-one replicate, a whole training run; values are paired by replicate number before they come here. scipy is
+one replicate, a whole training run; values are paired by replicate number before they come here. Power is
+in `power.py`, sizes and ratios in `effects.py`, whatever draws at random in `resampling.py`. scipy is
 imported where it is used and only `scipy.special`, because the command line must start quickly.
 
-Sources: Student's t and the noncentral t for power (Cohen 1988, ch. 2); the sign-flip test (Fisher 1935,
-sec. 21); Holm 1979; non-inferiority by a one-sided bound (Schuirmann 1987).
+Sources: Student 1908; Welch 1947; the sign-flip test (Fisher 1935, sec. 21); McNemar 1947; Holm 1979;
+non-inferiority by a one-sided bound (Schuirmann 1987).
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALPHA = 0.05
-POWER = 0.80
-MAX_SEEDS = 1000  # beyond this, "more seeds" is no advice
 SIGN_FLIP_LIMIT = 20  # 2^20 sign patterns: 8 MB and a few milliseconds
 
 Direction = Literal["greater", "less"]
@@ -47,8 +46,33 @@ class OneSidedTest(NamedTuple):
     upper: float
 
 
+class UnpairedContrast(NamedTuple):
+    """mean(method) - factor * mean(reference) of independent replicates, with Welch's degrees of freedom.
+
+    `low` and `high`: two-sided 95 %; `lower` and `upper`: one-sided 95 %. Without any spread `t`, `p` and
+    `degrees` are None and all bounds are the estimate.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    degrees: float | None
+    t: float | None
+    p: float | None
+    lower: float
+    upper: float
+
+
+class McNemar(NamedTuple):
+    """Examples that the one alone and the other alone got right, and the exact two-sided p."""
+
+    method_only: int
+    reference_only: int
+    p: float
+
+
 class Contrast(NamedTuple):
-    """D_i = method_i - factor * reference_i, tested against 0 in the direction that supports a claim."""
+    """D_i = method_i - factor * reference_i - offset, tested against 0 in the direction that supports."""
 
     values: tuple[float, ...]
     supports: Direction
@@ -71,12 +95,12 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     Raises:
         ValueError: no value, or one that is not finite.
     """
-    array = _finite(values)
+    array = finite(values)
     mean, n = float(array.mean()), len(array)
     if n < 2:
         return MeanInterval(mean, None, None, None, n)
-    sd = _sd(array)
-    half = _t_quantile(1 - ALPHA / 2, n - 1) * sd / math.sqrt(n)
+    sd = standard_deviation(array)
+    half = t_quantile(1 - ALPHA / 2, n - 1) * sd / math.sqrt(n)
     return MeanInterval(mean, mean - half, mean + half, sd, n)
 
 
@@ -86,7 +110,7 @@ def paired_difference(method: Sequence[float], reference: Sequence[float]) -> Me
     Raises:
         ValueError: unequal lengths, no pair, or a value that is not finite.
     """
-    return mean_interval([m - r for m, r in _pairs(method, reference)])
+    return mean_interval([m - r for m, r in pairs(method, reference)])
 
 
 def one_sided_t(values: Sequence[float], direction: Direction) -> OneSidedTest:
@@ -97,16 +121,16 @@ def one_sided_t(values: Sequence[float], direction: Direction) -> OneSidedTest:
     """
     from scipy.special import stdtr
 
-    array = _finite(values)
+    array = finite(values)
     n = len(array)
     if n < 2:
         raise ValueError(f"{n} value; a t-test needs at least two")
-    mean, sd = float(array.mean()), _sd(array)
+    mean, sd = float(array.mean()), standard_deviation(array)
     if sd == 0:
         return OneSidedTest(None, None, mean, mean)
     error = sd / math.sqrt(n)
     t = mean / error
-    half = _t_quantile(1 - ALPHA, n - 1) * error
+    half = t_quantile(1 - ALPHA, n - 1) * error
     p = float(stdtr(n - 1, -t if direction == "greater" else t))
     return OneSidedTest(t, p, mean - half, mean + half)
 
@@ -119,7 +143,7 @@ def sign_flip_p(values: Sequence[float], direction: Direction | Literal["two-sid
     Raises:
         ValueError: no value, or one that is not finite.
     """
-    array = _finite(values)
+    array = finite(values)
     if len(array) > SIGN_FLIP_LIMIT:
         return None
     sums = np.zeros(1)
@@ -133,6 +157,27 @@ def sign_flip_p(values: Sequence[float], direction: Direction | Literal["two-sid
     # Equal sums may differ by rounding; without this slack a tie would count as smaller.
     slack = 1e-12 * float(np.abs(array).sum())
     return float((sums >= observed - slack).mean())
+
+
+def mcnemar_exact(method_N: Sequence[bool], reference_N: Sequence[bool]) -> McNemar:
+    """Do two models of one replicate get equally many of the same N examples right? Exact, two-sided.
+
+    Of the examples on which they differ, either side is as likely under H0 (McNemar 1947; a binomial test
+    at one half). It describes these two trained models on this test set, not two methods: examples are no
+    replicates, so no verdict may rest on it.
+
+    Raises:
+        ValueError: unequal lengths, or no example.
+    """
+    from scipy.special import bdtr
+
+    outcomes = pairs(method_N, reference_N)
+    if not outcomes:
+        raise ValueError("McNemar's test needs at least one example")
+    ours = sum(bool(m) and not r for m, r in outcomes)
+    theirs = sum(bool(r) and not m for m, r in outcomes)
+    p = min(1.0, 2 * float(bdtr(min(ours, theirs), ours + theirs, 0.5)))
+    return McNemar(ours, theirs, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -151,62 +196,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def power_one_sided(effect: float, sd: float, n: int, alpha: float = ALPHA) -> float:
-    """Power of a one-sided paired t-test at a true mean difference `effect` (in units of `sd`'s scale).
-
-    Raises:
-        ValueError: n below 2 or sd not above 0.
-    """
-    from scipy.special import nctdtr
-
-    if n < 2 or not sd > 0:
-        raise ValueError(f"power needs n >= 2 and sd > 0, not n = {n}, sd = {sd}")
-    missed = float(nctdtr(n - 1, effect / sd * math.sqrt(n), _t_quantile(1 - alpha, n - 1)))
-    # nctdtr gives NaN only far out, where the share missed is below 1e-90.
-    return 1.0 if math.isnan(missed) else 1.0 - missed
-
-
-def smallest_detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The true difference that a one-sided paired t-test at this n and sd finds with 80 % power.
-
-    In the unit of `sd`; 0 where sd is 0.
-
-    Raises:
-        ValueError: n below 2 or sd below 0.
-    """
-    if n < 2 or sd < 0:
-        raise ValueError(f"the smallest detectable effect needs n >= 2 and sd >= 0, not {n}, {sd}")
-    low, high = 0.0, 1.0
-    while power_one_sided(high, 1.0, n, alpha) < power:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power_one_sided(middle, 1.0, n, alpha) >= power else (middle, high)
-    return sd * high
-
-
-def seeds_needed(effect: float, sd: float, alpha: float = ALPHA, power: float = POWER) -> int | None:
-    """The fewest replicates that find a true difference of `effect` (its size counts) with 80 % power.
-
-    At least 2; None when 1,000 are too few (an effect of 0 always).
-    """
-    size = abs(effect)
-    if size == 0:
-        return None
-    if sd == 0:
-        return 2
-    if power_one_sided(size, sd, MAX_SEEDS, alpha) < power:
-        return None
-    low, high = 1, MAX_SEEDS  # power grows with n, so halving finds the first n that suffices
-    while high - low > 1:
-        middle = (low + high) // 2
-        if power_one_sided(size, sd, middle, alpha) >= power:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
 def within(
     method: Sequence[float],
     reference: Sequence[float],
@@ -222,8 +211,8 @@ def within(
         ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
     if higher_is_better:
-        return _contrast(method, reference, 1 - margin, "greater")
-    return _contrast(method, reference, 1 + margin, "less")
+        return contrast(method, reference, "greater", factor=1 - margin)
+    return contrast(method, reference, "less", factor=1 + margin)
 
 
 def drifts_less(method: Sequence[float], reference: Sequence[float], margin: float) -> Contrast:
@@ -232,13 +221,27 @@ def drifts_less(method: Sequence[float], reference: Sequence[float], margin: flo
     Raises:
         ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
-    return _contrast(method, reference, 1 - margin, "less")
+    return contrast(method, reference, "less", factor=1 - margin)
 
 
-def _contrast(
-    method: Sequence[float], reference: Sequence[float], factor: float, supports: Direction
+def contrast(
+    method: Sequence[float],
+    reference: Sequence[float],
+    supports: Direction,
+    *,
+    factor: float = 1.0,
+    offset: float = 0.0,
 ) -> Contrast:
-    values = tuple(m - factor * r for m, r in _pairs(method, reference))
+    """D = method - factor * reference - offset, paired and tested against 0.
+
+    A relative margin goes into the factor (`within`, `drifts_less`), an absolute one into the offset. With
+    neither it is the plain comparison, which also holds where values are 0 or below: "A forgets less than
+    B" is `contrast(a, b, "less")`.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
+    """
+    values = tuple(m - factor * r - offset for m, r in pairs(method, reference))
     return Contrast(
         values=values,
         supports=supports,
@@ -248,27 +251,65 @@ def _contrast(
     )
 
 
-def _pairs(method: Sequence[float], reference: Sequence[float]) -> list[tuple[float, float]]:
+def unpaired_contrast(
+    method: Sequence[float],
+    reference: Sequence[float],
+    supports: Direction,
+    *,
+    factor: float = 1.0,
+    offset: float = 0.0,
+) -> UnpairedContrast:
+    """mean(method) - factor * mean(reference) - offset for replicates that are not paired.
+
+    Welch's t (1947), with the reference's variance times factor^2, and Satterthwaite's degrees of freedom;
+    `p` is one-sided, in the direction `supports`. For runs that share no seeds, or as a check beside the
+    paired contrast: it ignores what a pair shares, so it is wider where pairs go together.
+
+    Raises:
+        ValueError: fewer than two values on a side, or one that is not finite.
+    """
+    from scipy.special import stdtr
+
+    ours, theirs = finite(method), factor * finite(reference)
+    if min(len(ours), len(theirs)) < 2:
+        raise ValueError(f"{len(ours)} and {len(theirs)} values; an unpaired t-test needs two on each side")
+    mean = float(ours.mean() - theirs.mean()) - offset
+    parts = (standard_deviation(ours) ** 2 / len(ours), standard_deviation(theirs) ** 2 / len(theirs))
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return UnpairedContrast(mean, mean, mean, None, None, None, mean, mean)
+    shares = [part / sum(parts) for part in parts]  # not squared as they are: tiny ones would underflow
+    degrees = 1 / sum(s**2 / (len(side) - 1) for s, side in zip(shares, (ours, theirs), strict=True))
+    t = mean / error
+    both, one = t_quantile(1 - ALPHA / 2, degrees) * error, t_quantile(1 - ALPHA, degrees) * error
+    p = float(stdtr(degrees, -t if supports == "greater" else t))
+    return UnpairedContrast(mean, mean - both, mean + both, degrees, t, p, mean - one, mean + one)
+
+
+def pairs(method: Sequence[float], reference: Sequence[float]) -> list[tuple[float, float]]:
+    """Value beside value; ValueError if there are not equally many."""
     if len(method) != len(reference):
         raise ValueError(f"{len(method)} and {len(reference)} values cannot be paired")
     return list(zip(method, reference, strict=True))
 
 
-def _finite(values: Sequence[float]) -> NDArray[np.float64]:
+def finite(values: Sequence[float]) -> NDArray[np.float64]:
+    """The values as an array; ValueError if there is none or one is not finite."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
         raise ValueError(f"at least one finite number is needed, not {list(values)}")
     return array
 
 
-def _sd(array: NDArray[np.float64]) -> float:
+def standard_deviation(array: NDArray[np.float64]) -> float:
     """Standard deviation, ddof 1; exactly 0 where the values differ by rounding only."""
     if float(np.ptp(array)) <= 1e-13 * float(np.abs(array).max()):
         return 0.0
     return float(array.std(ddof=1))
 
 
-def _t_quantile(probability: float, degrees: int) -> float:
+def t_quantile(probability: float, degrees: float) -> float:
+    """Of Student's t."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, probability))
