@@ -9,6 +9,7 @@ does not).
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal
 
 from finetrial.stats import ALPHA, t_quantile
@@ -68,7 +69,11 @@ def smallest_detectable(
     """
     if n < 2 or sd < 0:
         raise ValueError(f"the smallest detectable effect needs n >= 2 and sd >= 0, not {n}, {sd}")
+    return sd * _detectable_in_sd(n, alpha, power, sides, paired)
 
+
+@cache  # a report asks for the same few n again and again
+def _detectable_in_sd(n: int, alpha: float, power: float, sides: Sides, paired: bool) -> float:
     def found(effect: float) -> bool:
         return power_of_t(effect, 1.0, n, alpha, sides=sides, paired=paired) >= power
 
@@ -78,7 +83,7 @@ def smallest_detectable(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) else (middle, high)
-    return sd * high
+    return high
 
 
 def seeds_needed(
