@@ -20,7 +20,10 @@ NUMBERS = (
     "effects.py",
     "resampling.py",
     "tuning_curves.py",
+    "cka.py",
     "similarity.py",
+    "rows.py",
+    "linear_probe.py",
     "heads/squad_metrics.py",
 )
 

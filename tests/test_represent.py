@@ -17,13 +17,14 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from finetrial.cka import linear_cka
 from finetrial.represent import (
     compare_models,
     layer_drift,
     masked_mean,
     pooled_layers,
 )
-from finetrial.similarity import linear_cka, mean_cosine, relative_change
+from finetrial.similarity import mean_cosine, relative_change
 
 VOCABULARY, PAD, ROWS = 60, 0, 24
 LAYERS = 3  # embeddings and two blocks

@@ -1,7 +1,7 @@
 """What models make of the same inputs: forward passes, masked mean pooling, similarity per layer.
 
 Child side: imports torch. Writes nothing: pooled rows live in memory and go, layer by layer, through the
-accumulators of `similarity.py`. Not for choosing the inputs (the worker does) nor for statistics over
+accumulators of `cka.py`. Not for choosing the inputs (the worker does) nor for statistics over
 replicates (`stats.py`).
 
 Axes: B rows of a batch, T tokens, N rows in all, D features. Layers follow transformers' convention:
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetrial.similarity import MIN_ROWS, CkaAccumulator, mean_cosine, relative_change
+from finetrial.cka import MIN_ROWS, CkaAccumulator
+from finetrial.similarity import mean_cosine, relative_change
 
 # A batch carries labels and bookkeeping too; these alone are the model's inputs.
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
