@@ -2,7 +2,7 @@
 
 Pure functions of float64 arrays; no files, no torch, no models (`represent.py` makes the rows). Other measures
 are in `similarity.py`. Not for inference: rows of a CKA must never be bootstrapped (a repeated row is alike to
-itself), and neither rows nor layers are replicates; intervals come from
+itself; `similarity.subsample_error` says more), and neither rows nor layers are replicates; intervals come from
 `stats.py`, over whole training runs.
 
 Axes: N rows (the same examples on both sides), D features before, E features after.
