@@ -18,12 +18,15 @@ from finetrial.summary import (
     DimensionSummary,
     DriftSummary,
     FailureRow,
+    ForgettingSummary,
+    ForgottenPart,
     Interval,
     LayerDrift,
     LedgerRow,
     Meta,
     ReplicatePoint,
     SearchSummary,
+    SpectrumSummary,
     Summary,
     TaskSummary,
     TrialPoint,
@@ -144,6 +147,8 @@ def _arm(task: str, method: str, rng: np.random.Generator) -> ArmSummary:
         failed=SEEDS - len(scores),
         planned=SEEDS,
         drift=_drift(task, method, len(scores), rng),
+        spectrum=_spectrum(task, method, len(scores)),
+        forgetting=_forgetting(task, method, len(scores)),
         trainable_parameters=147_456 if lora else 22_565_378,
         total_parameters=22_713_986,
         saved_bytes=612_345 if lora else 90_272_656,
@@ -186,6 +191,56 @@ def _drift(task: str, method: str, seeds: int, rng: np.random.Generator) -> Drif
     )
 
 
+def _spectrum(task: str, method: str, seeds: int) -> SpectrumSummary:
+    rank = 90.0 if method == "full" else 4.0
+    intruders = 0.0 if method == "full" else 7.5
+    flat = {"relative_change": 0.02, "effective_rank_mean": rank, "stable_rank_mean": rank / 3,
+            "rank_for_energy_mean": rank / 2, "intruders": intruders}  # fmt: skip
+    of_matrix = {
+        "relative_change": 0.02,
+        "effective_rank": rank,
+        "stable_rank": rank / 3,
+        "intruders": intruders / 4,
+    }
+    names = [f"encoder.layer.{i}.{part}.weight" for i in range(2) for part in ("query", "output.dense")]
+    return SpectrumSummary(
+        probe_runs=tuple(f"probe.{task}.{method}.{i:03d}-99aabbcc" for i in range(seeds)),
+        replicates=tuple(range(seeds)),
+        matrices=len(names),
+        overall={
+            key: interval_of([value * (1 + 0.02 * i) for i in range(seeds)]) for key, value in flat.items()
+        },
+        directions=10 * len(names),
+        thresholds=(0.3, 0.5, 0.7),
+        intruder_curve=tuple(
+            tuple(intruders * share * top / 10 for top in range(1, 11)) for share in (0.4, 1.0, 1.6)
+        ),
+        per_matrix=dict.fromkeys(names, of_matrix),
+    )
+
+
+def _forgetting(task: str, method: str, seeds: int) -> ForgettingSummary | None:
+    """Of the arms on sst2 alone: squad_v2 has not measured it."""
+    if task != "sst2":
+        return None
+    lost = [(1.2 if method == "lora" else 2.6) + 0.3 * i for i in range(seeds)]
+    parts = [("mrpc", 72.5, True, lost), ("rte", 51.0, False, [0.4 - 0.1 * i for i in range(seeds)])]
+    return ForgettingSummary(
+        probe_runs=tuple(f"probe.{task}.{method}.{i:03d}-99aabbcc" for i in range(seeds)),
+        replicates=tuple(range(seeds)),
+        parts=tuple(
+            ForgottenPart(
+                name=name, kind="task", base=base, chance=50.4, readable=readable,
+                tuned=interval_of([base - value for value in values]), forgotten=interval_of(values),
+            )
+            for name, base, readable, values in parts
+        ),
+        judged_by="tasks",
+        forgotten=interval_of(lost),
+        per_replicate={str(i): value for i, value in enumerate(lost)},
+    )  # fmt: skip
+
+
 def _claim(
     task: str,
     kind: str,
@@ -195,14 +250,19 @@ def _claim(
     contrast: list[float],
     **more: object,
 ) -> ClaimResult:
-    within = kind == "within"
+    said, margin, unit = {
+        "within": ("lora within 3% of full", 0.03, "score"),
+        "drifts_less": ("lora drifts 20% less than full", 0.2, "share"),
+        "forgets_less": ("lora forgets less than full", 0.0, "points"),
+    }[kind]
     fields = {
-        "claim": "lora within 3% of full" if within else "lora drifts 20% less than full",
+        "claim": said,
         "task": task,
         "kind": kind,
         "method": "lora",
         "reference": "full",
-        "margin": 0.03 if within else 0.2,
+        "margin": margin,
+        "unit": unit,
         "verdict": verdict,
         "reason": reason,
         "difference": interval_of(values),
@@ -262,6 +322,15 @@ def _claims() -> tuple[ClaimResult, ...]:
             p_t=0.999,
             p_holm=1.0,
         ),
+        _claim(
+            "sst2",
+            "forgets_less",
+            "supported",
+            "the upper bound of the difference is below 0",
+            [-1.4, -1.2, -1.5, -1.3],
+            [-1.4, -1.2, -1.5, -1.3],
+            missing=(4,),
+        ),
     )
 
 
@@ -313,6 +382,7 @@ def example_summary() -> Summary:
             baselines=baselines[name],
             baseline_run=f"baseline.{name}.000-12345678",
             control_drift=(0.0,) * LAYERS,
+            control_forgotten={"mrpc": 0.0, "rte": 0.0} if name == "sst2" else {},
             control_run=f"probe.{name}.000-87654321",
         )
         for name, metric in (("squad_v2", "f1"), ("sst2", "accuracy"))

@@ -41,9 +41,10 @@ def figures() -> dict[str, report_figures.Chart]:
     return {chart.name: chart for group in groups.values() for chart in group}
 
 
-def test_the_study_has_its_claims_and_each_task_its_four_figures() -> None:
-    kinds = ("cost", "drift", "scores", "search")
-    assert sorted(figures()) == sorted(["claims", *(f"{t}.{k}" for t in ("squad_v2", "sst2") for k in kinds)])
+def test_the_study_has_its_claims_and_each_task_its_figures_and_none_without_rows() -> None:
+    kinds = ("cost", "drift", "scores", "search", "spectrum")
+    expected = ["claims", *(f"{t}.{k}" for t in ("squad_v2", "sst2") for k in kinds), "sst2.forgetting"]
+    assert sorted(figures()) == sorted(expected)
 
 
 def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -90,10 +90,11 @@ def test_it_writes_every_file_and_leaves_no_scratch_behind(home: Path) -> None:
     assert (folder / "report.md").exists()
     tables = sorted(path.name for path in (folder / "tables").iterdir())
     assert tables == [
-        "cost.tex", "ledger.squad_v2.tex", "ledger.sst2.tex", "scores.squad_v2.tex", "scores.sst2.tex",
-        "verdicts.tex",
+        "cost.tex", "drift.squad_v2.tex", "drift.sst2.tex", "forgetting.sst2.tex", "ledger.squad_v2.tex",
+        "ledger.sst2.tex", "scores.squad_v2.tex", "scores.sst2.tex", "spectrum.squad_v2.tex",
+        "spectrum.sst2.tex", "verdicts.tex",
     ]  # fmt: skip
-    assert len(list((folder / "figures").iterdir())) == 9 * 4
+    assert len(list((folder / "figures").iterdir())) == 12 * 4
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -160,12 +161,11 @@ def test_it_is_small(html: str) -> None:
 
 def test_every_figure_is_described_and_captioned_with_n(html: str) -> None:
     charts = [a for _, a in Page(html).elements if a.get("class") == "chart"]
-    assert len(charts) == 9
+    assert len(charts) == 12
     assert all(chart["role"] == "img" and len(chart["aria-label"] or "") > 30 for chart in charts)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", html, flags=re.DOTALL)
-    assert (
-        sum("95 % t-interval" in caption for caption in captions) == 5
-    )  # claims, and scores and cost per task
+    # claims; scores and cost of each task; forgetting of one
+    assert sum("95 % t-interval" in caption for caption in captions) == 6
     assert all("n = " in caption or "number of seeds" in caption for caption in captions)
 
 

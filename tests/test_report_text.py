@@ -55,7 +55,9 @@ def test_numbers_are_written_for_people(shown: object, expected: object) -> None
 
 
 def test_the_paragraph_tells_every_verdict_n_failures_and_doubt() -> None:
-    said = text.paragraph(example_summary()).replace("\u00a0", " ")
+    summary = example_summary()
+    four = tuple(claim for claim in summary.claims if claim.kind != "forgets_less")
+    said = text.paragraph(summary.model_copy(update={"claims": four})).replace("\u00a0", " ")
     assert said.startswith("Of 4 claims, 1 supported, 1 refuted, 1 inconclusive and 1 not assessable.")
     assert "On squad_v2, lora drifts at least 20 % less than full (−44 %, 4 of 5 paired seeds)." in said
     assert "it stays open whether lora scores within 3 % of full (−2.5 points, 4 of 5 paired seeds)" in said
@@ -89,11 +91,20 @@ def test_a_method_that_does_not_beat_the_best_baseline_is_named() -> None:
     assert "On squad_v2, lora does not beat the no_answer baseline." in said
 
 
+def test_forgetting_is_told_in_its_own_unit() -> None:
+    summary = example_summary()
+    claim = next(claim for claim in summary.claims if claim.kind == "forgets_less")
+    said = text.paragraph(summary.model_copy(update={"claims": (claim,)}))
+    assert "On sst2, lora forgets less than full (−1.3 points, 4 of 5 paired seeds)." in said
+    nats = claim.model_copy(update={"unit": "nats"})
+    assert text.difference(nats, 1) == "−1.350 nats (−1.555 to −1.145)"  # scipy: t.interval of the four values
+
+
 def test_many_claims_are_grouped_and_none_is_lost() -> None:
     summary = example_summary()
     more = tuple(claim.model_copy(update={"task": f"{claim.task}_b"}) for claim in summary.claims)
     said = text.paragraph(summary.model_copy(update={"claims": summary.claims + more}))
-    assert "Of 8 claims, 2 supported" in said
+    assert "Of 10 claims, 4 supported" in said
     assert (
         "“lora within 3% of full” is inconclusive on sst2 (4 of 5 seeds) and sst2_b (4 of 5 seeds); "
         "not assessable on squad_v2 (4 of 5 seeds) and squad_v2_b (4 of 5 seeds)."

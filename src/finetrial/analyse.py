@@ -11,17 +11,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from finetrial import claims, stats
+from finetrial import claims, measures
 from finetrial.evidence import (
     LEFT_WAITING,
     Arm,
     arm_of,
     best_trial,
-    drift_of,
-    drift_values,
+    measured,
     run_of_task,
-    same_inputs,
     trial_score,
+    why_not_measured,
 )
 from finetrial.fairness import (
     environment,
@@ -31,6 +30,7 @@ from finetrial.fairness import (
     input_notes,
     ledger_row,
 )
+from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, TaskSpec
 from finetrial.space import Choice, Fixed, Range, Space
@@ -40,15 +40,13 @@ from finetrial.summary import (
     ArmSummary,
     ClaimResult,
     DimensionSummary,
-    DriftSummary,
-    Interval,
-    LayerDrift,
     Meta,
     ReplicatePoint,
     SearchSummary,
     Summary,
     TaskSummary,
     TrialPoint,
+    Unit,
 )
 
 
@@ -92,7 +90,7 @@ def summarise(
         complete=_complete(study, arms, ordered),
         tasks=tasks,
         arms=summaries,
-        claims=_claims(study, arms, tasks, ordered),
+        claims=_claims(study, arms, tasks),
         ledger=ledger,
         fairness_notes=(
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
@@ -132,8 +130,9 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         if "test" in result.scores:
             baselines["untrained"] = result.scores["test"]
     control = run_of_task(ordered, task.name, "probe")
-    drift = drift_of(control)
+    drift = measured(control, "drift")
     layers = drift["layers"] if drift else []
+    measures_anything = control is not None and control.result is not None and control.result.measures
     return TaskSummary(
         name=task.name,
         metric=metric.name,
@@ -142,7 +141,8 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         baselines=baselines,
         baseline_run=run.spec.run_id if run and result else None,
         control_drift=tuple(1 - layer["cka"] for layer in layers if layer["cka"] is not None),
-        control_run=control.spec.run_id if control and drift else None,
+        control_forgotten=measures.forgotten_parts(measured(control, "forgetting")),
+        control_run=control.spec.run_id if control and measures_anything else None,
     )
 
 
@@ -156,10 +156,12 @@ def _arm_summary(study: Study, arm: Arm) -> ArmSummary:
         method=arm.method.name,
         search=_search(study, arm),
         replicates=tuple(_replicate(r, arm) for r in arm.replicates if r.outcome),
-        test={name: _interval([test[name] for test in tests]) for name in sorted(shared)},
+        test={name: interval([test[name] for test in tests]) for name in sorted(shared)},
         failed=sum(r.spec.number in arm.invalid for r in ended),
         planned=study.train.seeds,
-        drift=_drift_summary(arm),
+        drift=measures.drift(arm),
+        spectrum=measures.spectrum(arm),
+        forgetting=measures.forgetting(arm),
         trainable_parameters=costs[0].trainable_parameters if costs else None,
         total_parameters=costs[0].total_parameters if costs else None,
         saved_bytes=costs[0].saved_bytes if costs else None,
@@ -247,114 +249,67 @@ def _cost(arm: Arm) -> ArmCost | None:
     return ArmCost(
         search_seconds=math.fsum(c.wall_seconds for c in search),
         train_seconds=math.fsum(c.wall_seconds for c in train),
-        train_seconds_each=_interval([c.wall_seconds for c in whole]),
+        train_seconds_each=interval([c.wall_seconds for c in whole]),
         peak_memory_bytes=max(c.peak_memory_bytes for c in whole),
         cpu_seconds=math.fsum(c.cpu_seconds for c in (*search, *train)),
         device=", ".join(sorted({c.device for c in whole})),
     )
 
 
-def _interval(values: Sequence[float]) -> Interval:
-    return Interval(**stats.mean_interval(values)._asdict())
-
-
-# ---- drift ---------------------------------------------------------------------------------------------
-
-
-def _drift_summary(arm: Arm) -> DriftSummary | None:
-    found = drift_values(arm)
-    if not found:
-        return None
-    drifts = [drift for _, drift in found.values()]
-    neighbours = [drift["neighbour"] for drift in drifts if drift.get("neighbour")]
-    layers = []
-    for index, named in enumerate(drifts[0]["layers"]):
-        cka = [_from_one(drift["layers"][index]["cka"]) for drift in drifts]
-        cosine = [_from_one(drift["layers"][index]["cosine"]) for drift in drifts]
-        known_cka = [value for value in cka if value is not None]
-        known_cosine = [value for value in cosine if value is not None]
-        if not known_cka or not known_cosine:
-            continue  # a layer that does not vary over the rows has no similarity
-        between = [_from_one(neighbour["layers"][index]["cka"]) for neighbour in neighbours]
-        layers.append(
-            LayerDrift(
-                layer=named["layer"],
-                cka=tuple(cka),
-                cosine=tuple(cosine),
-                cka_mean=stats.mean_interval(known_cka).estimate,
-                cosine_mean=stats.mean_interval(known_cosine).estimate,
-                seed_to_seed=tuple(value for value in between if value is not None),
-            )
-        )
-    apart = [n["cka_drift_mean"] for n in neighbours if n["cka_drift_mean"] is not None]
-    return DriftSummary(
-        probe_runs=tuple(probe.spec.run_id for probe, _ in found.values()),
-        replicates=tuple(found),
-        layers=tuple(layers),
-        cka=_interval([drift["cka_drift_mean"] for drift in drifts]),
-        cosine=_interval([drift["cosine_drift_mean"] for drift in drifts]),
-        seed_to_seed=_interval(apart) if apart else None,
-        per_replicate={str(number): drift["cka_drift_mean"] for number, (_, drift) in found.items()},
-    )
-
-
-def _from_one(similarity: float | None) -> float | None:
-    return None if similarity is None else 1 - similarity
-
-
 # ---- claims --------------------------------------------------------------------------------------------
 
 
-def _claims(
-    study: Study, arms: Sequence[Arm], tasks: Sequence[TaskSummary], ordered: Sequence[RunRecord]
-) -> tuple[ClaimResult, ...]:
+def _claims(study: Study, arms: Sequence[Arm], tasks: Sequence[TaskSummary]) -> tuple[ClaimResult, ...]:
     by_name = {(arm.task.name, arm.method.name): arm for arm in arms}
-    cases = []
-    for claim in study.claims:
-        for task in tasks:
-            drift = drift_of(run_of_task(ordered, task.name, "probe"))
-            noise = [abs(1 - n["cka"]) for n in drift["layers"] if n["cka"] is not None] if drift else []
-            cases.append(
-                claims.Case(
-                    claim=claim,
-                    task=task.name,
-                    method=_side(by_name[task.name, claim.method], claim),
-                    reference=_side(by_name[task.name, claim.reference], claim),
-                    higher_is_better=task.higher_is_better,
-                    trivial=_best_trivial(task),
-                    noise=max(noise, default=None),
-                )
-            )
+    cases = [
+        claims.Case(
+            claim=claim,
+            task=task.name,
+            method=_side(by_name[task.name, claim.method], claim),
+            reference=_side(by_name[task.name, claim.reference], claim),
+            higher_is_better=task.higher_is_better,
+            trivial=_best_trivial(task),
+            noise=_noise(task, claim),
+            unit=_unit(by_name[task.name, claim.reference], claim),
+        )
+        for claim in study.claims
+        for task in tasks
+    ]
     return claims.judge(cases)
 
 
+def _noise(task: TaskSummary, claim: Claim) -> float | None:
+    """The largest value that the base has against itself."""
+    control = task.control_drift if claim.kind == "drifts_less" else task.control_forgotten.values()
+    return max(map(abs, control), default=None)
+
+
+def _unit(arm: Arm, claim: Claim) -> Unit:
+    if claim.kind == "within":
+        return "score"
+    if claim.kind == "drifts_less":
+        return "share"
+    found = measures.forgetting(arm)
+    return "nats" if found and found.judged_by == "text" else "points"
+
+
 def _side(arm: Arm, claim: Claim) -> claims.Side:
-    values: dict[int, float] = {}
-    run_ids: dict[int, tuple[str, ...]] = {}
-    absent = dict(arm.invalid)
-    drifts = drift_values(arm)
-    for record in arm.valid:
-        number = record.spec.number
-        assert record.result is not None
-        if claim.kind == "within":
-            values[number] = record.result.scores["test"][arm.metric.name]
-            run_ids[number] = (record.spec.run_id,)
-        elif number in drifts:
-            probe, drift = drifts[number]
-            values[number] = drift["cka_drift_mean"]
-            run_ids[number] = (probe.spec.run_id,)
-        else:
-            absent[number] = _why_no_drift(arm, number)
-    return claims.Side(arm.method.name, values, run_ids, absent)
-
-
-def _why_no_drift(arm: Arm, number: int) -> str:
-    probe = arm.probes.get(number)
-    outcome = probe.outcome if probe else None
-    if outcome not in (*LEFT_WAITING, "done"):
-        return f"probe {outcome}".replace("_", " ")
-    drift = drift_of(probe)
-    return "drift not measured" if drift is None or same_inputs(arm, drift) else "probe on other inputs"
+    absent, valid = dict(arm.invalid), [record.spec.number for record in arm.valid]
+    if claim.kind == "within":
+        scored = [(record.spec, record.result.scores["test"]) for record in arm.valid if record.result]
+        found = {spec.number: (spec.run_id, scores[arm.metric.name]) for spec, scores in scored}
+    elif claim.kind == "drifts_less":
+        found = measures.drift_per_replicate(arm)
+        absent |= {n: why_not_measured(arm, n, "drift") for n in valid if n not in found}
+    else:
+        found = measures.forgetting_per_replicate(arm)
+        absent |= {n: why_not_measured(arm, n, "forgetting") for n in valid if n not in found}
+    return claims.Side(
+        name=arm.method.name,
+        values={number: value for number, (_, value) in found.items()},
+        run_ids={number: (run_id,) for number, (run_id, _) in found.items()},
+        absent=absent,
+    )
 
 
 def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:

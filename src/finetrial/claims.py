@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from finetrial import power, stats
 from finetrial.stats import ALPHA, Contrast
 from finetrial.study import Claim
-from finetrial.summary import ClaimResult, Interval, Verdict
+from finetrial.summary import ClaimResult, Interval, Unit, Verdict
 
 MIN_PAIRS = 4  # with three or fewer the report describes and gives no verdict
 ASSAY_FACTOR = 2  # the reference must beat the trivial baseline by this many margins
@@ -35,7 +35,7 @@ class Case:
     """One claim on one task with all that it is judged by.
 
     `trivial`: name and value of the best baseline that needs no model ("within"); `noise`: the largest
-    drift of the base against itself ("drifts_less"). None: not measured, so nothing can be judged.
+    drift or forgetting of the base against itself. None: not measured, so nothing can be judged.
     """
 
     claim: Claim
@@ -45,6 +45,7 @@ class Case:
     higher_is_better: bool = True
     trivial: tuple[str, float] | None = None
     noise: float | None = None
+    unit: Unit = "score"
 
     @property
     def planned(self) -> list[int]:
@@ -86,6 +87,8 @@ def _contrast(case: Case) -> Contrast:
     method, reference = _values(case)
     if case.claim.kind == "drifts_less":
         return stats.drifts_less(method, reference, case.claim.margin)
+    if case.claim.kind == "forgets_less":  # without a relative margin: forgetting may be 0 or below
+        return stats.contrast(method, reference, "less")
     return stats.within(method, reference, case.claim.margin, higher_is_better=case.higher_is_better)
 
 
@@ -99,9 +102,12 @@ def _obstacle(case: Case) -> str | None:
     _, reference = _values(case)
     mean = sum(reference) / len(reference)
     name, margin = case.reference.name, case.claim.margin
+    if case.claim.kind != "within" and case.noise is None:
+        return "the base was not measured against itself, so numeric noise is unknown"
+    if case.claim.kind == "forgets_less":
+        return None
     if case.claim.kind == "drifts_less":
-        if case.noise is None:
-            return "the base was not measured against itself, so numeric noise is unknown"
+        assert case.noise is not None
         if not mean > NOISE_FACTOR * case.noise:
             return (
                 f"{name} drifts by {mean:.3g} on average, which is not above {NOISE_FACTOR} times "
@@ -185,6 +191,7 @@ def _result(
         method=case.method.name,
         reference=case.reference.name,
         margin=case.claim.margin,
+        unit=case.unit,
         verdict=verdict,
         reason=reason,
         difference=_difference(case),
@@ -202,11 +209,11 @@ def _result(
 
 
 def _difference(case: Case) -> Interval | None:
-    """Method minus reference: in score, or in drift as a share of the reference's."""
+    """Method minus reference: in score or in forgetting, or in drift as a share of the reference's."""
     method, reference = _values(case)
     if not method:
         return None
-    if case.claim.kind == "within":
+    if case.claim.kind != "drifts_less":
         return Interval(**stats.paired_difference(method, reference)._asdict())
     if min(reference) <= 0:
         return None
@@ -225,10 +232,14 @@ def _kept(case: Case) -> str:
     method, reference = case.method.name, case.reference.name
     if case.claim.kind == "drifts_less":
         return f"{method} drifts at least {_percent(case.claim.margin)} less than {reference}"
+    if case.claim.kind == "forgets_less":
+        return f"{method} forgets less than {reference}"
     return f"{method} scores within {_percent(case.claim.margin)} of {reference}"
 
 
 def _tested(case: Case) -> str:
+    if case.claim.kind == "forgets_less":
+        return f"forgetting of {case.method.name} - forgetting of {case.reference.name}"
     less = case.claim.kind == "drifts_less" or case.higher_is_better
     factor = 1 - case.claim.margin if less else 1 + case.claim.margin
     what = "drift of " if case.claim.kind == "drifts_less" else ""

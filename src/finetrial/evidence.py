@@ -28,7 +28,7 @@ class Arm:
     trials: Sequence[RunRecord]
     replicates: Sequence[RunRecord]
     probes: Mapping[int, RunRecord]  # by the replicate number that is measured
-    probe_inputs: str | None  # hash of what the control probe measured on
+    control: RunRecord | None  # the base measured against itself
     invalid: Mapping[int, str]
 
     @property
@@ -67,7 +67,7 @@ def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence
         trials=[r for r in mine if r.spec.stage == "trial"],
         replicates=replicates,
         probes={r.spec.number: r for r in mine if r.spec.stage == "probe"},
-        probe_inputs=(drift_of(run_of_task(records, task.name, "probe")) or {}).get("input_sha256"),
+        control=run_of_task(records, task.name, "probe"),
         invalid={number: why for number, why in reasons.items() if why},
     )
 
@@ -101,24 +101,46 @@ def run_of_task(ordered: Sequence[RunRecord], task: str, stage: str) -> RunRecor
     return None
 
 
-def drift_of(probe: RunRecord | None) -> dict[str, Any] | None:
-    """What the drift probe measured, if it did."""
-    return probe.result.measures.get("drift") if probe and probe.result else None
+def measured(probe: RunRecord | None, name: str) -> dict[str, Any] | None:
+    """What a probe's run measured under that name, if it did."""
+    return probe.result.measures.get(name) if probe and probe.result else None
 
 
-def drift_values(arm: Arm) -> dict[int, tuple[RunRecord, dict[str, Any]]]:
-    """Replicate number -> its probe and what it measured; of valid replicates alone."""
+def measures_of(arm: Arm, name: str) -> dict[int, tuple[RunRecord, dict[str, Any]]]:
+    """Replicate number -> its probe's run and what it measured; of valid ones, on the control's inputs."""
     found = {}
     for replicate in arm.valid:
         number = replicate.spec.number
-        drift = drift_of(arm.probes.get(number))
-        if drift is None or not same_inputs(arm, drift):
-            continue
-        if drift["cka_drift_mean"] is not None and drift["cosine_drift_mean"] is not None:
-            found[number] = (arm.probes[number], drift)
+        values = measured(arm.probes.get(number), name)
+        if values is not None and same_inputs(arm, name, values):
+            found[number] = (arm.probes[number], values)
     return found
 
 
-def same_inputs(arm: Arm, drift: Mapping[str, Any]) -> bool:
+def same_inputs(arm: Arm, name: str, values: Mapping[str, Any]) -> bool:
     """Whether a probe measured on the inputs that the task's control measured on."""
-    return arm.probe_inputs in (None, drift["input_sha256"])
+    control = _hashes(measured(arm.control, name))
+    return all(control.get(where, digest) == digest for where, digest in _hashes(values).items())
+
+
+def _hashes(values: Any, path: str = "") -> dict[str, str]:
+    """Every `input_sha256` in what a probe measured, by where it stands."""
+    found: dict[str, str] = {}
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key == "input_sha256":
+                found[path] = value
+            else:
+                found |= _hashes(value, f"{path}/{key}")
+    return found
+
+
+def why_not_measured(arm: Arm, number: int, name: str) -> str:
+    """Why a valid replicate has nothing measured under that name."""
+    probe = arm.probes.get(number)
+    outcome = probe.outcome if probe else None
+    if outcome not in (*LEFT_WAITING, "done"):
+        return f"probe {outcome}".replace("_", " ")
+    values = measured(probe, name)
+    elsewhere = values is not None and not same_inputs(arm, name, values)
+    return "probe on other inputs" if elsewhere else f"{name} not measured"

@@ -1,4 +1,4 @@
-"""The figures' colours, markers, lines and type: pure data, read by `plots.py` and by the report's page.
+"""The figures' colours, markers, lines and type: pure data, read by `plots` and by the report's page.
 
 Not for drawing. Colours are Okabe and Ito's (2008, "Color universal design"), always doubled by a marker and
 a line style, so that none of them carries a meaning alone.

@@ -28,6 +28,7 @@ Outcome = Literal[
     "bug",
 ]
 Setting = bool | int | float | str
+ClaimKind = Literal["within", "drifts_less", "forgets_less"]
 
 
 class Frozen(BaseModel):

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from finetrial import files, palette
 from finetrial import report_checks as checks
+from finetrial import report_measures as measures
 from finetrial import report_tables as tables
 from finetrial import report_text as text
 from finetrial.report_tables import Badge, Table
@@ -42,6 +43,7 @@ LATEX_SPECIAL = {
     "–": "--",
     "∓": r"$\mp$",
     "‖": r"$\Vert$",
+    "Δ": r"$\Delta$",
     "₀": r"$_0$",
     "“": "``",
     "”": "''",
@@ -71,7 +73,12 @@ def write(summary: Summary, home: Path) -> Path:
             svg = plots.save(chart.figure, chart.rows, folder / "figures", chart.name)
             charts[group].append({"chart": chart, "svg": Markup(inline_svg(svg, chart.name))})
     view = _view(summary, charts)
-    for table in [view["verdicts"], view["cost"], *(t["scores"] for t in view["tasks"]), *view["ledger"]]:
+    for table in [
+        view["verdicts"],
+        view["cost"],
+        *view["ledger"],
+        *(table for item in view["tasks"] for table in (item["scores"], *item["measures"])),
+    ]:
         name = report_figures.file_name(table.key)
         files.write_text(
             folder / "tables" / f"{name}.tex", _latex().get_template("table.tex.j2").render(table=table)
@@ -127,9 +134,18 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
                 "charts": [drawn for drawn in charts[task.name] if drawn is not first],
                 "search": tables.optima(summary, task),
                 "search_rows": _search_rows(summary, task.name),
-                "drift": tables.drift(summary, task),
+                "measures": [
+                    table
+                    for table in (
+                        measures.drift(summary, task),
+                        measures.forgetting(summary, task),
+                        measures.spectrum(summary, task),
+                    )
+                    if table.rows
+                ],
                 "details": [
-                    tables.drift_layers(summary, task),
+                    measures.drift_layers(summary, task),
+                    measures.spectrum_matrices(summary, task),
                     tables.trials(summary, task),
                     tables.replicates(summary, task),
                 ],

@@ -16,7 +16,7 @@ def claim_details(summary: Summary) -> Table:
     """What each verdict rests on: bounds, p-values, power, missing pairs."""
     rows = []
     for claim in summary.claims:
-        places = 4 if claim.kind == "drifts_less" else text.claim_decimals(summary, claim) + 1
+        places = text.claim_decimals(summary, claim) + 1 if claim.kind == "within" else 4
         bound, least = claim.contrast_bound, claim.smallest_detectable
         rows.append(
             (
@@ -121,28 +121,24 @@ def failures(summary: Summary) -> Table:
 
 
 def controls(summary: Summary) -> Table:
-    """What the base measured against itself shows: it has to be 0."""
+    """What the base measured against itself shows: all of it has to be 0."""
     rows: list[tuple[Cell, ...]] = []
     for task in summary.tasks:
-        if not task.control_drift:
-            rows.append(
-                (
-                    task.name,
-                    text.missing("not measured"),
-                    text.missing("not measured"),
-                    text.missing("not measured"),
-                )
+        found = [
+            ("drift, of any layer", task.control_drift),
+            ("forgetting", tuple(task.control_forgotten.values())),
+        ]
+        measured = [(what, max(values, key=abs)) for what, values in found if values]
+        if not measured:
+            rows.append((task.name, *[text.missing("not measured")] * 4))
+        for what, worst in measured:
+            judged = (
+                Badge("good", "zero") if worst == 0 else Badge("warning", "not zero", "less than this is noise")
             )
-            continue
-        worst = max(task.control_drift, key=abs)
-        judged = (
-            Badge("good", "zero")
-            if worst == 0
-            else Badge("warning", "not zero", "drift below this size is noise")
-        )
-        rows.append((task.name, task.control_run or text.missing("no run"), text.significant(worst), judged))
-    note = "The base model measured against itself, in a second forward pass: every layer's drift must be 0."
-    columns = columns_of("Task", "Run", "#Largest drift of any layer", "Result")
+            run = task.control_run or text.missing("no run")
+            rows.append((task.name, run, what, text.significant(worst), judged))
+    note = "The base model measured against itself, in passes of its own: every value must be 0."
+    columns = columns_of("Task", "Run", "What", "#Largest", "Result")
     return Table("controls", "Controls: base against base", columns, tuple(rows), note)
 
 

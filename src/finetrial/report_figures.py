@@ -1,42 +1,38 @@
 """Which figures the report has: a summary's numbers as tidy rows, each with its caption and description.
 
-Not for drawing (`plots.py`). The rows are what lands in the CSV beside each figure, so they hold every
+Not for drawing (`plots`). The rows are what lands in the CSV beside each figure, so they hold every
 point that is drawn and the run that it came from.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from finetrial import plots
 from finetrial import report_text as text
+from finetrial.report_charts import Chart, Rows, drift, file_name, forgetting, spectrum
 from finetrial.summary import ArmSummary, ClaimResult, Summary, TaskSummary
 
-Rows = list[dict[str, Any]]
-
-
-class Chart(NamedTuple):
-    """A figure with what stands under it and what is read out instead of it."""
-
-    name: str  # of its files
-    title: str
-    caption: str
-    description: str
-    rows: Rows
-    figure: plots.Figure
-
-
-def file_name(name: str) -> str:
-    """A name that is safe as a file name and as an HTML id."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-") or "_"
+PANELS = {
+    "score": "score difference",
+    "share": "relative change of drift, %",
+    "points": "difference in forgetting, points",
+    "nats": "difference in forgetting, nats per token",
+}
 
 
 def charts(summary: Summary) -> dict[str | None, list[Chart]]:
     """The study's own figures (under None) and each task's, without those that have nothing to show."""
     found: dict[str | None, list[Chart]] = {None: [c for c in [_claims(summary)] if c]}
     for task in summary.tasks:
-        made = (_scores(summary, task), _search(summary, task), _drift(summary, task), _cost(summary, task))
+        made = (
+            _scores(summary, task),
+            _search(summary, task),
+            drift(summary, task),
+            forgetting(summary, task),
+            spectrum(summary, task),
+            _cost(summary, task),
+        )
         found[task.name] = [chart for chart in made if chart]
     return found
 
@@ -64,13 +60,13 @@ def _claims(summary: Summary) -> Chart | None:
 def _claim_row(claim: ClaimResult, higher_is_better: bool) -> dict[str, Any]:
     value, drifts = claim.difference, claim.kind == "drifts_less"
     scale = 100.0 if drifts else 1.0
-    margin = None
-    if drifts:
-        margin = -100.0 * claim.margin
+    margin: float | None = None
+    if claim.kind != "within":
+        margin = -100.0 * claim.margin if drifts else 0.0
     elif value and claim.contrast:  # contrast = difference ± margin × reference, so this is the border
         margin = value.estimate - claim.contrast.estimate
     return {
-        "panel": "relative change of drift, %" if drifts else "score difference",
+        "panel": PANELS[claim.unit],
         "task": claim.task,
         "claim": claim.claim,
         "label": f"{claim.task}: {claim.claim}",
@@ -81,7 +77,7 @@ def _claim_row(claim: ClaimResult, higher_is_better: bool) -> dict[str, Any]:
         "high": value.high * scale if value and value.high is not None else None,
         "n": value.n if value else 0,
         "margin": margin,
-        "holds": "left" if drifts or not higher_is_better else "right",
+        "holds": "right" if claim.kind == "within" and higher_is_better else "left",
     }
 
 
@@ -125,36 +121,6 @@ def _score_row(series: str, method: str, score: float | None, **more: Any) -> di
         "run_id": None,
     }
     return row | more
-
-
-def _drift(summary: Summary, task: TaskSummary) -> Chart | None:
-    rows: Rows = []
-    counts, said = [], []
-    for arm in text.arms_of(summary, task.name):
-        if arm.drift is None:
-            continue
-        for layer in arm.drift.layers:
-            base = {"method": arm.method, "layer": layer.layer}
-            rows.append(base | {"series": "mean", "replicate": None, "drift": layer.cka_mean})
-            for number, value in zip(arm.drift.replicates, layer.cka, strict=False):
-                rows.append(base | {"series": "seed", "replicate": number, "drift": value})
-            for value in layer.seed_to_seed:
-                rows.append(base | {"series": "seed_to_seed", "replicate": None, "drift": value})
-        counts.append(f"{arm.method} n = {len(arm.drift.replicates)}")
-        said.append(f"{arm.method} {text.interval(arm.drift.cka, 3)}")
-    if not rows:
-        return None
-    for layer, value in enumerate(task.control_drift):
-        rows.append({"method": "base", "layer": layer, "series": "control", "replicate": None, "drift": value})
-    return Chart(
-        file_name(f"{task.name}.drift"),
-        f"Drift from the base model by layer on {task.name}",
-        f"Thick lines: mean over seeds ({', '.join(counts)}). Thin lines: single seeds. Shaded: the range of "
-        f"seed-to-seed differences. Dotted: base against base, which must be 0.",
-        f"Drift (1 − CKA) by layer. Mean over blocks: {', '.join(said)}.",
-        rows,
-        plots.drift_figure(rows, methods=text.methods_of(summary)),
-    )
 
 
 def _search(summary: Summary, task: TaskSummary) -> Chart | None:

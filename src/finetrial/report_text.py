@@ -171,10 +171,13 @@ def difference(claim: ClaimResult, decimals: int) -> str:
             return f"{text} (no interval, n = {value.n})"
         low, high = (percent(end, signed=True).removesuffix(f"{NARROW}%") for end in (value.low, value.high))
         return f"{text} ({low} to {high})"
+    if claim.unit != "score":
+        decimals = 3 if claim.unit == "nats" else 1
     if value.low is not None and value.high is not None and value.high - value.low < 4 * 10**-decimals:
         decimals += 1
     text, _, rest = interval(value, decimals, signed=True).partition(" (")
-    return f"{text}{' points' if decimals <= 2 else ''} ({rest}"
+    unit = " nats" if claim.unit == "nats" else " points" if decimals <= 2 else ""
+    return f"{text}{unit} ({rest}"
 
 
 def seeds(claim: ClaimResult) -> str:
@@ -254,12 +257,12 @@ def _opening(summary: Summary) -> list[str]:
 
 def _sentence(claim: ClaimResult, decimals: int) -> str:
     """One verdict as a sentence that is true on its own."""
-    names = f"{claim.method} {'scores' if claim.kind == 'within' else 'drifts'}"
-    said = (
-        f"within {percent(claim.margin)} of {claim.reference}"
-        if claim.kind == "within"
-        else f"at least {percent(claim.margin)} less than {claim.reference}"
-    )
+    verb, said = {
+        "within": ("scores", f"within {percent(claim.margin)} of {claim.reference}"),
+        "drifts_less": ("drifts", f"at least {percent(claim.margin)} less than {claim.reference}"),
+        "forgets_less": ("forgets", f"less than {claim.reference}"),
+    }[claim.kind]
+    names = f"{claim.method} {verb}"
     if claim.verdict == "not_assessable":
         return f"On {claim.task}, whether {names} {said} could not be judged: {_clause(claim.reason)}."
     pairs = seeds(claim)

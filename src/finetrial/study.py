@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from finetrial.records import (
+    ClaimKind,
     Frozen,
     LoopRules,
     MethodSpec,
@@ -51,13 +52,13 @@ class TrainRules(LoopRules):
 
 
 class Claim(Frozen):
-    """One declared claim: `method` compared with `reference`, with a relative margin."""
+    """One declared claim: `method` compared with `reference`, with a relative margin (0: without one)."""
 
     text: str
-    kind: Literal["within", "drifts_less"]
+    kind: ClaimKind
     method: str
     reference: str
-    margin: float = Field(gt=0, lt=1)
+    margin: float = Field(ge=0, lt=1)
 
 
 class RunRules(Frozen):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finetrial import plugins, study_entries
 from finetrial.errors import Problem, StudyError
 from finetrial.problems import Collector, guess, nearest, show
-from finetrial.records import EarlyStopping, LoopRules, MethodSpec, ModelSource
+from finetrial.records import ClaimKind, EarlyStopping, LoopRules, MethodSpec, ModelSource
 from finetrial.secrets_guard import held_by
 from finetrial.strict_yaml import MAX_BYTES, parse, parse_duration, parse_size
 from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
@@ -24,13 +24,15 @@ REQUIRED = ("study", "model", "tasks", "methods")
 DEFAULT_MEASURES = ["drift"]
 
 NUMBER = r"(?P<percent>[0-9]+(?:\.[0-9]+)?)"
-CLAIM_FORMS: dict[Literal["within", "drifts_less"], re.Pattern[str]] = {
+CLAIM_FORMS: dict[ClaimKind, re.Pattern[str]] = {
     "within": re.compile(rf"(?P<method>\S+) within {NUMBER} ?% of (?P<reference>\S+)", re.ASCII),
     "drifts_less": re.compile(
         rf"(?P<method>\S+) drifts (?:at least )?{NUMBER} ?% less than (?P<reference>\S+)", re.ASCII
     ),
+    "forgets_less": re.compile(r"(?P<method>\S+) forgets less than (?P<reference>\S+)", re.ASCII),
 }
-CLAIM_HELP = "write 'lora within 3% of full' or 'lora drifts 20% less than full'"
+CLAIM_HELP = "write 'lora within 3% of full', 'lora drifts 20% less than full' or 'lora forgets less than full'"
+MEASURED_BY: dict[ClaimKind, str] = {"drifts_less": "drift", "forgets_less": "forgetting"}
 
 
 def load_study(file: str | Path) -> Study:
@@ -207,6 +209,8 @@ def _claims(collector: Collector, value: Any, methods: list[str], measure: dict[
         texts = [f"{name} within 3% of {reference}" for name in others]
         if "drift" in measure:
             texts += [f"{name} drifts 20% less than {reference}" for name in others]
+        if "forgetting" in measure:
+            texts += [f"{name} forgets less than {reference}" for name in others]
         value = texts
     if not isinstance(value, list):
         collector.add(("claims",), f"{show(value)} is not a list of claims; {CLAIM_HELP}")
@@ -220,16 +224,21 @@ def _claims(collector: Collector, value: Any, methods: list[str], measure: dict[
         if kind is None or found is None:
             collector.add(path, f"{show(text)} is not a claim that can be judged; {CLAIM_HELP}")
             continue
-        method, reference, percent = found["method"], found["reference"], float(found["percent"])
+        method, reference, percent = (
+            found["method"],
+            found["reference"],
+            float(found.groupdict().get("percent") or 0),
+        )
         before = len(collector.found)
         for name in dict.fromkeys((method, reference)):
             if name not in methods:
                 collector.add(path, f"{show(name)} is not a method of this study; {nearest(name, methods)}")
         if method == reference:
             collector.add(path, f"{show(method)} is compared with itself; name two methods")
-        if kind == "drifts_less" and "drift" not in measure:
-            collector.add(path, "drift is not measured; add `drift` under `measure:`")
-        if not 0 < percent < 100:
+        needed = MEASURED_BY.get(kind)
+        if needed and needed not in measure:
+            collector.add(path, f"{needed} is not measured; add `{needed}` under `measure:`")
+        if "percent" in found.groupdict() and not 0 < percent < 100:
             collector.add(path, f"{percent:g} % is not between 0 and 100; change it")
         same = (kind, method, reference, percent / 100)
         if same in [(c.kind, c.method, c.reference, c.margin) for c in claims]:

@@ -1,6 +1,6 @@
 """The shape of `analysis/summary.json`: every number of the report, with the run ids it came from.
 
-Written by `analyse.py`, read by `report.py` and `plots.py`, which compute nothing. Whatever varies between
+Written by `analyse.py`, read by `report.py` and `plots`, which compute nothing. Whatever varies between
 two equal studies (times, memory) lives under `cost` and `meta` alone.
 """
 
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from finetrial.records import Frozen, Outcome, Setting
+from finetrial.records import ClaimKind, Frozen, Outcome, Setting
 
 SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1
 
 Verdict = Literal["supported", "refuted", "inconclusive", "not_assessable"]
+
+
+Unit = Literal["score", "share", "points", "nats"]
 
 
 class Interval(Frozen):
@@ -90,6 +93,42 @@ class DriftSummary(Frozen):
     per_replicate: dict[str, float]  # replicate number -> mean CKA drift over blocks
 
 
+class SpectrumSummary(Frozen):
+    """What training did to the weight matrices of the blocks; one value per replicate under each interval."""
+
+    probe_runs: tuple[str, ...]
+    replicates: tuple[int, ...]
+    matrices: int  # of a replicate, at most, that changed
+    overall: dict[str, Interval]  # relative_change, effective_rank_mean, intruders, ...
+    directions: int  # singular vectors that could have been intruders, of one replicate
+    thresholds: tuple[float, ...]
+    intruder_curve: tuple[tuple[float, ...], ...]  # threshold, k = 1.. -> intruders, mean over replicates
+    per_matrix: dict[str, dict[str, float]]  # matrix -> quantity -> mean over replicates
+
+
+class ForgottenPart(Frozen):
+    """One task or text that a model was not trained on: points of accuracy, or nats per token."""
+
+    name: str
+    kind: Literal["task", "text"]
+    base: float
+    chance: float | None  # of a task: the commonest class
+    readable: bool  # the base can do it at all
+    tuned: Interval
+    forgotten: Interval  # more is worse
+
+
+class ForgettingSummary(Frozen):
+    """What the arm's models lost; judged by text where it is measured, else by the mean over readable tasks."""
+
+    probe_runs: tuple[str, ...]
+    replicates: tuple[int, ...]
+    parts: tuple[ForgottenPart, ...]
+    judged_by: Literal["text", "tasks"] | None  # None: nothing that could be forgotten
+    forgotten: Interval | None
+    per_replicate: dict[str, float]  # replicate number -> what is judged
+
+
 class ArmCost(Frozen):
     """Measured cost of the arm's runs; varies from run to run."""
 
@@ -110,6 +149,8 @@ class ArmSummary(Frozen):
     failed: int  # replicates without a valid score (diverged, void, crashed...), of `planned`
     planned: int
     drift: DriftSummary | None
+    spectrum: SpectrumSummary | None
+    forgetting: ForgettingSummary | None
     trainable_parameters: int | None
     total_parameters: int | None
     saved_bytes: int | None
@@ -124,6 +165,7 @@ class TaskSummary(Frozen):
     baselines: dict[str, dict[str, float]]  # majority, no_answer, untrained ... -> metric -> test value
     baseline_run: str | None
     control_drift: tuple[float, ...]  # base against base, per layer: must be 0
+    control_forgotten: dict[str, float]  # base against base, per task and text: must be 0
     control_run: str | None
 
 
@@ -132,13 +174,14 @@ class ClaimResult(Frozen):
 
     claim: str  # as written in the study file
     task: str
-    kind: Literal["within", "drifts_less"]
+    kind: ClaimKind
     method: str
     reference: str
-    margin: float  # 0.03 for 3 %
+    margin: float  # 0.03 for 3 %; 0 of a claim without one
+    unit: Unit  # of the difference, and of the tested quantity where that is no drift
     verdict: Verdict
     reason: str  # one sentence in words
-    difference: Interval | None  # method - reference: test score, or drift as a share of the reference's
+    difference: Interval | None  # method - reference: score, forgetting; drift as a share of the reference's
     contrast: Interval | None  # D_i, the tested quantity: method - (1 -/+ margin) * reference
     contrast_bound: float | None  # one-sided 95 % bound that the verdict rests on
     p_t: float | None  # one-sided t
