@@ -122,6 +122,7 @@ def test_g_by_hand():
     assert effects.hedges_g([1, 2, 3], [3, 4, 5], paired=False).g == pytest.approx(-2 * 0.797885, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")
 @given(VALUES, VALUES, st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_g_s_interval_inverts_the_noncentral_t(method, reference, paired):
@@ -149,6 +150,23 @@ def test_g_is_unbiased_and_its_interval_covers_in_95_of_100_studies():
     found = [effects.hedges_g(rng.normal(1.5, 1, 5), np.zeros(5)) for _ in range(2000)]
     assert np.mean([e.g for e in found]) == pytest.approx(1.5, abs=0.06)
     assert np.mean([e.low <= 1.5 <= e.high for e in found]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_g_s_interval_goes_on_smoothly_where_there_is_next_to_no_spread():
+    """Far out both limits are g's d times roots of chi-squared quantiles over the degrees of freedom."""
+    found = effects.hedges_g([1, 1.0000001, 1], [0, 0, 0])
+    d = found.g / effects.hedges_correction(2)
+    expected = [d * math.sqrt(scipy.stats.chi2.ppf(share, 2) / 2) for share in (0.025, 0.975)]
+    assert (found.low, found.high) == pytest.approx(expected)
+    for n in (3, 10, 60):
+        noise = np.tile([1.0, -1.0, 0.0], n // 3 + 1)[:n]
+        noise = (noise - noise.mean()) / noise.std(ddof=1)
+        edge = effects.FAR_OUT / math.sqrt(n)
+        near = effects.hedges_g(list(0.999 * edge + noise), [0] * n)
+        far = effects.hedges_g(list(1.001 * edge + noise), [0] * n)
+        assert (far.low, far.high) == pytest.approx(
+            (near.low * 1.001 / 0.999, near.high * 1.001 / 0.999), rel=5e-4
+        )
 
 
 def test_g_swaps_sign_with_the_sides_and_is_none_without_spread():

@@ -18,6 +18,8 @@ import numpy as np
 
 from finetrial.stats import ALPHA, finite, mean_interval, pairs, standard_deviation, t_quantile
 
+FAR_OUT = 1000.0  # beyond such a t nctdtr loses its digits, and the limit is right to four of them
+
 
 class RatioInterval(NamedTuple):
     """A ratio with a two-sided 95 % interval.
@@ -151,10 +153,14 @@ def probability_better(method: Sequence[float], reference: Sequence[float], *, p
 
 def _noncentrality(t: float, degrees: int, share: float) -> float:
     """The noncentrality at which `share` of the noncentral t lies below t."""
-    from scipy.special import nctdtr
+    from scipy.special import chdtri, nctdtr
 
     if t < 0:  # nctdtr is at its best where both are positive
         return -_noncentrality(-t, degrees, 1 - share)
+    if (
+        t > FAR_OUT
+    ):  # the normal part of t is nothing beside the rest: noncentrality / t is a chi / sqrt(degrees)
+        return t * math.sqrt(float(chdtri(degrees, share)) / degrees)
 
     def below(noncentrality: float) -> float:
         value = float(nctdtr(degrees, noncentrality, t))
