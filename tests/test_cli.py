@@ -18,7 +18,7 @@ from finetrial.cli import Verbs, main
 from finetrial.study_file import load_study
 from wrong_study_files import ONE_MISTAKE, text_of
 
-VERBS = ("init", "check", "plan", "run", "status", "show", "report")
+VERBS = ("init", "check", "plan", "run", "status", "show", "report", "compare")
 
 
 def call(*arguments: object) -> Result:

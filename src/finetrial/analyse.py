@@ -138,12 +138,20 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
         split_rows=result.split_rows if result else {},
+        input_sha256=_inputs(task, ordered, result.input_sha256 if result else {}),
         baselines=baselines,
         baseline_run=run.spec.run_id if run and result else None,
         control_drift=tuple(1 - layer["cka"] for layer in layers if layer["cka"] is not None),
         control_forgotten=measures.forgotten_parts(measured(control, "forgetting")),
         control_run=control.spec.run_id if control and measures_anything else None,
     )
+
+
+def _inputs(task: TaskSpec, ordered: Sequence[RunRecord], scored: dict[str, str]) -> dict[str, str]:
+    """Hashes of what was evaluated, and of what the first replicate with a result was trained on."""
+    replicates = (r for r in ordered if r.spec.stage == "replicate" and r.spec.task.name == task.name)
+    trained = next((r.result.input_sha256 for r in replicates if r.result), {})
+    return {**{split: sha256 for split, sha256 in trained.items() if split == "train"}, **scored}
 
 
 def _arm_summary(study: Study, arm: Arm) -> ArmSummary:

@@ -162,6 +162,22 @@ def report(home: Path, only_verify: bool) -> None:
     sys.exit(terminal.exit_code(summary))
 
 
+@main.command()
+@click.argument("homes", metavar="HOME HOME...", nargs=-1, type=click.Path(path_type=Path))
+@json_option
+def compare(homes: tuple[Path, ...], as_json: bool) -> None:
+    """Studies side by side: first what differs between them, then scores, drift, cost and verdicts of each.
+
+    HOME is a study's folder or its study file; of a folder, analysis/summary.json alone is read.
+    """
+    from finetrial import compare, terminal
+
+    if len(homes) < 2:
+        raise click.UsageError("name two studies or more: finetrial compare runs/one runs/other")
+    paths = [_home(home) for home in homes]
+    terminal.show_compared(compare.compare(compare.read(paths), paths), as_json=as_json)
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """A termination notice is treated as Ctrl-C: the runs under way are ended and kept for resuming."""

@@ -21,7 +21,7 @@ from finetrial import report_measures as measures
 from finetrial import report_tables as tables
 from finetrial import report_text as text
 from finetrial.report_tables import Badge, Table
-from finetrial.summary import ClaimResult, Summary
+from finetrial.summary import Summary
 
 # What a table cell may not hold raw, by format.
 MARKDOWN_SPECIAL = re.compile(r"([\\`*|\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
@@ -97,17 +97,10 @@ def verdict_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
             claim.claim,
             text.plain(text.difference(claim, text.claim_decimals(summary, claim))).replace(" to ", " .. "),
             text.seeds(claim),
-            _short_verdict(claim),
+            text.short_verdict(claim),
         )
         for claim in summary.claims
     ]
-
-
-def _short_verdict(claim: ClaimResult) -> str:
-    word = text.VERDICT_WORDS[claim.verdict]
-    if claim.verdict == "inconclusive" and claim.seeds_needed:
-        return f"{word}: {claim.seeds_needed} seeds would settle it"
-    return f"{word}: {text.plain(claim.reason)}" if claim.verdict == "not_assessable" else word
 
 
 def cost_rows(summary: Summary) -> list[tuple[str, ...]]:

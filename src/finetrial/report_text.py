@@ -186,6 +186,14 @@ def seeds(claim: ClaimResult) -> str:
     return f"{used} of {used + absent}" if absent else str(used)
 
 
+def short_verdict(claim: ClaimResult) -> str:
+    """A verdict for the terminal, in ASCII: what would settle it, or why there is none."""
+    word = VERDICT_WORDS[claim.verdict]
+    if claim.verdict == "inconclusive" and claim.seeds_needed:
+        return f"{word}: {claim.seeds_needed} seeds would settle it"
+    return f"{word}: {plain(claim.reason)}" if claim.verdict == "not_assessable" else word
+
+
 def claim_decimals(summary: Summary, claim: ClaimResult) -> int:
     """Decimals of the score that a claim is about."""
     for task in summary.tasks:

@@ -286,6 +286,8 @@ class Home:
         Raises:
             HomeError: the study has none yet, or it is damaged.
         """
+        if not self.summary_file.exists() and not self.lock_file.exists():
+            raise HomeError(f"{self.path} is no study's folder: it has no analysis/summary.json")
         if not self.summary_file.exists():
             raise HomeError(f"{self.path} has no analysis yet; `finetrial report {self.path}` makes one")
         return _read(self.summary_file, Summary)

@@ -162,6 +162,7 @@ class TaskSummary(Frozen):
     metric: str
     higher_is_better: bool
     split_rows: dict[str, int]
+    input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs; train's is that of full data
     baselines: dict[str, dict[str, float]]  # majority, no_answer, untrained ... -> metric -> test value
     baseline_run: str | None
     control_drift: tuple[float, ...]  # base against base, per layer: must be 0

@@ -22,6 +22,7 @@ from finetrial.study import Study
 
 if TYPE_CHECKING:
     from finetrial.check_report import Checked
+    from finetrial.compare import Compared
     from finetrial.progress import Progress
     from finetrial.summary import Summary
     from finetrial.verify import Verified
@@ -88,10 +89,7 @@ def show_check(checked: Checked, *, as_json: bool = False) -> None:
         print_json(checked.model_dump(mode="json"))
         return
     for rows in (check_report.arm_rows(checked), check_report.study_rows(checked)):
-        table = _table(*rows[0])
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+        _show_rows(rows)
     for note in checked.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for fault in checked.faults:
@@ -110,10 +108,7 @@ def show_verdicts(summary: Summary, home: Path) -> None:
         console.print(table)
     costs = report.cost_rows(summary)
     if costs:
-        table = _table(*costs[0])
-        for row in costs[1:]:
-            table.add_row(*row)
-        console.print(table)
+        _show_rows(costs)
     for note in summary.fairness_notes:
         console.print(f"note: {note}", soft_wrap=True)
     for failure in summary.failures:
@@ -142,6 +137,19 @@ def show_verified(verified: Verified, home: Path) -> None:
         console.print(f"  and {count - MOST_DIFFERENCES:,} more")
     for hint in verified.hints:
         console.print(f"note: {hint}", soft_wrap=True)
+
+
+def show_compared(compared: Compared, *, as_json: bool = False) -> None:
+    """What sets studies apart, then their arms and verdicts, then how to read it."""
+    from finetrial import compare
+
+    if as_json:
+        print_json(compared.model_dump(mode="json"))
+        return
+    for rows in (compare.difference_rows(compared), compare.arm_rows(compared), compare.claim_rows(compared)):
+        _show_rows(rows)
+    for note in compared.notes:
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def exit_code(summary: Summary) -> int:
@@ -256,6 +264,15 @@ def _run_json(record: RunRecord) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """JSON for programs: no colours, no wrapping."""
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _show_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A table whose titles come first; nothing where there is no row below them."""
+    table = _table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    if table.row_count:
+        console.print(table)
 
 
 def _table(*titles: str) -> Table:
