@@ -271,3 +271,11 @@ def test_of_two_json_texts_that_differ_in_a_digit_a_difference_is_told(tmp_path_
         other = data.draw(st.sampled_from([digit for digit in "0123456789" if digit != text[at]]))
         (folder / "stored" / "x.json").write_text(text[:at] + other + text[at + 1 :])
         assert list(verify._compare("x.json", folder / "stored", folder / "derived"))
+
+
+def test_a_number_is_compared_as_it_is_written(tmp_path):
+    for name, digits in (("stored", "0.30000000000000005"), ("derived", "0.30000000000000004")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text(f'{{"a": [1, {digits}]}}')
+    (found,) = verify._compare("x.json", tmp_path / "stored", tmp_path / "derived")
+    assert found == ("x.json", "a.1", "0.30000000000000005", "0.30000000000000004")
