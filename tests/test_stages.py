@@ -197,6 +197,38 @@ def test_a_probe_measures_the_saved_model_against_the_base(tiny_bert, tmp_path, 
         run(probe, tmp_path)
 
 
+@pytest.mark.parametrize("rows", [None, 5, "all"])
+def test_a_probe_is_given_the_rows_that_its_parameters_ask_for(tiny_bert, tmp_path, monkeypatch, rows):
+    (tmp_path / "counting_rows.py").write_text(COUNTING_ROWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    use = {None: "counting_rows:NONE", 5: "counting_rows:SOME", "all": "counting_rows:ALL"}[rows]
+    spec = make_spec(tiny_bert, None).model_copy(
+        update={"stage": "probe", "measures": {"count": {"use": use, "params": {}}}}
+    )
+    given = run(spec, tmp_path / "home").measures["count"]["inputs"]
+    assert given == {None: 0, 5: 5, "all": 12}[rows]
+
+
+COUNTING_ROWS = """
+from finetrial.records import Frozen
+
+class Some(Frozen):
+    rows: int | None = 5
+
+class All(Frozen):
+    rows: int | None = None
+
+class Counting:
+    def __init__(self, params):
+        self.Params = params
+
+    def measure(self, given, params):
+        return {"inputs": sum(len(batch["input_ids"]) for batch in given.batches)}
+
+NONE, SOME, ALL = Counting(Frozen), Counting(Some), Counting(All)
+"""
+
+
 def test_a_probe_refuses_a_model_that_another_optimum_has_overwritten(tiny_bert, tmp_path):
     spec = make_spec(tiny_bert, "lora", settings={"epochs": 1})
     run(spec, tmp_path)

@@ -210,6 +210,7 @@ class ProbeInput:
 class Probe(Protocol):
     """probes/<name>.py: raw measurements of one trained model, as plain JSON.
 
+    It is given as many validation rows as `Params` says in `rows` (None: all); without a `rows`, none.
     It may also have `files(params, base)`, the local files that it reads, as a task has; and
     `with_tasks(params, tasks)`: its parameters with what it takes from the study's tasks (or a ValueError).
     """

@@ -160,7 +160,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
     for name, asked in spec.measures.items():
         plugin = plugins.load("probes", asked["use"])
         params = plugin.Params.model_validate(asked["params"])
-        rows = cap_rows(bench.splits.validation, getattr(params, "rows", None))
+        rows = cap_rows(bench.splits.validation, getattr(params, "rows", 0))
         features = bench.encode(rows, built) if rows else []
         batches = [
             collate([features[i] for i in indices], built.tokenizer.pad_token_id, device)

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
@@ -42,7 +42,6 @@ class Params(Frozen):
     task_rows: int = Field(default=1000, ge=LEAST_ROWS, le=100_000)  # of a task's training rows, at most
     text_tokens: int = Field(default=20_000, ge=32)
     text_length: int = Field(default=256, ge=16)  # tokens of a window
-    rows: Literal[0] = 0  # of the trained task: none
 
     @field_validator("tasks")
     @classmethod
