@@ -88,7 +88,7 @@ methods:
   lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
 search: {{trials: 3, space: {{epochs: 1, batch_size: 8}}}}
 train: {{seeds: 2}}
-measure: {{drift: {{rows: 24}}}}
+measure: {{drift: {{rows: 24}}, spectrum: {{}}}}
 run: {{threads: 1, log_steps: 1, parallel: 2}}
 """
 

@@ -80,6 +80,9 @@ def test_every_run_leaves_what_the_docs_say(reference):
         assert [attempt.outcome for attempt in record.attempts] == ["done"]
         assert not folder.checkpoint.exists()
         assert not folder.lease_file.exists()
+        if record.spec.stage == "probe":  # no claim is made of the spectrum yet; it is in the probe's result
+            changed = record.result.measures["spectrum"]["overall"]["changed"]
+            assert changed == (12 if record.spec.subject else 0)
     assert (home / "best" / "synthetic_qa.lora.yaml").exists()
     assert (home / "models" / "synthetic_qa.lora.seed1" / "adapter_model.safetensors").exists()
     assert (home / "models" / "synthetic_qa.full.seed1" / "model.safetensors").exists()

@@ -197,6 +197,22 @@ def test_a_probe_measures_the_saved_model_against_the_base(tiny_bert, tmp_path, 
         run(probe, tmp_path)
 
 
+@pytest.mark.parametrize(("method", "changed"), [("full", 12), ("lora", 12), ("frozen", 0)])
+def test_the_spectrum_is_measured_without_inputs(tiny_bert, tmp_path, method, changed):
+    spec = make_spec(tiny_bert, method)
+    run(spec, tmp_path)
+    measures = {"spectrum": {"use": "spectrum", "params": {}}}
+    TROUBLE.reset()
+    probe = spec.model_copy(update={"stage": "probe", "measures": measures, "subject": spec.run_id})
+    overall = run(probe, tmp_path).measures["spectrum"]["overall"]
+    assert (overall["changed"], overall["unchanged"]) == (changed, 12 - changed)
+    assert (overall["relative_change"] > 0) == (changed > 0)
+    if method == "lora":
+        assert overall["effective_rank_mean"] <= spec.settings["rank"] + 1e-9
+    control = spec.model_copy(update={"stage": "probe", "measures": measures})
+    assert run(control, tmp_path).measures["spectrum"]["overall"]["changed"] == 0
+
+
 @pytest.mark.parametrize("rows", [None, 5, "all"])
 def test_a_probe_is_given_the_rows_that_its_parameters_ask_for(tiny_bert, tmp_path, monkeypatch, rows):
     (tmp_path / "counting_rows.py").write_text(COUNTING_ROWS)

@@ -286,12 +286,16 @@ def _heads(model: Any, missing: set[str]) -> tuple[tuple[str, ...], list[str]]:
 
     Many encoders are published without the pooler that a classification head reads; it belongs to the head.
     """
-    body = f"{model.base_model_prefix}."
-    beside = {name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
-    absent = {name for name in missing if name.startswith(body)}
+    absent = {name for name in missing if name.startswith(f"{model.base_model_prefix}.")}
     poolers = {name.rpartition(".")[0] for name in absent if "pooler" in name.split(".")}
     stray = sorted(name for name in absent if name.rpartition(".")[0] not in poolers)
-    return tuple(sorted(beside | poolers)), stray
+    return tuple(sorted({*beside_body(model), *poolers})), stray
+
+
+def beside_body(model: Any) -> tuple[str, ...]:
+    """The modules of a model with a head that lie beside its body."""
+    body = f"{model.base_model_prefix}."
+    return tuple(sorted({n.split(".")[0] for n, _ in model.named_parameters() if not n.startswith(body)}))
 
 
 def in_head(name: str, head_names: Sequence[str]) -> bool:
@@ -311,14 +315,19 @@ ENCODERS = frozenset(
 )
 
 
-def linear_names(model: Any, head_names: Sequence[str], *, attention_only: bool) -> list[str]:
-    """The full names of the linear layers of the model's blocks: those that an adapter may adapt."""
+def block_linears(model: Any, head_names: Sequence[str]) -> list[str]:
+    """The full names of the linear layers of the model's blocks, in its order; there may be none."""
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
     ]
-    names = [name for name in names if not in_head(name, head_names)]
+    return [name for name in names if not in_head(name, head_names)]
+
+
+def linear_names(model: Any, head_names: Sequence[str], *, attention_only: bool) -> list[str]:
+    """The full names of the linear layers of the model's blocks: those that an adapter may adapt."""
+    names = block_linears(model, head_names)
     if attention_only:
         names = [name for name in names if "attention" in name or "attn" in name]
     if not names:
