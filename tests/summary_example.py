@@ -34,6 +34,7 @@ from finetrial.summary import (
 )
 
 SEEDS = 5
+OTHER_DRIFTS = {"cka_standardised": 1.2, "rsa": 1.5, "neighbours": 2.0, "angle": 2.0, "relative_change": 3.0}
 LAYERS = 7
 TRIALS = 9
 RANGES = {"full": (5e-6, 5e-4), "lora": (5e-5, 5e-3)}
@@ -177,6 +178,8 @@ def _drift(task: str, method: str, seeds: int, rng: np.random.Generator) -> Drif
                 cka_mean=float(np.mean(cka)),
                 cosine_mean=float(np.mean(cosine)),
                 seed_to_seed=tuple(0.4 * value for value in cka[1:]),
+                perturbed=0.02 * layer,
+                measures={"angle": 2 * level, "relative_change": 3 * level, "top_1": 0.31},
             )
         )
     blocks = [float(np.mean([layer.cka[i] for layer in layers[1:]])) for i in range(seeds)]
@@ -187,6 +190,8 @@ def _drift(task: str, method: str, seeds: int, rng: np.random.Generator) -> Drif
         cka=interval_of(blocks),
         cosine=interval_of([1.3 * b for b in blocks]),
         seed_to_seed=interval_of([0.4 * b for b in blocks[1:]]),
+        perturbed=interval_of([0.07] * seeds),
+        means={key: interval_of([scale * b for b in blocks]) for key, scale in OTHER_DRIFTS.items()},
         per_replicate={str(i): b for i, b in enumerate(blocks)},
     )
 

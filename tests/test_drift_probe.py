@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from finetrial.plugins import ProbeInput, load, names
+from finetrial.updates import perturbed
 
 
 def model(seed=0):
@@ -66,6 +67,57 @@ def test_the_control_is_exactly_zero_in_every_layer(batches):
     assert measured["neighbour"] is None
 
 
+def test_every_measure_of_the_control_is_exactly_zero_where_a_head_reads_too(batches):
+    base = model()
+    measured = measure(ProbeInput(base, base, None, batches, "abc"))
+    assert set(measured["means"].values()) == {0.0}
+    assert measured["read"]["cka_drift_mean"] == 0.0
+    assert measured["perturbed"] is None  # there is no update to put noise in the place of
+
+
+@pytest.mark.parametrize(("causal", "position"), [(False, 0), (True, -1)])
+def test_a_head_reads_an_encoders_first_token_and_a_decoders_last(batches, causal, position):
+    """Tokens that differ at that position alone: there everything varies, at the others nothing does."""
+    given = []
+    for batch in batches:
+        ids = torch.full_like(batch["input_ids"], 7)
+        ids[:, position] = batch["input_ids"][:, position]
+        given.append({**batch, "input_ids": ids})
+    measured = measure(ProbeInput(model(), model(1), None, given, "abc", causal=causal))
+    assert measured["read"]["layers"][0]["cka"] is not None
+    other = measure(ProbeInput(model(), model(1), None, given, "abc", causal=not causal))
+    assert other["read"]["layers"][0]["cka"] is None
+
+
+def test_noise_of_the_updates_norm_takes_their_place_matrix_by_matrix(batches):
+    base, tuned = model(), model()
+    generator = torch.Generator().manual_seed(0)
+    changed = "bert.encoder.layer.1.intermediate.dense.weight"
+    with torch.no_grad():
+        parameter = tuned.get_parameter(changed)
+        parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    noisy = perturbed(base, tuned, np.random.default_rng(0))
+    for name, tensor in noisy.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name != changed), name
+    size = float((tuned.get_parameter(changed) - base.get_parameter(changed)).norm())
+    assert float((noisy.get_parameter(changed) - base.get_parameter(changed)).norm()) == pytest.approx(
+        size, rel=1e-5
+    )
+    measured = measure(ProbeInput(base, tuned, None, batches, "abc"))
+    assert [layer["cka"] for layer in measured["perturbed"]["layers"]][:2] == [1.0, 1.0]
+    assert measured["perturbed"]["cka_drift_mean"] > 1e-4
+    assert measured["perturbed"]["cka_drift_mean"] != measured["cka_drift_mean"]
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_the_perturbation_can_be_left_out(batches):
+    probe = load("probes", "drift")
+    given = ProbeInput(model(), model(1), None, batches, "abc")
+    assert probe.measure(given, probe.Params(perturbation=False))["perturbed"] is None
+
+
 def test_the_means_are_over_the_blocks_and_leave_the_embeddings_out(batches):
     measured = measure(ProbeInput(model(), model(1), None, batches, "abc"))
     blocks = measured["layers"][1:]
@@ -73,14 +125,11 @@ def test_the_means_are_over_the_blocks_and_leave_the_embeddings_out(batches):
         expected = np.mean([1 - layer[key] for layer in blocks])
         assert measured[f"{key}_drift_mean"] == pytest.approx(expected, abs=1e-12)
     assert measured["cka_drift_mean"] > 0.05
-    assert set(blocks[0]) == {
-        "layer",
-        "cka",
-        "cosine",
-        "cka_biased",
-        "cosine_raw",
-        "relative_change",
-    }
+    for key, value in measured["means"].items():
+        each = [layer[key] if key in ("angle", "relative_change") else 1 - layer[key] for layer in blocks]
+        assert value == pytest.approx(np.mean(each), abs=1e-12), key
+    assert set(measured["means"]) == {"cka_standardised", "rsa", "neighbours", "angle", "relative_change"}
+    assert all(layer["cka_floor"] > 0 for layer in blocks)  # a biased CKA is never without it
 
 
 def test_the_neighbour_is_compared_with_the_tuned_model_and_not_with_the_base(batches):

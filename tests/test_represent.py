@@ -97,6 +97,10 @@ def assert_no_drift(layers):
         assert 1 - layer["cosine_mean_subtracted"] == 0.0
         assert 1 - layer["cosine_raw"] == 0.0
         assert layer["relative_change"] == 0.0
+        assert 1 - layer["cka_standardised"] == 0.0
+        assert (1 - layer["rsa"], layer["angle"], 1 - layer["neighbours"]) == (0.0, 0.0, 0.0)
+        assert 0 < layer["cka_floor"] < 1
+        assert 0 < layer["top_1"] < layer["top_3"] < 1
 
 
 def test_a_lora_whose_b_is_zero_drifts_by_exactly_nothing(family):

@@ -42,6 +42,22 @@ def test_a_short_file_is_complete_with_defaults():
     assert study.spaces["lora"]["learning_rate"] == Range(low=5e-5, high=5e-3, log=True)
 
 
+def test_each_measure_that_is_taken_brings_its_claim():
+    text = """
+study: s
+model: ./model
+tasks: {sst2: {data: {train: a.jsonl, test: b.jsonl}}, mrpc: {data: {train: c.jsonl, test: d.jsonl}}}
+methods: [full, lora]
+measure: [forgetting]
+"""
+    study = parse_study(text, file="study.yaml", base=Path("/nowhere"))
+    assert [claim.text for claim in study.claims] == ["lora within 3% of full", "lora forgets less than full"]
+    assert study.claims[1].margin == 0
+    message = "forgetting is not measured; add `forgetting` under `measure:`"
+    wrong = text.replace("[forgetting]", "[drift]") + "claims: [lora  forgets less than full]\n"
+    assert [problem for problem in problems_of(wrong) if message in problem]
+
+
 def test_numbers_and_units_are_read_as_such():
     study = parse_study(
         text_of(

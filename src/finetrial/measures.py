@@ -57,6 +57,7 @@ def drift(arm: Arm) -> DriftSummary | None:
         return None
     drifts = [drift for _, drift in found.values()]
     neighbours = [drift["neighbour"] for drift in drifts if drift.get("neighbour")]
+    perturbed = [drift["perturbed"] for drift in drifts if drift.get("perturbed")]
     layers = []
     for index, named in enumerate(drifts[0]["layers"]):
         cka = [_from_one(drift["layers"][index]["cka"]) for drift in drifts]
@@ -73,9 +74,14 @@ def drift(arm: Arm) -> DriftSummary | None:
                 cka_mean=stats.mean_interval(known_cka).estimate,
                 cosine_mean=stats.mean_interval(known_cosine).estimate,
                 seed_to_seed=tuple(_known(between)),
+                perturbed=_mean_or_none([_from_one(noisy["layers"][index]["cka"]) for noisy in perturbed]),
+                measures=_shared_means(
+                    [drift["layers"][index] for drift in drifts], besides=("layer", "cka", "cosine")
+                ),
             )
         )
     apart = _known(n["cka_drift_mean"] for n in neighbours)
+    noise = _known(n["cka_drift_mean"] for n in perturbed)
     return DriftSummary(
         probe_runs=tuple(run for run, _ in found.values()),
         replicates=tuple(found),
@@ -83,8 +89,28 @@ def drift(arm: Arm) -> DriftSummary | None:
         cka=interval([drift["cka_drift_mean"] for drift in drifts]),
         cosine=interval([drift["cosine_drift_mean"] for drift in drifts]),
         seed_to_seed=interval(apart) if apart else None,
+        perturbed=interval(noise) if noise else None,
+        means={key: interval(values) for key, values in _other_means(drifts).items()},
         per_replicate={str(number): value for number, (_, value) in drift_per_replicate(arm).items()},
     )
+
+
+def _other_means(drifts: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Measure -> its mean over blocks in every replicate; what a replicate does not have is left out whole."""
+    found = {key: [drift["means"][key] for drift in drifts] for key in drifts[0].get("means", ())}
+    if all(drift.get("read") for drift in drifts):
+        found["read_cka"] = [drift["read"]["cka_drift_mean"] for drift in drifts]
+    return {key: values for key, values in found.items() if None not in values}
+
+
+def _shared_means(found: Sequence[Mapping[str, Any]], *, besides: Sequence[str]) -> dict[str, float]:
+    keys = [key for key in found[0] if key not in besides and all(one[key] is not None for one in found)]
+    return {key: _mean([one[key] for one in found]) for key in keys}
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return _mean(known) if known and len(known) == len(values) else None
 
 
 def spectrum(arm: Arm) -> SpectrumSummary | None:
@@ -113,14 +139,13 @@ def spectrum(arm: Arm) -> SpectrumSummary | None:
         intruder_curve=tuple(
             tuple(_mean(counts) for counts in zip(*rows, strict=True)) for rows in zip(*curves, strict=True)
         ),
-        per_matrix={name: _matrix(some) for name, some in by_matrix.items()},
+        per_matrix={name: _of_matrix(some) for name, some in by_matrix.items()},
     )
 
 
-def _matrix(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _of_matrix(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """One matrix's means over the replicates in which it changed."""
-    known = [key for key in OF_MATRIX if all(matrix[key] is not None for matrix in found)]
-    return {key: _mean([matrix[key] for matrix in found]) for key in known}
+    return _shared_means([{key: matrix[key] for key in OF_MATRIX} for matrix in found], besides=())
 
 
 def forgetting_per_replicate(arm: Arm) -> dict[int, tuple[str, float]]:

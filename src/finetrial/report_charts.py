@@ -43,6 +43,8 @@ def drift(summary: Summary, task: TaskSummary) -> Chart | None:
             rows.append(base | {"series": "mean", "replicate": None, "drift": layer.cka_mean})
             for number, value in zip(arm.drift.replicates, layer.cka, strict=False):
                 rows.append(base | {"series": "seed", "replicate": number, "drift": value})
+            if layer.perturbed is not None:
+                rows.append(base | {"series": "perturbed", "replicate": None, "drift": layer.perturbed})
             for value in layer.seed_to_seed:
                 rows.append(base | {"series": "seed_to_seed", "replicate": None, "drift": value})
         counts.append(f"{arm.method} n = {len(arm.drift.replicates)}")
@@ -55,7 +57,8 @@ def drift(summary: Summary, task: TaskSummary) -> Chart | None:
         file_name(f"{task.name}.drift"),
         f"Drift from the base model by layer on {task.name}",
         f"Thick lines: mean over seeds ({', '.join(counts)}). Thin lines: single seeds. Shaded: the range of "
-        f"seed-to-seed differences. Dotted: base against base, which must be 0.",
+        f"seed-to-seed differences. Dashed, thin: the base with noise of the updates' norm instead of them. "
+        f"Dotted: base against base, which must be 0.",
         f"Drift (1 − CKA) by layer. Mean over blocks: {', '.join(said)}.",
         rows,
         plots.drift_figure(rows, methods=text.methods_of(summary)),

@@ -7,53 +7,69 @@ from __future__ import annotations
 
 from finetrial import report_text as text
 from finetrial.report_tables import Badge, Cell, Table, columns_of
-from finetrial.summary import ArmSummary, ForgottenPart, Summary, TaskSummary
+from finetrial.summary import ArmSummary, ForgottenPart, Interval, Summary, TaskSummary
+
+DRIFTS = (  # what of the summary, how it is called, decimals
+    ("cka", "1 − CKA", 3),
+    ("cka_standardised", "1 − CKA, features standardised", 3),
+    ("read_cka", "1 − CKA, where a head reads", 3),
+    ("cosine", "1 − cosine", 3),
+    ("rsa", "1 − RSA", 3),
+    ("neighbours", "1 − shared nearest neighbours", 3),
+    ("angle", "Procrustes angle, rad", 3),
+    ("relative_change", "relative change", 3),
+    ("seed_to_seed", "seed to seed, 1 − CKA", 3),
+    ("perturbed", "noise of the same norm, 1 − CKA", 3),
+)
 
 
 def drift(summary: Summary, task: TaskSummary) -> Table:
-    """Each arm's mean drift from the base, and from seed to seed."""
+    """How far the models moved by every measure, a column per method; then what seeds and noise alone do."""
+    arms = [arm for arm in text.arms_of(summary, task.name) if arm.drift]
     rows: list[tuple[Cell, ...]] = []
-    for arm in text.arms_of(summary, task.name):
-        if arm.drift is None:
-            rows.append((arm.method, *[text.missing("not measured")] * 4))
-            continue
-        rows.append(
-            (
-                arm.method,
-                str(arm.drift.cka.n),
-                text.interval(arm.drift.cka, 3),
-                text.interval(arm.drift.cosine, 3),
-                text.interval(arm.drift.seed_to_seed, 3, reason="needs two seeds"),
-            )
-        )
+    for key, title, places in DRIFTS:
+        found = [_drift_value(arm, key) for arm in arms]
+        if any(found):
+            reason = "needs two seeds" if key == "seed_to_seed" else "not measured"
+            rows.append((title, *(text.interval(value, places, reason=reason) for value in found)))
     note = (
-        "Drift: 1 − debiased linear CKA, and 1 − mean-subtracted cosine, between base and tuned hidden "
-        "states, averaged over blocks; brackets: 95 % t-interval over seeds. Seed to seed: the same between "
-        "two replicates."
+        "Between base and tuned hidden states, averaged over blocks; brackets: 95 % t-interval over seeds. The "
+        "first line is what claims are about. A head reads an encoder's first and a decoder's last token; all "
+        "else is of the mean over the text's tokens. Noise: the base with random matrices for the updates."
     )
-    columns = columns_of("Method", "#Seeds", "#1 − CKA", "#1 − cosine", "#Seed to seed (1 − CKA)")
+    columns = columns_of("Measure", *(f"#{arm.method}" for arm in arms))
     return Table(f"drift.{task.name}", f"Drift from the base model on {task.name}", columns, tuple(rows), note)
 
 
+def _drift_value(arm: ArmSummary, key: str) -> Interval | None:
+    assert arm.drift is not None
+    if key in ("cka", "cosine", "seed_to_seed", "perturbed"):
+        return getattr(arm.drift, key)
+    return arm.drift.means.get(key)
+
+
 def drift_layers(summary: Summary, task: TaskSummary) -> Table:
-    """Drift of every layer, one column per method."""
+    """Drift of every layer, columns per method, and how much of the base's variance is in one feature."""
     arms = [arm for arm in text.arms_of(summary, task.name) if arm.drift]
     layers = sorted({layer.layer for arm in arms if arm.drift for layer in arm.drift.layers})
     rows: list[tuple[Cell, ...]] = []
     for number in layers:
         cells: list[Cell] = [str(number)]
+        top: float | None = None
         for arm in arms:
             layer = next((x for x in arm.drift.layers if x.layer == number), None) if arm.drift else None
-            cells += (
-                [text.fixed(layer.cka_mean, 3), text.fixed(layer.cosine_mean, 3)]
-                if layer
-                else [text.missing("no such layer")] * 2
-            )
+            if layer is None:
+                cells += [text.missing("no such layer")] * 3
+                continue
+            angle = layer.measures.get("angle")
+            top = layer.measures.get("top_1", top)
+            cells += [text.fixed(layer.cka_mean, 3), text.fixed(layer.cosine_mean, 3)]
+            cells.append(text.fixed(angle, 3) if angle is not None else text.missing("not measured"))
+        cells.append(text.percent(top) if top is not None else text.missing("not measured"))
         rows.append(tuple(cells))
-    titles = [title for arm in arms for title in (f"#{arm.method}, 1 − CKA", f"#{arm.method}, 1 − cosine")]
-    return Table(
-        f"layers.{task.name}", f"Drift by layer on {task.name}", columns_of("Layer", *titles), tuple(rows)
-    )
+    titles = [f"#{arm.method}, {what}" for arm in arms for what in ("1 − CKA", "1 − cosine", "angle")]
+    columns = columns_of("Layer", *titles, "#Variance in the base's top feature")
+    return Table(f"layers.{task.name}", f"Drift by layer on {task.name}", columns, tuple(rows))
 
 
 def forgetting(summary: Summary, task: TaskSummary) -> Table:

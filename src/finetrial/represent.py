@@ -19,20 +19,34 @@ import torch
 from numpy.typing import NDArray
 
 from finetrial.cka import MIN_ROWS, CkaAccumulator
-from finetrial.similarity import mean_cosine, relative_change
+from finetrial.similarity import (
+    NEIGHBOURS,
+    mean_cosine,
+    neighbour_overlap,
+    procrustes,
+    relative_change,
+    rsa,
+    standardised,
+    variance_shares,
+)
 
 # A batch carries labels and bookkeeping too; these alone are the model's inputs.
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CHUNK_ROWS = 512  # rows per accumulator step: large enough for BLAS, small beside D x D sums
+PAIR_ROWS = 1000  # at most, for measures of all pairs of rows: RSA ranks half a million distances
 
 LayerMeasures = dict[str, float | int | None]
 
 
 class Comparison(NamedTuple):
-    """Similarity of two models per layer (0: embeddings), over `rows` pooled rows."""
+    """Similarity of two models per layer (0: embeddings), over `rows` pooled rows.
+
+    `read`: the same at the one position that a classification head reads, where it is known.
+    """
 
     layers: list[LayerMeasures]
     rows: int
+    read: list[LayerMeasures] | None
 
 
 def masked_mean(hidden_BTD: torch.Tensor, pool_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -53,6 +67,13 @@ def masked_mean(hidden_BTD: torch.Tensor, pool_mask_BT: torch.Tensor) -> torch.T
     return sums_BD / weights_BT.sum(dim=1, keepdim=True)
 
 
+def read_position(hidden_BTD: torch.Tensor, attention_mask_BT: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """The hidden states that a classification head reads, B x D, fp32: of a decoder the last token's that is no
+    padding, of an encoder the first token's ([CLS]). Padding is on the right."""
+    last_B = attention_mask_BT.to(hidden_BTD.device).sum(dim=1) - 1 if causal else 0
+    return hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), last_B].float()
+
+
 def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float32]]:
     """One array (B x D) per layer, embeddings first, of the rows that have content.
 
@@ -62,6 +83,11 @@ def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float
     Raises:
         ValueError: hidden states that are not finite, or positions that do not fit `pool_mask`.
     """
+    return _pooled(model, batch, None)[0]
+
+
+def _pooled(model: Any, batch: Mapping[str, Any], causal: bool | None) -> list[list[NDArray[np.float32]]]:
+    """Per way of pooling one array per layer: the masked mean and, if it is known, what a head reads."""
     device = next(model.parameters()).device
     model.eval()
     inputs = {key: batch[key].to(device) for key in MODEL_INPUTS if key in batch}
@@ -69,10 +95,14 @@ def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float
     has_content_B = pool_mask_BT.sum(dim=1) > 0
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         outputs = model(**inputs, output_hidden_states=True, return_dict=True)
-        pooled = [masked_mean(hidden_BTD, pool_mask_BT)[has_content_B] for hidden_BTD in outputs.hidden_states]
-    arrays = [layer.cpu().numpy() for layer in pooled]
-    for number, array in enumerate(arrays):
-        if not np.isfinite(array).all():
+        hidden = outputs.hidden_states
+        pooled = [[masked_mean(hidden_BTD, pool_mask_BT) for hidden_BTD in hidden]]
+        if causal is not None:
+            mask_BT = inputs["attention_mask"]
+            pooled.append([read_position(hidden_BTD, mask_BT, causal=causal) for hidden_BTD in hidden])
+        arrays = [[layer[has_content_B].cpu().numpy() for layer in way] for way in pooled]
+    for number in range(len(hidden)):
+        if not all(np.isfinite(way[number]).all() for way in arrays):
             raise ValueError(f"layer {number} has hidden states that are not finite")
     return arrays
 
@@ -91,13 +121,19 @@ def pooled_rows(model: Any, batches: Sequence[Mapping[str, Any]]) -> NDArray[np.
 
 
 def compare_models(
-    models: Sequence[Any], pairs: Sequence[tuple[int, int]], batches: Sequence[Mapping[str, Any]]
+    models: Sequence[Any],
+    pairs: Sequence[tuple[int, int]],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    causal: bool | None = None,
 ) -> list[Comparison]:
     """Per-layer similarity of pairs of models (indices into `models`) on the same batches.
 
+    `causal` says where a head reads (see `read_position`); None: measured on the mean over tokens alone.
+
     Every model makes one forward pass per batch, even where it is listed twice (the base against
-    itself is two separate passes). Memory: pooled rows, len(models) x N x D x 4 B per layer (TinyLlama,
-    512 rows, two models: 8 MB a layer, 190 MB in all), and one layer's sums, 3 D D x 8 B (100 MB).
+    itself is two separate passes). Memory: pooled rows, len(models) x N x D x 4 B per layer and way of pooling
+    (TinyLlama, 512 rows, two models: 8 MB a layer, 190 MB in all), and one layer's sums, 3 D D x 8 B (100 MB).
     Rows are kept because a mean-subtracted cosine needs the means first, and a second pass over the
     model costs more than they do.
 
@@ -105,30 +141,37 @@ def compare_models(
         ValueError: fewer than 4 rows with content, models of different depth or width, or hidden
             states that are not finite.
     """
-    rows: list[list[list[NDArray[np.float32]]]] = [[] for _ in models]  # model, batch, layer
+    rows: list[list[list[list[NDArray[np.float32]]]]] = [[] for _ in models]  # model, batch, way, layer
     for batch in batches:
         for index, model in enumerate(models):
-            rows[index].append(pooled_layers(model, batch))
-    n = sum(len(layers[0]) for layers in rows[0])
+            rows[index].append(_pooled(model, batch, causal))
+    n = sum(len(ways[0][0]) for ways in rows[0])
     if n < MIN_ROWS:
         raise ValueError(f"{n} probe rows with content; at least {MIN_ROWS} are needed")
-    depths = {len(layers) for of_model in rows for layers in of_model}
+    depths = {len(ways[0]) for of_model in rows for ways in of_model}
     if len(depths) > 1:
         raise ValueError(f"models of different depth cannot be compared: {sorted(depths)} layers")
-    measured: list[list[LayerMeasures]] = [[] for _ in pairs]
-    for layer in range(depths.pop()):
-        pooled_ND = [np.concatenate([layers[layer] for layers in of_model]) for of_model in rows]
-        for found, (before, after) in zip(measured, pairs, strict=True):
-            found.append({"layer": layer, **_measures(pooled_ND[before], pooled_ND[after])})
-    return [Comparison(layers, n) for layers in measured]
+    depth = depths.pop()
+    measured: list[list[list[LayerMeasures]]] = [[] for _ in pairs]  # pair, way, layer
+    for way in range(len(rows[0][0])):
+        for found in measured:
+            found.append([])
+        for layer in range(depth):
+            pooled_ND = [np.concatenate([ways[way][layer] for ways in of_model]) for of_model in rows]
+            for found, (before, after) in zip(measured, pairs, strict=True):
+                found[way].append({"layer": layer, **_measures(pooled_ND[before], pooled_ND[after])})
+    return [Comparison(ways[0], n, ways[1] if len(ways) > 1 else None) for ways in measured]
 
 
 def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> list[LayerMeasures]:
     """How alike the tuned model's layers are to the base's, one entry per layer, embeddings first.
 
-    Keys: `layer`, `cka_debiased`, `cka_biased`, `cosine_mean_subtracted`, `cosine_raw` (1: unchanged)
-    and `relative_change` (0: unchanged); None where a layer does not vary over the rows. Drift is
-    1 - similarity, and is exactly 0 for equal hidden states. Both may be plain or PEFT models.
+    Keys: `layer`. 1 where unchanged: `cka_debiased`, `cka_standardised` (debiased, by the base's columns),
+    `cka_biased`, `cosine_mean_subtracted`, `cosine_raw`, `rsa` (by correlation), `neighbours`. 0 where
+    unchanged: `relative_change`, `angle` (Procrustes). For orientation: `cka_floor` (`cka_biased` of unrelated
+    rows), `neighbours_chance`, `top_1` and `top_3` (shares of the base's variance). None where a layer does not
+    vary over the rows. Drift is 1 - similarity, and is exactly 0 for equal hidden states. Both may be plain or
+    PEFT models.
 
     Raises:
         ValueError: as `compare_models`.
@@ -137,14 +180,32 @@ def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> 
 
 
 def _measures(before_ND: NDArray[np.float32], after_ND: NDArray[np.float32]) -> dict[str, float | None]:
+    accumulator = _accumulated(before_ND, after_ND)
+    by_base = standardised(before_ND, after_ND)
+    turned, top = procrustes(before_ND, after_ND), variance_shares(before_ND)
+    some = np.linspace(0, len(before_ND) - 1, min(len(before_ND), PAIR_ROWS)).round().astype(int)
+    before_some_ND, after_some_ND = before_ND[some], after_ND[some]
+    near = neighbour_overlap(before_some_ND, after_some_ND, k=min(NEIGHBOURS, len(some) - 2))
+    return {
+        "cka_debiased": accumulator.value(),
+        "cka_standardised": _accumulated(*by_base).value() if by_base[0].shape[1] else None,
+        "cka_biased": accumulator.value(debiased=False),
+        "cka_floor": accumulator.floor(),
+        "cosine_mean_subtracted": mean_cosine(before_ND, after_ND),
+        "cosine_raw": mean_cosine(before_ND, after_ND, subtract_mean=False),
+        "relative_change": relative_change(before_ND, after_ND),
+        "angle": turned.angle if turned else None,
+        "rsa": rsa(before_some_ND, after_some_ND),
+        "neighbours": near.share if near else None,
+        "neighbours_chance": near.chance if near else None,
+        "top_1": top.top_1 if top else None,
+        "top_3": top.top_3 if top else None,
+    }
+
+
+def _accumulated(before_ND: NDArray[Any], after_ND: NDArray[Any]) -> CkaAccumulator:
     accumulator = CkaAccumulator((before_ND.shape[1], after_ND.shape[1]))
     for start in range(0, len(before_ND), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         accumulator.add(before_ND[chunk], after_ND[chunk])
-    return {
-        "cka_debiased": accumulator.value(),
-        "cka_biased": accumulator.value(debiased=False),
-        "cosine_mean_subtracted": mean_cosine(before_ND, after_ND),
-        "cosine_raw": mean_cosine(before_ND, after_ND, subtract_mean=False),
-        "relative_change": relative_change(before_ND, after_ND),
-    }
+    return accumulator

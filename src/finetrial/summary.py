@@ -81,6 +81,8 @@ class LayerDrift(Frozen):
     cka_mean: float
     cosine_mean: float
     seed_to_seed: tuple[float, ...] = ()  # 1 - CKA of neighbouring replicates: the noise band
+    perturbed: float | None = None  # 1 - CKA of the base with noise of the updates' norm, mean over replicates
+    measures: dict[str, float] = {}  # every other measure of the layer, mean over replicates
 
 
 class DriftSummary(Frozen):
@@ -90,6 +92,8 @@ class DriftSummary(Frozen):
     cka: Interval  # mean over blocks 1..L, one value per replicate
     cosine: Interval
     seed_to_seed: Interval | None
+    perturbed: Interval | None  # 1 - CKA of the base with noise of the updates' norm, mean over blocks
+    means: dict[str, Interval]  # other measures, mean over blocks: cka_standardised, rsa, angle, read_cka, ...
     per_replicate: dict[str, float]  # replicate number -> mean CKA drift over blocks
 
 
@@ -188,6 +192,7 @@ class ClaimResult(Frozen):
     p_t: float | None  # one-sided t
     p_sign_flip: float | None  # one-sided exact sign-flip
     p_holm: float | None = None  # p_t after Holm over the study's claims
+    p_against_holm: float | None = None  # 1 - p_t after Holm likewise: of the claim being refuted
     smallest_detectable: float | None = None  # difference detectable with 80 % power at this n
     seeds_needed: int | None = None  # to settle it at the observed effect and spread (80 % power)
     pairs: tuple[int, ...] = ()  # replicate numbers used

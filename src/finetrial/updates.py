@@ -59,6 +59,27 @@ def matrix_updates(base: Any, tuned: Any) -> Iterator[MatrixUpdate]:
         yield _matrix_update(f"{name}.weight", base.get_submodule(name), inner.get_submodule(name))
 
 
+def perturbed(base: Any, tuned: Any, rng: np.random.Generator) -> Any | None:
+    """A copy of the base with Gaussian noise in place of every matrix's update, of the same Frobenius norm.
+
+    None where no matrix changed. Embeddings, biases and norms stay the base's.
+
+    Raises:
+        AttributeError, ValueError: as `matrix_updates`.
+    """
+    noisy = None
+    for update in matrix_updates(base, tuned):
+        size = float(np.linalg.norm(update.update_MN))
+        noise_MN = rng.standard_normal(update.before_MN.shape)  # drawn for unchanged ones, too: the same stream
+        if size == 0:
+            continue
+        noisy = copy.deepcopy(base) if noisy is None else noisy
+        changed_MN = update.before_MN + noise_MN * (size / np.linalg.norm(noise_MN))
+        with torch.no_grad():
+            noisy.get_parameter(update.name).copy_(torch.from_numpy(changed_MN))
+    return noisy
+
+
 def embedding_updates(base: Any, tuned: Any) -> Iterator[NormUpdate]:
     """The embeddings of the body; of tied ones (a decoder's input and output) the one that is looked up."""
     inner = tuned.get_base_model() if hasattr(tuned, "get_base_model") else tuned

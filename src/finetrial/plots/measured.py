@@ -19,7 +19,7 @@ from finetrial.report_text import short
 def drift_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
     """Drift by layer: the mean and every seed of each method, the seed-to-seed band, and the control at 0.
 
-    Rows: series ("mean", "seed", "seed_to_seed" or "control"), method, replicate, layer, drift.
+    Rows: series ("mean", "seed", "seed_to_seed", "perturbed" or "control"), method, replicate, layer, drift.
     """
     with style():
         figure = new_figure(3.6)
@@ -34,6 +34,8 @@ def drift_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
             for replicate in sorted({r["replicate"] for r in seeds}):
                 one = [r for r in seeds if r["replicate"] == replicate]
                 _line(axes, one, color=colour, linewidth=0.7, alpha=0.45, zorder=2)
+            noise = [r for r in mine if r["series"] == "perturbed"]
+            _line(axes, noise, color=colour, linewidth=1.1, linestyle=LINES[1], zorder=3)
             means = [r for r in mine if r["series"] == "mean"]
             handles += _line(axes, means, label=short(method), linewidth=2, markersize=5, zorder=4, **look)
         control = [r for r in rows if r["series"] == "control"]
@@ -41,6 +43,9 @@ def drift_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
             look = {"color": MUTED, "linewidth": 1.2, "linestyle": LINES[2], "zorder": 3}
             handles += _line(axes, control, label="base against base", **look)
         handles.append(Line2D([], [], color=MUTED, linewidth=0.7, label="one seed"))
+        if any(r["series"] == "perturbed" for r in rows):
+            look = {"color": MUTED, "linewidth": 1.1, "linestyle": LINES[1]}
+            handles.append(Line2D([], [], label="noise of the same norm", **look))
         if any(r["series"] == "seed_to_seed" for r in rows):
             handles.append(Patch(color=MUTED, alpha=0.25, linewidth=0, label="seed to seed"))
         axes.set_xlabel("layer (0: embeddings)")
