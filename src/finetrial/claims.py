@@ -62,10 +62,16 @@ class Case:
 
 
 def judge(cases: Sequence[Case]) -> tuple[ClaimResult, ...]:
-    """One result per case, in order; Holm is taken over those that can be assessed."""
+    """One result per case, in order. Holm is taken over those that can be assessed: once over all that could be
+    supported, once over all that could be refuted, so that either kind is false in 5 % of studies at most."""
     obstacles = [_obstacle(case) for case in cases]
     family = [_contrast(c) for c, why in zip(cases, obstacles, strict=True) if why is None]
-    judged = zip(family, stats.holm([contrast.p for contrast in family]), strict=True)
+    judged = zip(
+        family,
+        stats.holm([contrast.p for contrast in family]),
+        stats.holm([contrast.p_against for contrast in family]),
+        strict=True,
+    )
     results = []
     for case, obstacle in zip(cases, obstacles, strict=True):
         if obstacle is None:
@@ -129,18 +135,19 @@ def _obstacle(case: Case) -> str | None:
     return None
 
 
-def _judged(case: Case, contrast: Contrast, p_holm: float, family: int) -> ClaimResult:
+def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float, family: int) -> ClaimResult:
     test, n = contrast.test, contrast.interval.n
     positive = contrast.supports == "greater"
     for_bound, against_bound = (test.lower, test.upper) if positive else (test.upper, test.lower)
     beyond_zero = for_bound > 0 if positive else for_bound < 0
+    below_zero = against_bound < 0 if positive else against_bound > 0
     verdict: Verdict
     needed = None
     bound = for_bound
     if beyond_zero and p_holm <= ALPHA:
         verdict = "supported"
         reason = f"{_kept(case)}: {_bound(case, contrast, 'lower' if positive else 'upper', bound)}"
-    elif against_bound < 0 if positive else against_bound > 0:
+    elif below_zero and p_against_holm <= ALPHA:
         verdict, bound = "refuted", against_bound
         reason = f"not so: {_bound(case, contrast, 'upper' if positive else 'lower', bound)}"
     else:
@@ -149,6 +156,11 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, family: int) -> Claim
         if beyond_zero:
             reason = (
                 f"its own bound holds ({bound:.3g}), but not after Holm over {family} claims (p {p_holm:.2g})"
+            )
+        elif below_zero:
+            reason = (
+                f"its own bound speaks against it ({against_bound:.3g}), but not after Holm over {family} "
+                f"claims (p {p_against_holm:.2g})"
             )
         else:
             reason = (
@@ -162,22 +174,21 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, family: int) -> Claim
         )
     return _result(
         case, contrast, verdict, reason + _absences(case),
-        bound=bound, p_holm=p_holm, needed=needed,
+        bound=bound, p_holm=p_holm, p_against_holm=p_against_holm, needed=needed,
     )  # fmt: skip
 
 
 def _seeds_needed(contrast: Contrast, n: int, family: int) -> int | None:
     """Replicates for 80 % power at the observed effect, and more than there were."""
     mean, sd = contrast.interval.estimate, contrast.interval.sd or 0.0
-    helps = mean > 0 if contrast.supports == "greater" else mean < 0
-    # Support must survive Holm; at worst that means this level. A refutation rests on its bound alone.
-    needed = power.seeds_needed(mean, sd, ALPHA / family if helps else ALPHA)
+    needed = power.seeds_needed(mean, sd, ALPHA / family)  # the level that Holm asks for at worst
     return None if needed is None else max(needed, n + 1)
 
 
 def _result(
     case: Case, contrast: Contrast | None, verdict: Verdict, reason: str, *,
-    bound: float | None = None, p_holm: float | None = None, needed: int | None = None,
+    bound: float | None = None, p_holm: float | None = None, p_against_holm: float | None = None,
+    needed: int | None = None,
 ) -> ClaimResult:  # fmt: skip
     assessed = verdict != "not_assessable"
     detectable = None
@@ -200,6 +211,7 @@ def _result(
         p_t=contrast.test.p if contrast and assessed else None,
         p_sign_flip=contrast.p_sign_flip if contrast and assessed else None,
         p_holm=p_holm,
+        p_against_holm=p_against_holm,
         smallest_detectable=detectable,
         seeds_needed=needed,
         pairs=case.pairs,

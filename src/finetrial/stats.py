@@ -85,8 +85,19 @@ class Contrast(NamedTuple):
         """The t-test's p. Without spread t is undefined; then the exact sign-flip's, 2^-n at best."""
         if self.test.p is not None:
             return self.test.p
-        mean, n = self.interval.estimate, self.interval.n
-        return 2.0**-n if (mean > 0 if self.supports == "greater" else mean < 0) else 1.0
+        return 2.0**-self.interval.n if self._supported else 1.0
+
+    @property
+    def p_against(self) -> float:
+        """The same of the opposite direction."""
+        if self.test.p is not None:
+            return 1.0 - self.test.p
+        return 2.0**-self.interval.n if self.interval.estimate != 0 and not self._supported else 1.0
+
+    @property
+    def _supported(self) -> bool:
+        mean = self.interval.estimate
+        return mean > 0 if self.supports == "greater" else mean < 0
 
 
 def mean_interval(values: Sequence[float]) -> MeanInterval:
