@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, plan, plugins, report, search
+from finetrial import analyse, export, model_card, plan, plugins, report, search
 from finetrial.evidence import best_trial, trial_score
 from finetrial.housekeeping import check_room, refuse_links
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
@@ -89,8 +89,9 @@ def _summarise(story: Story) -> Summary:
 
 
 def write(summary: Summary, home: Home) -> None:
-    """Everything that follows from a summary: `analysis/` and `report/` of a folder."""
+    """Everything that follows from a summary: `analysis/`, the cards of trained models, `report/`."""
     home.write_summary(summary)
+    model_card.write(summary, home.path)
     report.write(summary, home.path)
 
 

@@ -242,7 +242,7 @@ def paragraph(summary: Summary) -> str:
     parts = [] if summary.complete else ["This study is not finished: everything below may still change."]
     parts += _opening(summary)
     if len(summary.claims) <= CLAIMS_IN_FULL:
-        parts += [_sentence(claim, claim_decimals(summary, claim)) for claim in summary.claims]
+        parts += [sentence(claim, claim_decimals(summary, claim)) for claim in summary.claims]
     else:
         parts += _grouped(summary.claims)
     parts += _below_baseline(summary)
@@ -263,7 +263,7 @@ def _opening(summary: Summary) -> list[str]:
     return [f"Of {len(summary.claims)} claims, {listed(counts)}."]
 
 
-def _sentence(claim: ClaimResult, decimals: int) -> str:
+def sentence(claim: ClaimResult, decimals: int) -> str:
     """One verdict as a sentence that is true on its own."""
     verb, said = {
         "within": ("scores", f"within {percent(claim.margin)} of {claim.reference}"),

