@@ -18,7 +18,7 @@ from finetrial.report import citation, escape_markdown
 from finetrial.summary import ArmSummary, ReplicatePoint, Summary, TaskSummary
 
 LIMITS = (
-    "This model is one run of a comparison of training methods. It was judged on the test split of its task and "
+    "This model is one run of a comparison of training methods. It was judged on its task's test split and "
     "nothing else: not on other domains or languages, not for bias, safety or robustness. The licences of the "
     "base model and of the data apply to it."
 )
@@ -142,6 +142,6 @@ def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapt
         )
     return (
         f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)} with the class of its task, "
-        f"then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; the task's head comes with it, and "
-        f"the tokenizer lies beside it."
+        f"then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; the task's head comes with it, "
+        f"and the tokenizer lies beside it."
     )
