@@ -25,13 +25,13 @@ def calibration() -> ModuleType:
 
 def test_at_the_margin_a_claim_is_supported_and_refuted_in_5_of_100_studies(calibration):
     rows = calibration.false_verdicts(400)
-    assert len(rows) == 2 * 2 * len(calibration.KINDS) + 4
+    assert len(rows) == 2 * 2 * len(calibration.KINDS) + 2
     assert {row.what: row.figure for row in rows if abs(row.figure - 0.05) > 0.045} == {}  # 4 standard errors
 
 
-def test_of_many_claims_at_their_margins_any_is_supported_in_5_of_100_studies(calibration):
+def test_of_many_claims_at_their_margins_any_is_supported_or_refuted_in_5_of_100_studies(calibration):
     rows = [row for row in calibration.families(150) if row.high is not None]
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert {row.what: row.figure for row in rows if row.figure > 0.05 + 4 * 0.0178} == {}
     assert any(row.figure > 0 for row in rows)
 
