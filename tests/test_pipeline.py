@@ -169,6 +169,27 @@ def test_models_are_kept_by_policy_once_they_are_measured(reference, tmp_path, p
         assert set(kept) <= {Home(home).model_folder(best.spec)}
 
 
+def test_a_later_replicate_is_measured_though_the_one_before_it_was_not_kept(reference, tmp_path):
+    study, home = tmp_path / "study.yaml", tmp_path / "home"
+    text = "\n".join(line for line in reference[0].read_text().splitlines() if "log_steps" not in line)
+    study.write_text(f"{text}\nrun: {{threads: 1, parallel: 2, keep_models: none}}\n")
+    shutil.copytree(reference[1], home)
+    run_study(study, home)
+    before = Home(home).summary()
+    assert models(home, "lora") == []
+    study.write_text(study.read_text().replace("seeds: 2", "seeds: 3"))
+    run_study(study, home)
+    after = Home(home).summary()
+    assert models(home, "lora") == []  # nor now
+    for old, new in zip(before.arms, after.arms, strict=True):
+        assert len(new.drift.replicates) == 3
+        assert len(new.drift.layers[0].seed_to_seed) == 2  # the third against the second
+        hashes_of = {run.number: run.weights_sha256 for run in new.replicates}
+        assert hashes_of[1] == old.replicates[1].weights_sha256  # trained anew, to the same bits
+        assert new.drift.per_replicate["1"] == old.drift.per_replicate["1"]
+    assert len(list((home / "damaged").iterdir())) == 2  # the second of each arm, and no other
+
+
 def give_up(folder: RunFolder) -> None:
     """As for a run that had its chances."""
     folder.write_failure(

@@ -188,8 +188,23 @@ class Story:
             export.write(self.opened.home, found)
 
     def replicates(self) -> list[Lane]:
-        """Every arm's optimum, once per replicate."""
-        return [iter([spec]) for spec in self._replicate_specs()]
+        """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept."""
+        specs = self._replicate_specs()
+        for note in self.opened.home.set_aside_without_model(self._to_be_measured(specs)):
+            self.progress.note(note)
+        return [iter([spec]) for spec in specs]
+
+    def _to_be_measured(self, replicates: list[RunSpec]) -> list[RunSpec]:
+        """The replicates whose models probes still need: those not measured yet, and the ones before them."""
+        home, needed, previous = self.opened.home, [], None
+        for spec in replicates if self.study.measure else ():
+            probes = home.find(
+                f"probe.{spec.task.name}.{spec.method.name if spec.method else ''}.{spec.number:03d}-"
+            )
+            if not any(probe.record().outcome for probe in probes):
+                needed += [previous, spec] if previous is not None and previous.arm == spec.arm else [spec]
+            previous = spec
+        return needed
 
     def controls(self) -> list[Lane]:
         """The base against itself, once per task; nothing where nothing is measured."""

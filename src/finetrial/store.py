@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -244,6 +244,20 @@ class Home:
                 if model.exists():
                     model.rename(place / "model")
                 said.append(f"{model} is damaged: {broken}; it and its run are set aside in {place}")
+        return said
+
+    def set_aside_without_model(self, replicates: Iterable[RunSpec]) -> list[str]:
+        """Move those of these runs that are done and whose model is not there, so that they train it anew; a
+        sentence each."""
+        said = []
+        for spec in replicates:
+            folder, model = self.run(spec.run_id), self.model_folder(spec)
+            result = folder.result() if folder.result_file.exists() else None
+            if result is not None and result.outcome == "done" and not model.exists():
+                place = self._set_aside(folder, spec)
+                said.append(
+                    f"{model} was not kept and is to be measured: its run, set aside in {place}, is done anew"
+                )
         return said
 
     def _set_aside(self, folder: RunFolder, spec: RunSpec | None) -> Path:
