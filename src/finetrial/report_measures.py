@@ -109,39 +109,40 @@ def _why_not_judged(part: ForgottenPart) -> Cell:
     return "no: text is"
 
 
-SPECTRUM = (  # quantity, column, decimals; None: as a share in percent
-    ("relative_change", "#Change ‖ΔW‖ / ‖W₀‖", None),
-    ("effective_rank_mean", "#Effective rank", 1),
-    ("stable_rank_mean", "#Stable rank", 1),
-    ("rank_for_energy_mean", "#Rank of 90 % energy", 1),
-    ("intruders", "#Intruder dimensions", 1),
+SPECTRUM = (  # what of the summary, how it is called, decimals; None: a share in percent
+    ("relative_change", "change, ‖ΔW‖ / ‖W₀‖", None),
+    ("effective_rank_mean", "effective rank", 1),
+    ("stable_rank_mean", "stable rank", 1),
+    ("rank_for_energy_mean", "rank of 90 % of the energy", 1),
+    ("energy_in_base_top_mean", "energy in the base's top directions", 3),
+    ("top_overlap_mean", "overlap of the top directions, before and after", 3),
+    ("intruders", "intruder dimensions", 1),
 )
 
 
 def spectrum(summary: Summary, task: TaskSummary) -> Table:
-    """What training did to the weight matrices of the blocks, over all of them."""
+    """What training did to the weight matrices of the blocks, over all of them, a column per method."""
+    arms = [(arm.method, arm.spectrum) for arm in text.arms_of(summary, task.name) if arm.spectrum]
     rows: list[tuple[Cell, ...]] = []
-    for arm in text.arms_of(summary, task.name):
-        found = arm.spectrum
-        if found is None:
-            continue
-        cells: list[Cell] = [arm.method, str(len(found.replicates)), str(found.matrices)]
-        for key, _, places in SPECTRUM:
-            value = found.overall.get(key)
-            if value is None:
-                cells.append(text.missing("nothing changed"))
-            elif places is None:
-                cells.append(text.percent(value.estimate))
-            else:
-                cells.append(text.interval(value, places))
-        rows.append(tuple(cells))
+    if arms:
+        rows.append(("matrices changed", *(str(found.matrices) for _, found in arms)))
+    for key, title, places in SPECTRUM:
+        values = [found.overall.get(key) for _, found in arms]
+        if any(values):
+            rows.append((title, *(_spectral(value, places) for value in values)))
     note = (
-        "Of the update ΔW of every linear layer in the blocks; ranks: mean over changed ones. Intruders: of "
-        "the 10 largest directions of every matrix those whose likeness to any of the base's is below 0.5. "
-        "Brackets: 95 % t-interval over seeds."
+        "Of the update ΔW of every linear layer in the blocks; ranks and shares: mean over changed ones. "
+        "Intruders: how many of the largest directions (10 of every matrix, unless the study says otherwise) are "
+        "less than 0.5 like any of the base's. Brackets: 95 % t-interval over seeds."
     )
-    columns = columns_of("Method", "#Seeds", "#Matrices changed", *(title for _, title, _ in SPECTRUM))
+    columns = columns_of("Measure", *(f"#{method}" for method, _ in arms))
     return Table(f"spectrum.{task.name}", f"Spectrum of the updates on {task.name}", columns, tuple(rows), note)
+
+
+def _spectral(value: Interval | None, places: int | None) -> str:
+    if value is None:
+        return text.missing("nothing changed")
+    return text.percent(value.estimate) if places is None else text.interval(value, places)
 
 
 def spectrum_matrices(summary: Summary, task: TaskSummary) -> Table:

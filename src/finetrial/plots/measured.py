@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from finetrial.palette import LINES, MUTED, PAPER, look_of
 from finetrial.plots.canvas import Row, key, legend, mark, new_figure, present, style
@@ -126,6 +126,8 @@ def spectrum_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
         left.set_ylabel("intruder dimensions")
         left.yaxis.set_major_locator(MaxNLocator(integer=True))
         right.set_yscale("log")
+        right.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        right.yaxis.set_minor_formatter(NullFormatter())
         right.set_xlabel("matrix, by layer")
         right.set_ylabel("effective rank of the update")
         right.xaxis.set_major_locator(MaxNLocator(integer=True))
