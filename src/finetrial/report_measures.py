@@ -132,8 +132,8 @@ def spectrum(summary: Summary, task: TaskSummary) -> Table:
             rows.append((title, *(_spectral(value, places) for value in values)))
     note = (
         "Of the update ΔW of every linear layer in the blocks; ranks and shares: mean over changed ones. "
-        "Intruders: how many of the largest directions (10 of every matrix, unless the study says otherwise) are "
-        "less than 0.5 like any of the base's. Brackets: 95 % t-interval over seeds."
+        "Intruders: how many of the largest directions (10 of every matrix, unless the study says otherwise) "
+        "are less than 0.5 like any of the base's. Brackets: 95 % t-interval over seeds."
     )
     columns = columns_of("Measure", *(f"#{method}" for method, _ in arms))
     return Table(f"spectrum.{task.name}", f"Spectrum of the updates on {task.name}", columns, tuple(rows), note)
