@@ -252,6 +252,18 @@ def test_one_shared_massive_dimension_makes_unrelated_data_alike_until_they_are_
     assert shares.top_1 < shares.top_3 < shares.top_1 + 0.001
 
 
+def test_a_dead_feature_does_not_outweigh_the_living_ones():
+    """Three features of 1e-9 and less beside 20 living ones, as in MiniLM's last layer: training moves them by 1e-3."""
+    rng = np.random.default_rng(0)
+    x = np.hstack([rng.normal(size=(400, 20)), 1e-9 * rng.normal(size=(400, 3))])
+    y = x + 1e-3 * rng.normal(size=x.shape)
+    before, after = standardised(x, y)
+    assert before.shape == after.shape == (400, 20)
+    assert linear_cka(before, after) > 0.999
+    kept, _ = standardised(x * np.r_[np.ones(20), 1e5 * np.ones(3)], y)  # 1e-4 of the others: small and alive
+    assert kept.shape == (400, 23)
+
+
 def test_both_sides_are_standardised_by_the_base():
     x = np.random.default_rng(8).normal(5, [1, 10, 100], (40, 3))
     before, after = standardised(x, 2 * x)

@@ -22,6 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from finetrial.rows import NO_SPREAD, Array, centred, checked, paired, same_shape
 
 NEIGHBOURS = 10  # Huh et al. 2024 (arXiv 2405.07987)
+DEAD_SHARE = (
+    1e-6  # of the spread of the column that varies most: fp32's rounding of a value of its size is 6e-8
+)
 SUBSAMPLE_SHARE = 0.75  # of the rows, without replacement: `subsample_error`
 TIE_DECIMALS = 12  # of the largest distance: below that, two distances differ by float64's rounding
 
@@ -164,7 +167,9 @@ def standardised(before_ND: ArrayLike, after_ND: ArrayLike) -> tuple[Array, Arra
     One feature of great variance decides CKA, Procrustes and Euclidean RSA alone; so scaled, every feature of
     the base counts alike (Timkey and van Schijndel 2021, arXiv 2109.04404). The base's statistics serve both
     sides, so that a change of a feature's scale still counts as a change. Columns that do not vary in
-    `before` have no scale, and are left out on both sides, whatever they do in `after`.
+    `before`, or less than `DEAD_SHARE` of the one that varies most, have no scale of their own, and are left out
+    on both sides, whatever they do in `after`: the last layer of MiniLM has three of a spread of 1e-9 and less,
+    whose slightest change would otherwise outweigh all the others.
 
     Raises:
         ValueError: not 2-D, shapes that differ, values that are not finite, or no rows.
@@ -176,6 +181,7 @@ def standardised(before_ND: ArrayLike, after_ND: ArrayLike) -> tuple[Array, Arra
     x_ND = before_ND - mean_D
     squares_D = (x_ND * x_ND).mean(axis=0)
     varies_D = squares_D > (NO_SPREAD * mean_D) ** 2
+    varies_D &= squares_D > DEAD_SHARE**2 * squares_D.max(initial=0.0)
     scale_D = np.sqrt(squares_D[varies_D])
     return x_ND[:, varies_D] / scale_D, (after_ND - mean_D)[:, varies_D] / scale_D
 
