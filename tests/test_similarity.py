@@ -253,7 +253,7 @@ def test_one_shared_massive_dimension_makes_unrelated_data_alike_until_they_are_
 
 
 def test_a_dead_feature_does_not_outweigh_the_living_ones():
-    """Three features of 1e-9 and less beside 20 living ones, as in MiniLM's last layer: training moves them by 1e-3."""
+    """Three features of 1e-9 beside 20 living ones, as in MiniLM's last layer; training moves them by 1e-3."""
     rng = np.random.default_rng(0)
     x = np.hstack([rng.normal(size=(400, 20)), 1e-9 * rng.normal(size=(400, 3))])
     y = x + 1e-3 * rng.normal(size=x.shape)

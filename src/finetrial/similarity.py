@@ -167,9 +167,9 @@ def standardised(before_ND: ArrayLike, after_ND: ArrayLike) -> tuple[Array, Arra
     One feature of great variance decides CKA, Procrustes and Euclidean RSA alone; so scaled, every feature of
     the base counts alike (Timkey and van Schijndel 2021, arXiv 2109.04404). The base's statistics serve both
     sides, so that a change of a feature's scale still counts as a change. Columns that do not vary in
-    `before`, or less than `DEAD_SHARE` of the one that varies most, have no scale of their own, and are left out
-    on both sides, whatever they do in `after`: the last layer of MiniLM has three of a spread of 1e-9 and less,
-    whose slightest change would otherwise outweigh all the others.
+    `before`, or less than `DEAD_SHARE` of the one that varies most, have no scale of their own, and are left
+    out on both sides, whatever they do in `after`: the last layer of MiniLM has three of a spread of 1e-9 and
+    less, whose slightest change would otherwise outweigh all the others.
 
     Raises:
         ValueError: not 2-D, shapes that differ, values that are not finite, or no rows.
