@@ -24,7 +24,7 @@ def test_every_example_is_a_study_with_fair_ranges(file):
     loaded = load_study(file)
     assert loaded.study == file.stem
     assert file.read_text(encoding="utf-8").startswith("# ")  # says what it is for
-    assert [method.name for method in loaded.methods] == ["full", "lora"]
+    assert [loaded.methods[0].use, *{method.use for method in loaded.methods[1:]}] == ["full", "lora"]
     assert loaded.claims
     for method, space in loaded.spaces.items():
         rate = space["learning_rate"]
