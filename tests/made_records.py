@@ -27,6 +27,7 @@ from finetrial.records import (
     TaskSpec,
     Training,
 )
+from finetrial.search import random_draw
 from finetrial.space import COMMON_SPACE, Choice, Range
 from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
 from finetrial.summary import Meta
@@ -233,9 +234,19 @@ def trial(method, number, score, rate, task=TASK, **fields):
     )
 
 
+def drawn(method, number):
+    """The settings of a trial that is drawn at random."""
+    return random_draw(study().spaces[method], number=number, seed=0)
+
+
 def trials(method, scores=(0.6, 0.7, 0.65), task=TASK):
+    """The first drawn at random, the others guided to one place."""
     rate = {"full": 5e-6, "lora": 5e-4}[method]
-    return [trial(method, n, score, rate, task) for n, score in enumerate(scores)]
+    first = ended(
+        spec("trial", 0, method, task, settings=drawn(method, 0)),
+        score=scores[0], settings_used=drawn(method, 0),
+    )  # fmt: skip
+    return [first, *(trial(method, n, score, rate, task) for n, score in enumerate(scores) if n)]
 
 
 def replicate(method, number, score, task=TASK, **fields):

@@ -325,6 +325,13 @@ def test_the_best_trial_is_the_highest_and_among_equals_the_first():
     assert [t.startup for t in search.trials] == [True, False, False]
 
 
+def test_a_guided_trial_is_not_called_a_random_one_though_more_trials_make_the_start_up_longer():
+    """With 3 trials 1 was drawn; of 6, 2 would be, and the second was guided."""
+    assert study(trials=6).search.startup_trials == 2
+    search = arm_of(summarise(study(trials=6), records(), META), "lora").search
+    assert [t.startup for t in search.trials] == [True, False, False]
+
+
 def test_a_diverged_trial_is_never_the_best():
     found = replaced(records(), trial("lora", 1, 0.99, 5e-4, outcome="diverged", reason="loss"))
     search = arm_of(summarise(study(), found, META), "lora").search

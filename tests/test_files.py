@@ -189,3 +189,24 @@ def test_a_line_that_a_killed_process_has_left_torn_stays_by_itself(tmp_path):
     records = list(files.json_lines(path, lambda _, line: damaged.append(line)))
     assert [record["step"] for record in records] == [1, 3, 4]
     assert damaged == [2]
+
+
+@pytest.mark.parametrize(
+    ("content", "read"),
+    [
+        ('{"validation": {"a": 0.0}, "test": {"a": 100.0, "b": 0}}', {"a": 100.0, "b": 0.0}),
+        ('{"validation": {"a": 0.0}}', {}),
+        (None, {}),
+        ("", {}),
+        ("[1]", {}),
+        ('{"test": [1]}', {}),
+        ('{"test": {"a": null}}', {}),
+        ('{"test": {"a": NaN}}', {}),
+        ('{"test": {"a": 1.0', {}),
+    ],
+)
+def test_numbers_that_are_not_there_or_damaged_are_none(tmp_path, content, read):
+    path = tmp_path / "examples.json"
+    if content is not None:
+        path.write_text(content)
+    assert files.json_numbers(path, "test") == read

@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from finetrial import palette, plots, report_figures
+from finetrial import palette, plots, report_figures, report_tables
 from finetrial.tidy_csv import csv_text
 from summary_example import example_summary
 
@@ -42,7 +42,7 @@ def figures() -> dict[str, report_figures.Chart]:
 
 
 def test_the_study_has_its_claims_and_each_task_its_figures_and_none_without_rows() -> None:
-    kinds = ("cost", "drift", "scores", "search", "spectrum")
+    kinds = ("cost", "drift", "scores", "search", "spectrum", "tuning")
     expected = ["claims", *(f"{t}.{k}" for t in ("squad_v2", "sst2") for k in kinds), "sst2.forgetting"]
     assert sorted(figures()) == sorted(expected)
 
@@ -120,6 +120,53 @@ def test_start_up_trials_are_hollow_guided_ones_filled_and_the_optimum_ringed() 
     assert by_score[80.0].get_markerfacecolor() == palette.BLUE
     rings = [one for one in lines if one.get_markersize() == 13]
     assert [float(ring.get_ydata()[0]) for ring in rings] == [80.0]
+
+
+def test_a_tuning_curve_is_a_line_with_its_band_and_a_wide_band_does_not_flatten_it() -> None:
+    common = {"method": "full", "low": 0.0, "high": None}
+    rows = [
+        common | {"trials": 1, "expected": 60.0},
+        common | {"trials": 2, "expected": 64.0, "low": 59.0},
+        common | {"trials": 3, "expected": 66.0},
+    ]
+    axes = plots.tuning_figure(rows, metric="f1", methods=METHODS).axes[0]
+    (line,) = [one for one in axes.get_lines() if one.get_label() == "full"]
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == [60.0, 64.0, 66.0]
+    assert len(axes.collections) == 1
+    low, high = axes.get_ylim()
+    assert (low, high) == pytest.approx((51.0, 75.0), abs=1.0)  # a span and a half on either side, not 0 to 100
+
+
+def test_a_tuning_curve_needs_three_random_trials_and_says_which_counted() -> None:
+    chart = figures()["squad_v2.tuning"]
+    assert "full n = 3 of 9, 1 without a score; lora n = 3 of 9, 1 without a score" in chart.caption
+    assert [row["trials"] for row in chart.rows] == [1, 2, 3, 1, 2, 3]
+    summary = example_summary()
+    few = [
+        arm.search.model_copy(
+            update={
+                "curve": arm.search.curve.model_copy(
+                    update={
+                        key: getattr(arm.search.curve, key)[:2]
+                        for key in ("run_ids", "expected", "low", "high")
+                    }
+                )
+            }
+        )
+        for arm in summary.arms
+        if arm.search.curve
+    ]
+    arms = tuple(
+        arm.model_copy(update={"search": search}) for arm, search in zip(summary.arms, few, strict=True)
+    )
+    changed = summary.model_copy(update={"arms": arms})
+    assert not [
+        c.name for group in report_figures.charts(changed).values() for c in group if "tuning" in c.name
+    ]
+    assert report_tables.optima(changed, changed.tasks[0]).note.endswith(
+        "A tuning curve needs 3 trials drawn at random; full has 2 and lora has 2."
+    )
 
 
 def test_every_replicate_is_a_dot_and_a_failed_one_is_counted_under_its_method() -> None:

@@ -90,11 +90,11 @@ def test_it_writes_every_file_and_leaves_no_scratch_behind(home: Path) -> None:
     assert (folder / "report.md").exists()
     tables = sorted(path.name for path in (folder / "tables").iterdir())
     assert tables == [
-        "cost.tex", "drift.squad_v2.tex", "drift.sst2.tex", "forgetting.sst2.tex", "ledger.squad_v2.tex",
-        "ledger.sst2.tex", "scores.squad_v2.tex", "scores.sst2.tex", "spectrum.squad_v2.tex",
-        "spectrum.sst2.tex", "verdicts.tex",
+        "across.tex", "cost.tex", "drift.squad_v2.tex", "drift.sst2.tex", "effects.tex", "examples.tex",
+        "forgetting.sst2.tex", "ledger.squad_v2.tex", "ledger.sst2.tex", "scores.squad_v2.tex",
+        "scores.sst2.tex", "spectrum.squad_v2.tex", "spectrum.sst2.tex", "verdicts.tex",
     ]  # fmt: skip
-    assert len(list((folder / "figures").iterdir())) == 12 * 4
+    assert len(list((folder / "figures").iterdir())) == 14 * 4
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -161,7 +161,7 @@ def test_it_is_small(html: str) -> None:
 
 def test_every_figure_is_described_and_captioned_with_n(html: str) -> None:
     charts = [a for _, a in Page(html).elements if a.get("class") == "chart"]
-    assert len(charts) == 12
+    assert len(charts) == 14
     assert all(chart["role"] == "img" and len(chart["aria-label"] or "") > 30 for chart in charts)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", html, flags=re.DOTALL)
     # claims; scores and cost of each task; forgetting of one
@@ -352,6 +352,34 @@ def test_counts_of_groups_are_not_shown_as_scores(tmp_path: Path) -> None:
     said = Page(written(summary.model_copy(update={"tasks": (task, summary.tasks[1])}), tmp_path)).text
     assert "Groups of the test split: has_ans_rows 301." in said
     assert "301.0" not in said
+
+
+def test_effect_sizes_examples_and_all_tasks_stand_below_the_claims_in_detail(html: str) -> None:
+    said = Page(html).text
+    marks = ["The claims in detail", "Effect sizes", "By test example", "Across tasks", "The runs behind"]
+    places = [said.rindex(mark) for mark in marks]
+    assert places == sorted(places)
+    for shown in (
+        "4 of 5 (diverged: 1)",
+        "0.600 (not bounded)",
+        "– (forgetting may be 0)",
+        "−0.80 (−2.10 to +0.60)",
+        "– (the score is no mean over examples)",
+        "22.5 / 46.5",
+        "0.979 (0.972 to 0.986)",
+        "nothing is inferred over tasks",
+    ):
+        assert shown in said, shown
+
+
+def test_a_study_of_one_task_has_no_table_across_tasks_and_one_without_claims_no_effects(
+    tmp_path: Path,
+) -> None:
+    changed = example_summary().model_copy(update={"across": (), "claims": ()})
+    said = Page(written(changed, tmp_path)).text
+    assert "Across tasks" not in said
+    assert "Effect sizes" not in said
+    assert "By test example" not in said
 
 
 def test_failures_are_listed_by_kind_with_their_reason(html: str) -> None:

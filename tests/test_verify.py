@@ -180,6 +180,20 @@ def test_a_digit_that_changes_no_number_is_named(home):
     assert "00000000000000000001" not in found.derived
 
 
+def test_a_score_by_example_that_was_altered_shows_in_the_analysis(home):
+    """It carries no seal; its mean is no longer the score that the run's sealed record has."""
+    path = Home(home).find("replicate.")[0].examples_file
+    scores = json.loads(path.read_text())
+    name = next(iter(scores["test"]))
+    scores["test"][name] = 100.0 - scores["test"][name]
+    path.write_text(json.dumps(scores))
+    found = [each for each in verify.verify(home).differences if each.file == "analysis/summary.json"]
+    assert any(
+        each.where == "claims.0.on_examples.left_out" and "no mean over examples" in each.derived
+        for each in found
+    )
+
+
 @pytest.mark.parametrize("name", ["spec.json", "attempts/1.json"])
 def test_the_other_records_of_a_run_are_looked_at_too(home, name):
     path = Home(home).find("trial.")[0].path / name

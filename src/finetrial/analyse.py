@@ -8,10 +8,10 @@ replicate without a valid score is counted and named, never averaged over and ne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetrial import claims, measures
+from finetrial import claims, descriptions, measures
 from finetrial.evidence import (
     LEFT_WAITING,
     Arm,
@@ -33,6 +33,7 @@ from finetrial.fairness import (
 from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, TaskSpec
+from finetrial.search import random_draw
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study
 from finetrial.summary import (
@@ -51,7 +52,12 @@ from finetrial.summary import (
 
 
 def summarise(
-    study: Study, records: Sequence[RunRecord], meta: Meta, *, model_sha256: str | None = None
+    study: Study,
+    records: Sequence[RunRecord],
+    meta: Meta,
+    *,
+    model_sha256: str | None = None,
+    tests: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Summary:
     """Every number of the report.
 
@@ -61,6 +67,8 @@ def summarise(
             measured against itself, is the probe without a method.
         meta: where and when; copied.
         model_sha256: hash of the base model's weights.
+        tests: run id of a replicate -> example id -> the task's metric on that test example alone; of
+            replicates that are not in it nothing is said by example.
 
     Equal studies give equal summaries apart from `cost` and `meta`.
 
@@ -90,7 +98,8 @@ def summarise(
         complete=_complete(study, arms, ordered),
         tasks=tasks,
         arms=summaries,
-        claims=_claims(study, arms, tasks),
+        claims=_claims(study, arms, tasks, tests or {}),
+        across=descriptions.across_tasks(arms, _reference(study)),
         ledger=ledger,
         fairness_notes=(
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
@@ -178,8 +187,9 @@ def _arm_summary(study: Study, arm: Arm) -> ArmSummary:
 
 
 def _search(study: Study, arm: Arm) -> SearchSummary:
-    rules = study.search
     best = best_trial(arm.trials, arm.metric)
+    drawn = _drawn(study, arm)
+    at_random = {r.spec.number for r in drawn}
     points = [
         TrialPoint(
             run_id=r.spec.run_id,
@@ -188,18 +198,32 @@ def _search(study: Study, arm: Arm) -> SearchSummary:
             score=trial_score(r),
             settings=r.spec.settings,
             settings_used=r.result.settings_used if r.result else {},
-            startup=rules.sampler == "random" or r.spec.number < rules.startup_trials,
+            startup=r.spec.number in at_random,
         )
         for r in arm.trials
         if r.outcome
     ]
     return SearchSummary(
         trials=tuple(points),
+        curve=descriptions.tuning_curve([r for r in drawn if r.outcome not in LEFT_WAITING], arm.metric),
         best=best.spec.run_id if best else None,
         best_score=trial_score(best) if best else None,
         dimensions=_dimensions(study.spaces[arm.method.name], best),
-        rows=rules.rows,
+        rows=study.search.rows,
     )
+
+
+def _drawn(study: Study, arm: Arm) -> list[RunRecord]:
+    """The arm's trials that were drawn at random. The number alone does not tell: with more trials than before
+    the start-up is longer, and trials that TPE has guided fall into it."""
+    rules, space = study.search, study.spaces[arm.method.name]
+    count = rules.trials if rules.sampler == "random" else rules.startup_trials
+    return [
+        r
+        for r in arm.trials
+        if r.spec.number < count
+        and r.spec.settings == random_draw(space, number=r.spec.number, seed=rules.seed)
+    ]
 
 
 def _dimensions(space: Space, best: RunRecord | None) -> tuple[DimensionSummary, ...]:
@@ -267,7 +291,12 @@ def _cost(arm: Arm) -> ArmCost | None:
 # ---- claims --------------------------------------------------------------------------------------------
 
 
-def _claims(study: Study, arms: Sequence[Arm], tasks: Sequence[TaskSummary]) -> tuple[ClaimResult, ...]:
+def _claims(
+    study: Study,
+    arms: Sequence[Arm],
+    tasks: Sequence[TaskSummary],
+    tests: Mapping[str, Mapping[str, float]],
+) -> tuple[ClaimResult, ...]:
     by_name = {(arm.task.name, arm.method.name): arm for arm in arms}
     cases = [
         claims.Case(
@@ -283,7 +312,13 @@ def _claims(study: Study, arms: Sequence[Arm], tasks: Sequence[TaskSummary]) -> 
         for claim in study.claims
         for task in tasks
     ]
-    return claims.judge(cases)
+    judged = zip(cases, claims.judge(cases), strict=True)
+    return tuple(descriptions.described(case, claim, tests) for case, claim in judged)
+
+
+def _reference(study: Study) -> str:
+    """The method that all others are put beside: the first claim's reference, else the first."""
+    return study.claims[0].reference if study.claims else study.methods[0].name
 
 
 def _noise(task: TaskSummary, claim: Claim) -> float | None:

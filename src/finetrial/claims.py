@@ -57,6 +57,12 @@ class Case:
         return tuple(sorted(set(self.method.values) & set(self.reference.values)))
 
     @property
+    def factor(self) -> float:
+        """What the reference's value is multiplied with in the tested quantity."""
+        less = self.claim.kind != "within" or self.higher_is_better
+        return 1 - self.claim.margin if less else 1 + self.claim.margin
+
+    @property
     def missing(self) -> tuple[int, ...]:
         return tuple(number for number in self.planned if number not in self.pairs)
 
@@ -252,10 +258,8 @@ def _kept(case: Case) -> str:
 def _tested(case: Case) -> str:
     if case.claim.kind == "forgets_less":
         return f"forgetting of {case.method.name} - forgetting of {case.reference.name}"
-    less = case.claim.kind == "drifts_less" or case.higher_is_better
-    factor = 1 - case.claim.margin if less else 1 + case.claim.margin
     what = "drift of " if case.claim.kind == "drifts_less" else ""
-    return f"{what}{case.method.name} - {factor:.3g} × {what}{case.reference.name}"
+    return f"{what}{case.method.name} - {case.factor:.3g} × {what}{case.reference.name}"
 
 
 def _bound(case: Case, contrast: Contrast, side: str, bound: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -159,3 +160,15 @@ def damage(folder: Path) -> str | None:
         if sha256_file(path) != digest:
             return f"{name} does not have the SHA-256 that its manifest states"
     return None
+
+
+def json_numbers(path: Path, key: str) -> dict[str, float]:
+    """Name -> finite number, under one key of a JSON file; nothing if not all of it is there and can be read.
+
+    For files that carry no seal: whoever uses them has to check them against what does.
+    """
+    try:
+        numbers = {name: float(value) for name, value in json.loads(path.read_bytes())[key].items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return {}
+    return numbers if all(map(math.isfinite, numbers.values())) else {}

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, model_card, plan, plugins, report, search
+from finetrial import analyse, export, files, model_card, plan, plugins, report, search
 from finetrial.evidence import best_trial, trial_score
 from finetrial.housekeeping import check_room, refuse_links
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
@@ -84,8 +84,10 @@ def _conclude(story: Story) -> Summary:
 
 
 def _summarise(story: Story) -> Summary:
-    opened = story.opened
-    return analyse.summarise(story.study, story.planned(), opened.meta(), model_sha256=opened.model_sha256)
+    opened, planned = story.opened, story.planned()
+    return analyse.summarise(
+        story.study, planned, opened.meta(), model_sha256=opened.model_sha256, tests=story.tests_of(planned)
+    )
 
 
 def write(summary: Summary, home: Home) -> None:
@@ -236,6 +238,12 @@ class Story:
         specs += [*self._replicate_specs(), *self._probe_specs()]
         folders = [self.opened.home.run(spec.run_id) for spec in specs]
         return [folder.record() for folder in folders if folder.spec_file.exists()]
+
+    def tests_of(self, planned: list[RunRecord]) -> dict[str, dict[str, float]]:
+        """Run id -> test scores by example, of the replicates that are done and have them."""
+        done = [r.spec.run_id for r in planned if r.spec.stage == "replicate" and r.outcome == "done"]
+        found = {run: files.json_numbers(self.opened.home.run(run).examples_file, "test") for run in done}
+        return {run: scores for run, scores in found.items() if scores}
 
     def baseline(self, task: TaskSpec) -> RunSpec:
         return plan.baseline(self.study, task, self.opened.inputs, self.opened.threads)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from finetrial import files, palette
 from finetrial import report_checks as checks
+from finetrial import report_effects as effects
 from finetrial import report_measures as measures
 from finetrial import report_tables as tables
 from finetrial import report_text as text
@@ -76,6 +77,7 @@ def write(summary: Summary, home: Path) -> Path:
     for table in [
         view["verdicts"],
         view["cost"],
+        *view["beside"],
         *view["ledger"],
         *(table for item in view["tasks"] for table in (item["scores"], *item["measures"])),
     ]:
@@ -146,6 +148,7 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
             for task in summary.tasks
         ],
         "claims": checks.claim_details(summary),
+        "beside": [table for table in effects.tables_of(summary) if table.rows],
         "ledger": [checks.ledger(summary, task.name) for task in summary.tasks],
         "failures": checks.failures(summary),
         "controls": checks.controls(summary),

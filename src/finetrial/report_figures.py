@@ -28,6 +28,7 @@ def charts(summary: Summary) -> dict[str | None, list[Chart]]:
         made = (
             _scores(summary, task),
             _search(summary, task),
+            _tuning(summary, task),
             drift(summary, task),
             forgetting(summary, task),
             spectrum(summary, task),
@@ -171,6 +172,39 @@ def _trial_rows(arm: ArmSummary) -> Rows:
             }
         )
     return rows
+
+
+def _tuning(summary: Summary, task: TaskSummary) -> Chart | None:
+    rows: Rows = []
+    said, counts = [], []
+    places = text.metric_decimals(summary, task, task.metric)
+    for arm in text.arms_of(summary, task.name):
+        curve = arm.search.curve
+        if curve is None or len(curve.run_ids) < text.LEAST_CURVE:
+            continue
+        for number, (expected, low, high) in enumerate(
+            zip(curve.expected, curve.low, curve.high, strict=True), start=1
+        ):
+            rows.append(
+                {"method": arm.method, "trials": number, "expected": expected, "low": low, "high": high}
+            )
+        failed = f", {curve.without_score} without a score" if curve.without_score else ""
+        counts.append(f"{arm.method} n = {len(curve.run_ids)} of {len(arm.search.trials)}{failed}")
+        first, last = (text.fixed(curve.expected[at], places) for at in (0, -1))
+        said.append(f"{arm.method} {first} from one trial, {last} from {len(curve.run_ids)}")
+    if not rows:
+        return None
+    return Chart(
+        file_name(f"{task.name}.tuning"),
+        f"Tuning curve on {task.name}",
+        f"What the best of so many trials is expected to score, from the trials that were drawn at random "
+        f"({'; '.join(counts)}): those that TPE has guided depend on one another and are left out. A trial "
+        f"without a score counts with the metric's worst value. Shaded: 95 % band of the whole curve at once, "
+        f"cut off at the figure's edge.",
+        f"Expected best validation {task.metric}: {', '.join(said)}.",
+        rows,
+        plots.tuning_figure(rows, metric=task.metric, methods=text.methods_of(summary)),
+    )
 
 
 def _cost(summary: Summary, task: TaskSummary) -> Chart | None:

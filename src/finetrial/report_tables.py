@@ -217,6 +217,12 @@ def optima(summary: Summary, task: TaskSummary) -> Table:
                 )
             )
     note = "Used: the value read back from the optimiser, the schedule or the modules during the best trial."
+    if few := [
+        f"{arm.method} has {len(arm.search.curve.run_ids) if arm.search.curve else 0}"
+        for arm in text.arms_of(summary, task.name)
+        if arm.search.curve is None or len(arm.search.curve.run_ids) < text.LEAST_CURVE
+    ]:
+        note += f" A tuning curve needs {text.LEAST_CURVE} trials drawn at random; {text.listed(few)}."
     columns = columns_of("Method", "Setting", "Searched", "#Optimum", "Used", "Edge")
     return Table(f"search.{task.name}", f"Search optimum on {task.name}", columns, tuple(rows), note)
 

@@ -25,6 +25,8 @@ VERDICT_WORDS: dict[Verdict, str] = {
 CLAIMS_IN_FULL = 4
 # Scores up to this size are shares of one (0.842); above it they are points of a hundred (84.2).
 LARGEST_SHARE = 1.5
+# With fewer random trials a tuning curve has nothing to show.
+LEAST_CURVE = 3
 
 
 def missing(reason: str) -> str:

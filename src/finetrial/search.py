@@ -99,13 +99,16 @@ def propose(
     numbers = [past.number for past in history]
     if len(set(numbers)) != len(numbers) or number in numbers:
         raise ValueError(f"trial {number} was asked for with trials {sorted(numbers)}; each may occur once")
-    names = sorted(space)
-    searched = {name: space[name] for name in names if not isinstance(space[name], Fixed)}
+    searched = {name: space[name] for name in sorted(space) if not isinstance(space[name], Fixed)}
     if not searched or sampler == "random" or number < startup:
-        chosen = {name: _draw(searched[name], _unit(seed, number, name)) for name in searched}
-    else:
-        chosen = _ask_tpe(history, searched, number, seed, metric)
-    return {name: _setting(space[name], chosen.get(name)) for name in names}
+        return random_draw(space, number=number, seed=seed)
+    return _settings(space, _ask_tpe(history, searched, number, seed, metric))
+
+
+def random_draw(space: Space, *, number: int, seed: int) -> dict[str, Setting]:
+    """The settings that a random search gives trial `number`, independent of all others; as from `propose`."""
+    searched = {name: dimension for name, dimension in space.items() if not isinstance(dimension, Fixed)}
+    return _settings(space, {name: _draw(searched[name], _unit(seed, number, name)) for name in searched})
 
 
 def best(history: Sequence[Past], metric: Metric) -> Past | None:
@@ -249,6 +252,10 @@ def _internal(dimension: Dimension, setting: Setting | None) -> float | int | No
                 return int(setting) if setting == int(setting) else None
             return float(setting)
     raise TypeError(f"{dimension!r} is not searched")
+
+
+def _settings(space: Space, chosen: dict[str, Any]) -> dict[str, Setting]:
+    return {name: _setting(space[name], chosen.get(name)) for name in sorted(space)}
 
 
 def _setting(dimension: Dimension, internal: Any) -> Setting:

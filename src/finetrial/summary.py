@@ -36,7 +36,7 @@ class TrialPoint(Frozen):
     score: float | None
     settings: dict[str, Setting]
     settings_used: dict[str, Setting]
-    startup: bool  # drawn at random, before TPE is guided
+    startup: bool  # drawn at random, whatever the others scored; the rest TPE has guided
 
 
 class DimensionSummary(Frozen):
@@ -52,8 +52,22 @@ class DimensionSummary(Frozen):
     edge: Literal["low", "high"] | None = None
 
 
+class TuningCurve(Frozen):
+    """What the best of n random trials is expected to score on validation, for n = 1, 2 ...
+
+    The band holds for all n at once in 95 of 100 searches; None where the metric has no bound on that side.
+    """
+
+    run_ids: tuple[str, ...]  # the independent draws
+    without_score: int  # of them, counted with the metric's worst value
+    expected: tuple[float, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+
+
 class SearchSummary(Frozen):
     trials: tuple[TrialPoint, ...]
+    curve: TuningCurve | None = None  # None: no random trial has ended
     best: str | None  # run id
     best_score: float | None
     dimensions: tuple[DimensionSummary, ...]
@@ -174,6 +188,57 @@ class TaskSummary(Frozen):
     control_run: str | None
 
 
+class Effect(Frozen):
+    """How large the difference of a claim is, over its pairs; decides nothing."""
+
+    g: float | None  # Hedges' g: in standard deviations of the paired differences; None below three pairs
+    g_low: float | None
+    g_high: float | None
+    above: float  # share of pairs in which the method's value is the larger one, a tie counting half
+    ratio: float | None  # of the means, method to reference; None of forgetting, which may be 0
+    ratio_low: float | None  # Fieller's interval; None: the data do not bound it
+    ratio_high: float | None
+    p_unpaired: float | None  # the tested quantity by Welch's t over all valid replicates, one-sided
+
+
+class Denominator(Frozen):
+    """An arm's planned replicates for a claim: how many have a value, and why the others have none."""
+
+    planned: int
+    valid: int
+    absent: dict[str, int]  # reason -> replicates
+
+
+class Bootstrapped(Frozen):
+    """An estimate with its 95 % percentile interval over so many bootstrap samples."""
+
+    estimate: float
+    low: float
+    high: float
+    draws: int
+
+
+class Discordant(Frozen):
+    """McNemar's test of two trained models: the examples that one of them alone got right."""
+
+    number: int  # of the replicate
+    method_only: int
+    reference_only: int
+    p: float  # exact, two-sided
+
+
+class OnExamples(Frozen):
+    """A score difference seen by test example; decides nothing."""
+
+    examples: int | None
+    difference: Bootstrapped | None  # seeds and examples drawn again: for new seeds and new examples
+    left_out: str | None  # why there is no such interval
+    discordant: tuple[Discordant, ...]  # where every example is right or wrong
+    method_only: float | None  # their means and the median of their p
+    reference_only: float | None
+    median_p: float | None
+
+
 class ClaimResult(Frozen):
     """One claim on one task, judged over paired replicates."""
 
@@ -198,6 +263,25 @@ class ClaimResult(Frozen):
     pairs: tuple[int, ...] = ()  # replicate numbers used
     missing: tuple[int, ...] = ()  # replicate numbers without a valid pair
     run_ids: tuple[str, ...] = ()
+    effect: Effect | None = None  # None: no pair
+    of_method: Denominator | None = None
+    of_reference: Denominator | None = None
+    on_examples: OnExamples | None = None  # of "within" alone
+
+
+class AcrossTasks(Frozen):
+    """A method beside the reference over all tasks of the study: a description of these tasks, no verdict."""
+
+    method: str
+    reference: str
+    # Interquartile mean of score / reference's score over all pairs of all tasks (turned over where lower is
+    # better), replicates drawn again within each task; None: fewer than two tasks have such ratios.
+    relative: Bootstrapped | None
+    left_out: dict[str, str]  # of `relative`: task -> why
+    improvement: (
+        float  # mean over tasks of the share of pairs in which the method is better, a tie counting half
+    )
+    pairs: dict[str, int]  # task -> pairs
 
 
 class LedgerRow(Frozen):
@@ -256,6 +340,7 @@ class Summary(Frozen):
     tasks: tuple[TaskSummary, ...]
     arms: tuple[ArmSummary, ...]
     claims: tuple[ClaimResult, ...]
+    across: tuple[AcrossTasks, ...] = ()  # of studies with several tasks
     ledger: tuple[LedgerRow, ...]
     fairness_notes: tuple[str, ...]  # rules broken or worth knowing, in words
     failures: tuple[FailureRow, ...]

@@ -1,7 +1,8 @@
-"""Figures of an arm's runs: scores of replicates, the search's trials, what each method costs."""
+"""Figures of an arm's runs: scores of replicates, the search's trials, tuning curves, what methods cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,6 +158,41 @@ def _search_keys(rows: Sequence[Row]) -> list[Line2D]:
     if False in failed:
         keys.append(key("failed (no score)", "+"))
     return keys
+
+
+def tuning_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -> Figure:
+    """What the best of n random trials is expected to score, with its band, as far as that fits.
+
+    Rows: method, trials (n), expected, low, high (None: the band is open on that side).
+    """
+    with style():
+        figure = new_figure(3.4)
+        axes = figure.add_subplot()
+        bottom, top = min(r["expected"] for r in rows), max(r["expected"] for r in rows)
+        room = 1.5 * (top - bottom) or 1.0  # a band of few trials is as wide as the metric: it is cut off
+        bottom -= min(room, max(math.inf if r["low"] is None else bottom - r["low"] for r in rows))
+        top += min(room, max(math.inf if r["high"] is None else r["high"] - top for r in rows))
+        margin = 0.03 * (top - bottom)
+        axes.set_ylim(bottom - margin, top + margin)
+        handles: list[Any] = []
+        for method in present(rows, methods):
+            look = look_of(methods, method)
+            mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["trials"])
+            budgets = [r["trials"] for r in mine]
+            low = [bottom - 2 * room if r["low"] is None else r["low"] for r in mine]
+            high = [top + 2 * room if r["high"] is None else r["high"] for r in mine]
+            axes.fill_between(budgets, low, high, color=look["color"], alpha=0.13, linewidth=0, zorder=1)
+            for ends in (low, high):
+                edge = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 0.7, "alpha": 0.7}
+                axes.plot(budgets, ends, **edge)
+            expected = [r["expected"] for r in mine]
+            handles += axes.plot(budgets, expected, label=short(method), linewidth=2, zorder=3, **look)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("random trials")
+        axes.set_ylabel(f"expected best {metric} on validation")
+        axes.grid(axis="y")
+        legend(figure, handles)
+        return figure
 
 
 def cost_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
