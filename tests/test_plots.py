@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
@@ -18,6 +19,7 @@ from finetrial.tidy_csv import csv_text
 from summary_example import example_summary
 
 METHODS = ["full", "lora"]
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def search_rows() -> list[dict]:
@@ -175,6 +177,59 @@ def test_every_replicate_is_a_dot_and_a_failed_one_is_counted_under_its_method()
     dots = [line for line in axes.get_lines() if line.get_markersize() == 5 and line.get_marker() in ("o", "s")]
     assert len(dots) == 9  # five and four: one replicate of `full` is void
     assert [label.get_text() for label in axes.get_xticklabels()] == ["full\n4 of 5 seeds", "lora\n5 seeds"]
+
+
+def test_every_dot_of_a_run_is_titled_with_its_run_and_settings_and_has_a_larger_target(tmp_path: Path) -> None:
+    charts = figures()
+    for name, runs in (("sst2.search", 18), ("sst2.scores", 9), ("sst2.forgetting", 9)):
+        chart = charts[name]
+        svg = plots.save(chart.figure, chart.rows, tmp_path, name)
+        assert (tmp_path / f"{name}.svg").read_text() == svg
+        drawing = ElementTree.fromstring(svg)
+        (targets,) = (group for group in drawing.iter(f"{SVG}g") if group.get("id") == "targets")
+        dots = [group for group in drawing.iter(f"{SVG}g") if (group.get("id") or "").startswith("run_")]
+        said = [group.findtext(f"{SVG}title") for group in dots]
+        assert said == [circle.findtext(f"{SVG}title") for circle in targets]
+        drawn = {row["run_id"] for row in chart.rows if row["run_id"] and (row["score"] or "search" in name)}
+        assert {title.partition(": ")[0] for title in said} == drawn
+        assert len(said) == len(drawn) == runs
+        for dot, circle in zip(dots, targets, strict=True):
+            (place,) = dot.iter(f"{SVG}use")
+            assert (circle.get("cx"), circle.get("cy")) == (place.get("x"), place.get("y"))
+
+
+def test_a_title_says_what_a_run_used_and_what_came_of_it(tmp_path: Path) -> None:
+    charts = figures()
+    said = {}
+    for name in ("sst2.search", "sst2.scores", "sst2.forgetting"):
+        svg = plots.save(charts[name].figure, charts[name].rows, tmp_path, name)
+        said[name] = re.findall(r"<title>(.*?)</title>", svg)
+    assert (
+        "trial.sst2.full.001-0a1b2c3d: learning_rate 4.85e-4, epochs 2, batch_size 16; diverged, no score"
+        in said["sst2.search"]
+    )
+    used = next(title for title in said["sst2.search"] if "sst2.full.003" in title)
+    assert "epochs 9" in used  # asked for 1; 9 is what was read back
+    replicate = "replicate.sst2.lora.000-4d5e6f70: learning_rate 9.57e-4, epochs 3, batch_size 16, rank 16; "
+    row = next(r for r in charts["sst2.scores"].rows if r["run_id"] == "replicate.sst2.lora.000-4d5e6f70")
+    assert replicate + f"accuracy {row['score']:.4g}" in said["sst2.scores"]
+    assert replicate + f"accuracy {row['score']:.4g}, forgotten 1.2 points" in said["sst2.forgetting"]
+
+
+def test_the_csv_has_a_column_for_every_setting_apart_from_the_others() -> None:
+    trial = next(row for row in figures()["sst2.search"].rows if row["method"] == "lora" and row["trial"] == 1)
+    asked = {name: value for name, value in trial.items() if name.startswith("setting.")}
+    assert asked == {
+        "setting.learning_rate": trial["learning_rate"], "setting.epochs": 2, "setting.batch_size": 16,
+        "setting.rank": 8,
+    }  # fmt: skip
+
+
+def test_titles_are_text_and_not_markup(tmp_path: Path) -> None:
+    rows = [row | {"run_id": "<b>\"&'", "setting.x": "</title>"} for row in search_rows()]
+    svg = plots.save(plots.search_figure(rows, metric="f1", methods=METHODS), rows, tmp_path, "s")
+    titles = [each.text for each in ElementTree.fromstring(svg).iter(f"{SVG}title")]
+    assert titles[0] == "<b>\"&': x </title>; f1 70"
 
 
 def test_a_baseline_far_away_is_named_at_the_edge_and_does_not_flatten_the_replicates() -> None:

@@ -6,11 +6,13 @@ As `report_figures.py`, which has the others: a summary's numbers as tidy rows; 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from finetrial import plots
 from finetrial import report_text as text
-from finetrial.summary import Summary, TaskSummary
+from finetrial.records import Setting
+from finetrial.summary import ArmSummary, Summary, TaskSummary
 
 Rows = list[dict[str, Any]]
 
@@ -29,6 +31,16 @@ class Chart(NamedTuple):
 def file_name(name: str) -> str:
     """A name that is safe as a file name and as an HTML id."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-") or "_"
+
+
+def setting_columns(settings: Mapping[str, Setting | None]) -> dict[str, Setting | None]:
+    """A run's hyper-parameters as columns of its row, which no other column can be called."""
+    return {f"{plots.SETTING}{name}": value for name, value in settings.items()}
+
+
+def optimum_columns(arm: ArmSummary) -> dict[str, Setting | None]:
+    """What every replicate of an arm was trained with."""
+    return setting_columns({d.name: d.optimum for d in arm.search.dimensions})
 
 
 def drift(summary: Summary, task: TaskSummary) -> Chart | None:
@@ -79,7 +91,7 @@ def forgetting(summary: Summary, task: TaskSummary) -> Chart | None:
         for run, lost in pairs:
             rows.append(
                 {"series": "replicate", "method": arm.method, "replicate": run.number, "score": run.score,
-                 "forgotten": lost, "low": None, "high": None, "run_id": run.run_id}
+                 "forgotten": lost, "low": None, "high": None, "run_id": run.run_id, **optimum_columns(arm)}
             )  # fmt: skip
         mean = arm.test.get(task.metric)
         rows.append(

@@ -10,7 +10,16 @@ from typing import Any
 
 from finetrial import plots
 from finetrial import report_text as text
-from finetrial.report_charts import Chart, Rows, drift, file_name, forgetting, spectrum
+from finetrial.report_charts import (
+    Chart,
+    Rows,
+    drift,
+    file_name,
+    forgetting,
+    optimum_columns,
+    setting_columns,
+    spectrum,
+)
 from finetrial.summary import ArmSummary, ClaimResult, Summary, TaskSummary
 
 PANELS = {
@@ -88,7 +97,8 @@ def _scores(summary: Summary, task: TaskSummary) -> Chart | None:
     places = text.metric_decimals(summary, task, task.metric)
     for arm in text.arms_of(summary, task.name):
         for run in arm.replicates:
-            rows.append(_score_row("replicate", arm.method, run.score, replicate=run.number, run_id=run.run_id))
+            which = {"replicate": run.number, "run_id": run.run_id} | optimum_columns(arm)
+            rows.append(_score_row("replicate", arm.method, run.score, **which))
         mean = arm.test.get(task.metric)
         if mean:
             rows.append(_score_row("mean", arm.method, mean.estimate, low=mean.low, high=mean.high))
@@ -170,6 +180,7 @@ def _trial_rows(arm: ArmSummary) -> Rows:
                 "low": searched.low if searched else None,
                 "high": searched.high if searched else None,
             }
+            | setting_columns({name: trial.settings_used.get(name, v) for name, v in trial.settings.items()})
         )
     return rows
 

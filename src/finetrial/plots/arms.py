@@ -12,15 +12,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from finetrial.palette import GRID, INK, LINES, MUTED, PAPER, look_of
-from finetrial.plots.canvas import Row, key, legend, log_axis, mark, new_figure, present, style
-from finetrial.report_text import short
+from finetrial.plots.canvas import Row, key, legend, log_axis, mark, new_figure, present, run_title, style
+from finetrial.report_text import outcome_word, short, significant
 
 
 def score_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -> Figure:
     """Every replicate's test score, the mean with its interval, and the baselines.
 
     Rows: series ("replicate", "mean" or "baseline"), method (a baseline's name for baselines), replicate,
-    score (None: failed), low, high.
+    score (None: failed), low, high; for titles those of `run_title`.
     """
     with style():
         figure = new_figure(3.4)
@@ -40,7 +40,8 @@ def score_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) ->
             for row in runs:
                 if row["method"] == method:
                     at = x + nudge[row["replicate"]]
-                    mark(axes, at, row["score"], look["marker"], look["color"], 5, alpha=0.75, zorder=3)
+                    said = run_title(row, f"{metric} {significant(row['score'], 4)}")
+                    mark(axes, at, row["score"], look["marker"], look["color"], 5, said, alpha=0.75, zorder=3)
             for row in arms:
                 if row["series"] == "mean" and row["method"] == method:
                     _mean(axes, x + 0.16, row, look)
@@ -100,7 +101,8 @@ def _baselines(axes: Axes, arms: Sequence[Row], rows: Sequence[Row]) -> None:
 def search_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -> Figure:
     """Learning rate against validation score: range, start-up and guided trials, optimum, failures.
 
-    Rows: method, trial, outcome, learning_rate, score, startup, optimum, low, high (the range's ends).
+    Rows: method, trial, outcome, learning_rate, score, startup, optimum, low, high (the range's ends); for
+    titles those of `run_title`.
     """
     with style():
         figure = new_figure(3.7)
@@ -119,7 +121,8 @@ def search_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -
             for row in (r for r in mine if _scored(r)):
                 at = (row["learning_rate"], row["score"])
                 fill = "none" if row["startup"] else colour
-                mark(axes, *at, marker, colour, markerfacecolor=fill, markeredgewidth=1.3, zorder=3)
+                said = run_title(row, f"{metric} {significant(row['score'], 4)}")
+                mark(axes, *at, marker, colour, 6, said, markerfacecolor=fill, markeredgewidth=1.3, zorder=3)
                 if row["optimum"]:
                     mark(axes, *at, "o", INK, 13, markerfacecolor="none", markeredgewidth=1.2, zorder=4)
             handles.append(key(short(method), marker, colour, colour))
@@ -145,7 +148,9 @@ def _failed_trials(axes: Axes, rows: Sequence[Row], methods: Sequence[str]) -> N
     for row in rows:
         marker = "x" if row["outcome"] == "diverged" else "+"
         look = {"transform": axes.get_xaxis_transform(), "markeredgewidth": 1.8, "zorder": 3}
-        mark(axes, row["learning_rate"], 0.05, marker, look_of(methods, row["method"])["color"], 7, **look)
+        said = run_title(row, f"{outcome_word(row['outcome'])}, no score")
+        colour = look_of(methods, row["method"])["color"]
+        mark(axes, row["learning_rate"], 0.05, marker, colour, 7, said, **look)
 
 
 def _search_keys(rows: Sequence[Row]) -> list[Line2D]:

@@ -6,6 +6,8 @@ The same rows give the same bytes: no date, no random ids, no user's matplotlibr
 from __future__ import annotations
 
 import io
+import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +22,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from finetrial import files, palette
 from finetrial.palette import MUTED, PAPER
+from finetrial.report_text import setting
 from finetrial.tidy_csv import csv_text
 
 Row = Mapping[str, Any]
+SETTING = "setting."  # what a row's columns of hyper-parameters begin with
+# In matplotlib's SVG: a mark that was given a title in place of an id, and where it lies.
+TITLED = re.compile(r'<g id="title: ([^"]*)">(?=.*?<use [^>]*?\bx="([-\d.]+)" y="([-\d.]+)")', re.DOTALL)
+TARGET_POINTS = 7  # radius of what a pointer has to hit; marks have 2.5 to 3
 
 
 @contextmanager
@@ -43,9 +50,24 @@ def present(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
     return [method for method in methods if any(row["method"] == method for row in rows)]
 
 
-def mark(axes: Axes, x: float, y: float, marker: str, colour: str, size: float = 6, **more: Any) -> None:
-    """One mark, without a line."""
-    axes.plot([x], [y], linestyle="none", marker=marker, color=colour, markersize=size, **more)
+def mark(
+    axes: Axes, x: float, y: float, marker: str, colour: str, size: float = 6, title: str = "", **more: Any
+) -> None:
+    """One mark, without a line; in SVG a pointer that rests on it is shown its title."""
+    gid = f"title: {title}" if title else None
+    axes.plot([x], [y], linestyle="none", marker=marker, color=colour, markersize=size, gid=gid, **more)
+
+
+def run_title(row: Row, said: str) -> str:
+    """What the mark of a run is called: `trial.sst2.lora.007-3f9c21aa: learning_rate 3.3e-4, rank 8; f1 88.1`.
+
+    Rows: run_id (absent: no title) and `setting.<name>` for every hyper-parameter (None: not one of the run's).
+    """
+    if not row.get("run_id"):
+        return ""
+    known = {name.removeprefix(SETTING): row[name] for name in row if name.startswith(SETTING)}
+    settings = ", ".join(f"{name} {setting(value)}" for name, value in known.items() if value is not None)
+    return f"{row['run_id']}: {settings}; {said}" if settings else f"{row['run_id']}: {said}"
 
 
 def key(label: str, marker: str, fill: str = "none", ink: str = MUTED, size: float = 6) -> Line2D:
@@ -84,7 +106,26 @@ def save(figure: Figure, rows: Sequence[Row], folder: Path, name: str) -> str:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=palette.PNG_DPI if kind == "png" else 72, metadata=fields)
             drawn[kind] = buffer.getvalue()
+    drawn["svg"] = titled(drawn["svg"].decode()).encode()
     for kind, data in drawn.items():
         files.write_bytes(folder / f"{name}.{kind}", data)
     files.write_text(folder / f"{name}.csv", csv_text(rows))
     return drawn["svg"].decode()
+
+
+def titled(svg: str) -> str:
+    """The SVG with a title in every mark that was given one, and on a target larger than the mark.
+
+    The targets lie below the first of these marks: where they overlap, a mark still answers for itself.
+    """
+    found = list(TITLED.finditer(svg))
+    if not found:
+        return svg
+    targets = "".join(
+        f'<circle cx="{x}" cy="{y}" r="{TARGET_POINTS}"><title>{title}</title></circle>\n'
+        for title, x, y in (match.groups() for match in found)
+    )
+    number = itertools.count(1)
+    body = TITLED.sub(lambda m: f'<g id="run_{next(number)}" pointer-events="all"><title>{m[1]}</title>', svg)
+    start = found[0].start()
+    return f'{svg[:start]}<g id="targets" fill="none" pointer-events="all">\n{targets}</g>\n{body[start:]}'

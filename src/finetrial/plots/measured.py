@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from finetrial.palette import LINES, MUTED, PAPER, look_of
-from finetrial.plots.canvas import Row, key, legend, mark, new_figure, present, style
-from finetrial.report_text import short
+from finetrial.plots.canvas import Row, key, legend, mark, new_figure, present, run_title, style
+from finetrial.report_text import short, significant
 
 
 def drift_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
@@ -73,7 +73,8 @@ def _band(axes: Axes, rows: Sequence[Row], colour: str) -> None:
 def forgetting_figure(rows: Sequence[Row], *, metric: str, unit: str, methods: Sequence[str]) -> Figure:
     """Learning against forgetting: every replicate, the mean of each method, and the line of no loss.
 
-    Rows: series ("replicate" or "mean"), method, score, forgotten, low, high (the mean's interval).
+    Rows: series ("replicate" or "mean"), method, score, forgotten, low, high (the mean's interval); for titles
+    those of `run_title`.
     """
     with style():
         figure = new_figure(3.6)
@@ -85,7 +86,10 @@ def forgetting_figure(rows: Sequence[Row], *, metric: str, unit: str, methods: S
             colour, marker = look["color"], look["marker"]
             for row in (r for r in rows if r["method"] == method and r["score"] is not None):
                 if row["series"] == "replicate":
-                    mark(axes, row["score"], row["forgotten"], marker, colour, 5, alpha=0.75, zorder=3)
+                    at = (row["score"], row["forgotten"])
+                    score, forgotten = (significant(value, 4) for value in at)
+                    said = run_title(row, f"{metric} {score}, forgotten {forgotten} {unit}")
+                    mark(axes, *at, marker, colour, 5, said, alpha=0.75, zorder=3)
                     continue
                 if row["low"] is not None:
                     ends = [row["low"], row["high"]]
