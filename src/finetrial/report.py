@@ -7,6 +7,8 @@ This file escapes, fills the templates and writes the files, each of them atomic
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ from finetrial import report_effects as effects
 from finetrial import report_measures as measures
 from finetrial import report_tables as tables
 from finetrial import report_text as text
+from finetrial.report_sorting import sort_key
 from finetrial.report_tables import Badge, Table
 from finetrial.summary import Summary
 
@@ -87,8 +90,16 @@ def write(summary: Summary, home: Path) -> Path:
         )
     files.write_text(folder / "report.md", _markdown().get_template("report.md.j2").render(view))
     index = folder / "index.html"
-    files.write_text(index, _html().get_template("index.html.j2").render(view))
+    page = _html().get_template("index.html.j2")
+    files.write_text(index, page.render(view, sort_key=sort_key, **_script()))
     return index
+
+
+def _script() -> dict[str, Markup]:
+    """The page's script and its hash: the page lets this one run and no other (CSP, `script-src`)."""
+    source, _, _ = _loader().get_source(_html(), "page.js")
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+    return {"script": Markup(source), "script_hash": Markup(f"sha256-{digest}")}
 
 
 def verdict_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:

@@ -116,7 +116,8 @@ def save(figure: Figure, rows: Sequence[Row], folder: Path, name: str) -> str:
 def titled(svg: str) -> str:
     """The SVG with a title in every mark that was given one, and on a target larger than the mark.
 
-    The targets lie below the first of these marks: where they overlap, a mark still answers for itself.
+    The targets lie below the first of these marks: where they overlap, a mark still answers for itself. Nothing
+    else answers, so that no ring, mean or line hides a run from the pointer.
     """
     found = list(TITLED.finditer(svg))
     if not found:
@@ -128,4 +129,5 @@ def titled(svg: str) -> str:
     number = itertools.count(1)
     body = TITLED.sub(lambda m: f'<g id="run_{next(number)}" pointer-events="all"><title>{m[1]}</title>', svg)
     start = found[0].start()
-    return f'{svg[:start]}<g id="targets" fill="none" pointer-events="all">\n{targets}</g>\n{body[start:]}'
+    drawn = f'{svg[:start]}<g id="targets" fill="none" pointer-events="all">\n{targets}</g>\n{body[start:]}'
+    return drawn.replace('<g id="figure_1">', '<g id="figure_1" pointer-events="none">', 1)
