@@ -157,13 +157,13 @@ def test_the_only_script_is_the_page_s_own_allowed_by_its_hash(html: str, hostil
 
 
 def test_cells_that_are_not_plain_numbers_say_what_they_are_sorted_by(html: str) -> None:
-    cells = re.findall(r'<td role="cell"[^>]*?(?: data-sort="([^"]*)")?><span>(.*?)</span></td>', html)
+    cells = re.findall(r'<td[^>]*?(?: data-sort="([^"]*)")?>(.*?)</td>', html)
     keys = {re.sub("<.*?>", "", shown): key for key, shown in cells}
     assert keys["1.24 GB (reference)"] == "1240000000"
     assert keys["−2.5 points (−3.5 to −1.4)"] == "-2.5"
     assert keys["147 k (1/153)"] == "147000"
     assert keys["lora within 3% of full"] == ""  # no key: sorted by its text
-    assert ' data-sort=""><span><span class="absent">– (no score)</span>' in html
+    assert ' data-sort=""><span class="absent">– (no score)</span>' in html
 
 
 def test_links_lead_to_something_that_is_there(html: str, home: Path) -> None:
@@ -225,7 +225,7 @@ def test_markup_in_names_does_not_break_markdown(hostile: Path) -> None:
 
 def test_markup_in_names_does_not_break_latex(hostile: Path) -> None:
     latex = (hostile / "tables" / "verdicts.tex").read_text(encoding="utf-8")
-    assert r"a | b \textless{}img src=x" in latex
+    assert r"a \textbar{} b \textless{}img src=x" in latex
     assert report.escape_latex("50 % of \\foo_bar & #1 {y}^~$") == (
         r"50 \% of \textbackslash{}foo\_bar \& \#1 \{y\}\textasciicircum{}\textasciitilde{}\$"
     )

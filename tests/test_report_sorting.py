@@ -48,7 +48,11 @@ def test_a_number_is_read_back_with_its_unit(shown: str, key: str | None) -> Non
 def test_outside_of_numeric_columns_only_missing_values_have_a_key() -> None:
     assert sort_key("2026-11-01", numeric=False) is None
     assert sort_key("– (no run)", numeric=False) == ""
-    assert sort_key(Badge("warning", "3 of 5"), numeric=False) is None
+
+
+def test_a_judgement_is_sorted_by_its_word_whatever_its_icon() -> None:
+    assert str(Badge("not_assessable", "not assessable")).startswith("–")
+    assert sort_key(Badge("not_assessable", "not assessable"), numeric=False) is None
 
 
 @given(some.floats(0, 1e19))

@@ -42,6 +42,10 @@ LATEX_SPECIAL = {
     "~": r"\textasciitilde{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",  # a dash in LaTeX's first fonts
+    "[": "{[}",  # at a row's begin it would be an option of the line break
+    "]": "{]}",
+    "*": "{*}",
     "−": "$-$",
     "×": r"$\times$",
     "–": "--",
@@ -200,11 +204,14 @@ def escape_markdown(value: object) -> str:
 
 
 def escape_latex(value: object) -> str:
-    """Text for LaTeX, one line. A badge is its word alone: reasons are too long for a printed cell."""
+    """Text for any LaTeX engine, one line of ASCII; letters that it may have no form for are told by number.
+
+    A badge is its word alone: reasons are too long for a printed cell.
+    """
     if isinstance(value, Markup):
         return str(value)
     line = " ".join((value.word if isinstance(value, Badge) else str(value)).split())
-    return "".join(LATEX_SPECIAL.get(character, character) for character in line)
+    return "".join(LATEX_SPECIAL.get(c, c if c.isascii() else f"{{[}}U+{ord(c):04X}{{]}}") for c in line)
 
 
 def _loader() -> PackageLoader:
@@ -260,7 +267,7 @@ def _slug(name: object) -> str:
 
 
 def inline_svg(svg: str, name: str) -> str:
-    """A figure's SVG for the page: no addresses, ids of its own, sized by the page, in the page's colours."""
+    """A figure's SVG for the page: no addresses, ids only where needed, in the page's size and colours."""
     svg = svg[svg.index("<svg") :]
     for pattern in (r"<metadata>.*?</metadata>", r"<!--.*?-->", r"<style[^>]*>.*?</style>"):
         svg = re.sub(pattern, "", svg, flags=re.DOTALL)
@@ -268,7 +275,9 @@ def inline_svg(svg: str, name: str) -> str:
     head = re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", head)
     svg = f'{head} aria-hidden="true" focusable="false">{body}'
     prefix = _slug(name)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    wanted = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    ids = re.compile(r' id="([^"]*)"')
+    svg = ids.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in wanted else "", svg)
     svg = re.sub(r'\b(?:xlink:)?href="#', f'href="#{prefix}-', svg).replace("url(#", f"url(#{prefix}-")
     shades = {
         palette.INK: "--ink",

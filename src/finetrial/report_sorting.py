@@ -20,13 +20,14 @@ NUMBER = re.compile(
 def sort_key(cell: object, numeric: bool) -> str | None:
     """The value to sort a cell by where its text will not do: its number, or nothing for a missing value.
 
-    None: the text itself, which is a plain number, or not a number at all.
+    None: the text itself, which is a plain number, or not a number at all, as that of a badge.
     """
-    shown = str(cell)
-    if shown.startswith(text.MISSING):
+    if not isinstance(cell, str):
+        return None
+    if cell.startswith(text.MISSING):
         return ""
-    found = NUMBER.match(shown) if numeric else None
-    if not found or re.fullmatch(r"\d+(\.\d+)?", shown):
+    found = NUMBER.match(cell) if numeric else None
+    if not found or re.fullmatch(r"\d+(\.\d+)?", cell):
         return None
     if found["below"]:
         return "0"
