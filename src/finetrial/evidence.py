@@ -16,6 +16,10 @@ from finetrial.records import MethodSpec, RunRecord, TaskSpec
 ENDED_WELL = ("done", "diverged")
 LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
 NOT_FINISHED = "not finished"
+UNDEFINED = {  # what was measured and gives no number
+    "drift": "a layer that does not vary over the inputs",
+    "forgetting": "nothing forgettable: the base reads no task above chance",
+}
 
 
 @dataclass(frozen=True)
@@ -142,5 +146,6 @@ def why_not_measured(arm: Arm, number: int, name: str) -> str:
     if outcome not in (*LEFT_WAITING, "done"):
         return f"probe {outcome}".replace("_", " ")
     values = measured(probe, name)
-    elsewhere = values is not None and not same_inputs(arm, name, values)
-    return "probe on other inputs" if elsewhere else f"{name} not measured"
+    if values is None:
+        return f"{name} not measured"
+    return UNDEFINED.get(name, f"no {name}") if same_inputs(arm, name, values) else "probe on other inputs"

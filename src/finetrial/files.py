@@ -107,6 +107,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sealed(folder: Path, otherwise: set[str]) -> set[str]:
+    """The names of the files that a committed folder's manifest holds; `otherwise` where it cannot be read."""
+    try:
+        return set(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return otherwise
+
+
 def commit_folder(temporary: Path, final: Path) -> None:
     """Make a filled temporary folder the final one: sync its files, write the manifest, rename.
 

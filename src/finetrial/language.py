@@ -8,7 +8,7 @@ Axes: B windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from finetrial.heads.causal import bounds
 
-# Windows at once: the logits of 8 x 256 tokens over a vocabulary of 50,000 take 400 MB.
-WINDOWS_AT_ONCE = 8
+# Logits at once, of windows x tokens x vocabulary: in fp32 400 MB, of which some three are held.
+LOGITS_AT_ONCE = 100_000_000
 
 
 class TokenLoss(NamedTuple):
@@ -27,7 +27,7 @@ class TokenLoss(NamedTuple):
     tokens: int
 
 
-def windows(texts: Sequence[str], tokenizer: Any, *, length: int, tokens: int) -> list[list[int]]:
+def windows(texts: Iterable[str], tokenizer: Any, *, length: int, tokens: int) -> list[list[int]]:
     """The first `tokens` tokens of the texts, one after the other, in windows of `length` behind the token
     that begins a text (where the tokenizer has one). A text's end is a line break; a last short window is
     left out.
@@ -59,12 +59,13 @@ def token_loss(language_model: Any, model: Any, inputs: Sequence[Sequence[int]])
     """
     own = getattr(language_model, language_model.base_model_prefix)
     device = next(model.parameters()).device
-    language_model.to(device).eval()
+    at_once = max(1, LOGITS_AT_ONCE // (max(map(len, inputs)) * language_model.config.vocab_size))
     total, count = 0.0, 0
     try:
         setattr(language_model, language_model.base_model_prefix, body_of(model))
-        for at in range(0, len(inputs), WINDOWS_AT_ONCE):
-            ids_BT = torch.tensor(inputs[at : at + WINDOWS_AT_ONCE], device=device)
+        language_model.to(device).eval()  # its own body stays where it is
+        for at in range(0, len(inputs), at_once):
+            ids_BT = torch.tensor(inputs[at : at + at_once], device=device)
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 logits_BTV = language_model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
             wanted_BT = ids_BT[:, 1:]

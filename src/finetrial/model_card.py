@@ -17,6 +17,7 @@ from finetrial.records import Setting
 from finetrial.report import citation, escape_markdown
 from finetrial.summary import ArmSummary, ReplicatePoint, Summary, TaskSummary
 
+CARD = "README.md"
 LIMITS = (
     "This model is one run of a comparison of training methods. It was judged on its task's test split and "
     "nothing else: not on other domains or languages, not for bias, safety or robustness. The licences of the "
@@ -25,14 +26,18 @@ LIMITS = (
 
 
 def write(summary: Summary, home: Path) -> None:
-    """A card in the folder of every trained model that is there."""
+    """A card in the folder of every trained model that is there and has none under its manifest's seal."""
     tasks = {task.name: task for task in summary.tasks}
     for arm in summary.arms:
         for replicate in arm.replicates:
             folder = home / "models" / f"{arm.task}.{arm.method}.seed{replicate.number}"
-            if replicate.outcome == "done" and folder.is_dir() and not folder.is_symlink():
+            if (
+                replicate.outcome == "done"
+                and not folder.is_symlink()
+                and CARD not in files.sealed(folder, {CARD})
+            ):
                 adapter = (folder / "adapter_config.json").exists()
-                files.write_text(folder / "README.md", card(summary, tasks[arm.task], arm, replicate, adapter))
+                files.write_text(folder / CARD, card(summary, tasks[arm.task], arm, replicate, adapter))
 
 
 def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
@@ -64,7 +69,7 @@ def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: Replic
 def _front_matter(summary: Summary, task: TaskSummary, adapter: bool) -> str:
     lines = [f"library_name: {'peft' if adapter else 'transformers'}", "tags: [finetrial]"]
     lines.append(f"metrics: {json.dumps([task.metric])}")
-    if not summary.model.startswith((".", "/", "~", "$", "package:")):  # a hub's name
+    if (summary.model_sha256 or "").startswith(f"{summary.model}@"):  # a hub's name, with its revision
         lines.insert(0, f"base_model: {json.dumps(summary.model)}")
     return "\n".join(["---", *lines, "---"])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -139,8 +140,10 @@ def _differs(lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> boo
 
 
 def _has_trained(home: Home) -> bool:
-    """Whether a run of any arm has begun; a baseline is named after what it does and may stay."""
-    return any(not folder.path.name.startswith(("baseline.", "check.")) for folder in home.find(""))
+    """Whether a run of any arm has begun. A baseline is named after what it does and may stay; a control, the
+    probe without a method, has trained nothing."""
+    names = [folder.path.name for folder in home.find("")]
+    return any(not name.startswith(("baseline.", "check.")) and not CONTROL.match(name) for name in names)
 
 
 def _drop_pilots(home: Home) -> None:
@@ -250,6 +253,7 @@ def differences(before: Study, now: Study) -> list[str]:
     return [f"{key}: {_shown(new, key)}, was {_shown(old, key)}" for key in keys]
 
 
+CONTROL = re.compile(r"probe\.[^.]+\.\d+-")  # a run's name without a method in it
 ABSENT = object()
 MOST_DIFFERENCES = 10
 

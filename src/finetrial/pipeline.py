@@ -41,6 +41,7 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
                 logged.note(note)
             story = Story.begin(opened, logged, tried_again=tried_again)
             story.phase("baseline", "baseline", story.baselines())
+            story.phase("control", "probe", story.controls(), totals=dict.fromkeys(story.task_names, 1))
             story.phase("search", "trial", story.trials())
             story.export_optima()
             story.phase("train", "replicate", story.replicates())
@@ -53,10 +54,12 @@ def report_again(home_path: Path) -> Summary:
     """Analyse what a study's folder holds and write its report, complete or not; nothing is started.
 
     Raises:
-        HomeError: the folder is no study's.
+        HomeError: the folder is no study's, or a part of it is a link.
         PluginError: a plug-in beside the study file is no longer there.
     """
-    return _conclude(_story_so_far(home_path))
+    story = _story_so_far(home_path)
+    refuse_links(story.opened.home)
+    return _conclude(story)
 
 
 def analyse_again(home_path: Path) -> Summary:
@@ -125,6 +128,8 @@ class Story:
         """Finish all runs of some lanes. `totals`: arm -> runs, where it is not all runs of the stage."""
         study, home = self.study, self.opened.home
         totals = self._totals(stage) if totals is None else totals
+        if not totals:
+            return
         metrics = {task.name: metric_of(task) for task in study.tasks}
         mine = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
         ended = [r for r in mine if r.result or r.outcome not in self.tried_again]
@@ -136,6 +141,11 @@ class Story:
             home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror, self.tried_again,
             partial(check_room, home, study.run.disk_bytes),
         ).run(lanes)  # fmt: skip
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that have a control: all of them, unless nothing is measured."""
+        return [task.name for task in self.study.tasks] if self.study.measure else []
 
     def _totals(self, stage: Stage) -> dict[str, int]:
         """How many runs of a stage the study has, by arm; of baselines and controls by task."""

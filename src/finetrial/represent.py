@@ -33,7 +33,9 @@ from finetrial.similarity import (
 # A batch carries labels and bookkeeping too; these alone are the model's inputs.
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CHUNK_ROWS = 512  # rows per accumulator step: large enough for BLAS, small beside D x D sums
-PAIR_ROWS = 1000  # at most, for measures of all pairs of rows: RSA ranks half a million distances
+# Rows at most, evenly spaced, where cost grows with their square (RSA ranks half a million distances) or faster
+# (Procrustes: 8.5 s of processor time for 2,500 rows of 2,048 features).
+PAIR_ROWS = 1000
 
 LayerMeasures = dict[str, float | int | None]
 
@@ -41,12 +43,19 @@ LayerMeasures = dict[str, float | int | None]
 class Comparison(NamedTuple):
     """Similarity of two models per layer (0: embeddings), over `rows` pooled rows.
 
-    `read`: the same at the one position that a classification head reads, where it is known.
+    `read`: CKA and cosine alone at the one position that a classification head reads, where it is known.
     """
 
     layers: list[LayerMeasures]
     rows: int
     read: list[LayerMeasures] | None
+
+
+class Pooled(NamedTuple):
+    """What a model makes of the rows, per layer N x D: the mean over a text's tokens, and what a head reads."""
+
+    mean: list[NDArray[np.float32]]
+    read: list[NDArray[np.float32]] | None
 
 
 def masked_mean(hidden_BTD: torch.Tensor, pool_mask_BT: torch.Tensor) -> torch.Tensor:
@@ -120,47 +129,47 @@ def pooled_rows(model: Any, batches: Sequence[Mapping[str, Any]]) -> NDArray[np.
     return np.concatenate(pooled)
 
 
-def compare_models(
-    models: Sequence[Any],
-    pairs: Sequence[tuple[int, int]],
-    batches: Sequence[Mapping[str, Any]],
-    *,
-    causal: bool | None = None,
-) -> list[Comparison]:
-    """Per-layer similarity of pairs of models (indices into `models`) on the same batches.
+def pool(model: Any, batches: Sequence[Mapping[str, Any]], *, causal: bool | None = None) -> Pooled:
+    """One forward pass per batch. `causal` says where a head reads (`read_position`); None: it is left out.
 
-    `causal` says where a head reads (see `read_position`); None: measured on the mean over tokens alone.
-
-    Every model makes one forward pass per batch, even where it is listed twice (the base against
-    itself is two separate passes). Memory: pooled rows, len(models) x N x D x 4 B per layer and way of pooling
-    (TinyLlama, 512 rows, two models: 8 MB a layer, 190 MB in all), and one layer's sums, 3 D D x 8 B (100 MB).
-    Rows are kept because a mean-subtracted cosine needs the means first, and a second pass over the
-    model costs more than they do.
+    Memory: N x D x 4 B per layer and way of pooling (TinyLlama, 512 rows: 4 MB a layer, 190 MB in all). Rows
+    are kept because a mean-subtracted cosine needs the means first, and a second pass costs more.
 
     Raises:
-        ValueError: fewer than 4 rows with content, models of different depth or width, or hidden
-            states that are not finite.
+        ValueError: fewer than 4 rows with content, or hidden states that are not finite.
     """
-    rows: list[list[list[list[NDArray[np.float32]]]]] = [[] for _ in models]  # model, batch, way, layer
-    for batch in batches:
-        for index, model in enumerate(models):
-            rows[index].append(_pooled(model, batch, causal))
-    n = sum(len(ways[0][0]) for ways in rows[0])
+    found = [_pooled(model, batch, causal) for batch in batches]
+    n = sum(len(ways[0][0]) for ways in found)
     if n < MIN_ROWS:
         raise ValueError(f"{n} probe rows with content; at least {MIN_ROWS} are needed")
-    depths = {len(ways[0]) for of_model in rows for ways in of_model}
+    depth = range(len(found[0][0]))
+    ways = [
+        [np.concatenate([each[way][layer] for each in found]) for layer in depth]
+        for way in range(len(found[0]))
+    ]
+    return Pooled(ways[0], ways[1] if len(ways) > 1 else None)
+
+
+def compare(before: Pooled, after: Pooled, *, whole: bool = True) -> Comparison:
+    """Per-layer similarity of two models on the same rows. `whole`: every measure, else CKA and cosine alone.
+
+    Memory: one layer's sums, 3 D D x 8 B (TinyLlama: 100 MB).
+
+    Raises:
+        ValueError: models of different depth or width.
+    """
+    depths = {len(before.mean), len(after.mean)}
     if len(depths) > 1:
         raise ValueError(f"models of different depth cannot be compared: {sorted(depths)} layers")
-    depth = depths.pop()
-    measured: list[list[list[LayerMeasures]]] = [[] for _ in pairs]  # pair, way, layer
-    for way in range(len(rows[0][0])):
-        for found in measured:
-            found.append([])
-        for layer in range(depth):
-            pooled_ND = [np.concatenate([ways[way][layer] for ways in of_model]) for of_model in rows]
-            for found, (before, after) in zip(measured, pairs, strict=True):
-                found[way].append({"layer": layer, **_measures(pooled_ND[before], pooled_ND[after])})
-    return [Comparison(ways[0], n, ways[1] if len(ways) > 1 else None) for ways in measured]
+    layers = [
+        {"layer": layer, **(_measures if whole else _likeness)(before.mean[layer], after.mean[layer])}
+        for layer in range(len(before.mean))
+    ]
+    read = None
+    if before.read is not None and after.read is not None:
+        pairs = enumerate(zip(before.read, after.read, strict=True))
+        read = [{"layer": layer, **_likeness(one, other)} for layer, (one, other) in pairs]
+    return Comparison(layers, len(before.mean[0]), read)
 
 
 def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> list[LayerMeasures]:
@@ -174,17 +183,24 @@ def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> 
     PEFT models.
 
     Raises:
-        ValueError: as `compare_models`.
+        ValueError: as `pool` and `compare`.
     """
-    return compare_models([base, tuned], [(0, 1)], batches)[0].layers
+    return compare(pool(base, batches), pool(tuned, batches)).layers
+
+
+def _likeness(before_ND: NDArray[np.float32], after_ND: NDArray[np.float32]) -> dict[str, float | None]:
+    return {
+        "cka_debiased": _accumulated(before_ND, after_ND).value(),
+        "cosine_mean_subtracted": mean_cosine(before_ND, after_ND),
+    }
 
 
 def _measures(before_ND: NDArray[np.float32], after_ND: NDArray[np.float32]) -> dict[str, float | None]:
-    accumulator = _accumulated(before_ND, after_ND)
+    accumulator, top = _accumulated(before_ND, after_ND), variance_shares(before_ND)
     by_base = standardised(before_ND, after_ND)
-    turned, top = procrustes(before_ND, after_ND), variance_shares(before_ND)
     some = np.linspace(0, len(before_ND) - 1, min(len(before_ND), PAIR_ROWS)).round().astype(int)
     before_some_ND, after_some_ND = before_ND[some], after_ND[some]
+    turned = procrustes(before_some_ND, after_some_ND)
     near = neighbour_overlap(before_some_ND, after_some_ND, k=min(NEIGHBOURS, len(some) - 2))
     return {
         "cka_debiased": accumulator.value(),

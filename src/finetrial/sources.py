@@ -151,6 +151,8 @@ def _hashes(kind: str, of: str, paths: Iterable[Path]) -> dict[str, str]:
     for path in paths:
         if not path.is_file():
             raise DataError(f"{of}: the data file {path} is not there; check its path in the study file")
-        key = f"{kind}/{path.name}"
-        hashes[key if key not in hashes else f"{kind}/{path.parent.name}/{path.name}"] = files.sha256_file(path)
+        parts = 1
+        while (key := "/".join([kind, *path.parts[-parts:]])) in hashes and parts < len(path.parts):
+            parts += 1  # as much of the path as tells the files apart
+        hashes[key] = files.sha256_file(path)
     return hashes

@@ -207,6 +207,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
     try:
         plugin, _ = bench.method()
         plugin.save(model, temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report writes one, unsealed
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         tokenizer.save_pretrained(temporary)
         files.write_text(temporary / OWNER, bench.spec.run_id + "\n")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,25 +60,32 @@ def matrix_updates(base: Any, tuned: Any) -> Iterator[MatrixUpdate]:
         yield _matrix_update(f"{name}.weight", base.get_submodule(name), inner.get_submodule(name))
 
 
-def perturbed(base: Any, tuned: Any, rng: np.random.Generator) -> Any | None:
-    """A copy of the base with Gaussian noise in place of every matrix's update, of the same Frobenius norm.
+@contextmanager
+def perturbed(base: Any, tuned: Any, rng: np.random.Generator) -> Iterator[int]:
+    """The base with Gaussian noise in place of every matrix's update, of the same Frobenius norm, as long as
+    the block lasts; afterwards it has its own bits again. Gives the number of matrices that have noise.
 
-    None where no matrix changed. Embeddings, biases and norms stay the base's.
+    No second model is held: the matrices' own values wait on the CPU. Embeddings, biases and norms stay.
 
     Raises:
         AttributeError, ValueError: as `matrix_updates`.
     """
-    noisy = None
-    for update in matrix_updates(base, tuned):
-        size = float(np.linalg.norm(update.update_MN))
-        noise_MN = rng.standard_normal(update.before_MN.shape)  # drawn for unchanged ones, too: the same stream
-        if size == 0:
-            continue
-        noisy = copy.deepcopy(base) if noisy is None else noisy
-        changed_MN = update.before_MN + noise_MN * (size / np.linalg.norm(noise_MN))
+    kept: dict[str, torch.Tensor] = {}
+    try:
+        for update in matrix_updates(base, tuned):
+            size = float(np.linalg.norm(update.update_MN))
+            noise_MN = rng.standard_normal(update.before_MN.shape)  # drawn for unchanged ones, too: one stream
+            if size > 0:
+                parameter = base.get_parameter(update.name)
+                kept[update.name] = parameter.detach().cpu().clone()
+                noisy_MN = update.before_MN + noise_MN * (size / np.linalg.norm(noise_MN))
+                with torch.no_grad():
+                    parameter.copy_(torch.from_numpy(noisy_MN))
+        yield len(kept)
+    finally:
         with torch.no_grad():
-            noisy.get_parameter(update.name).copy_(torch.from_numpy(changed_MN))
-    return noisy
+            for name, own in kept.items():
+                base.get_parameter(name).copy_(own)
 
 
 def embedding_updates(base: Any, tuned: Any) -> Iterator[NormUpdate]:

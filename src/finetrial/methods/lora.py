@@ -72,7 +72,6 @@ class Lora:
     def save(self, model: Any, folder: Path) -> None:
         # The vocabulary does not change; "auto" would ask the Hub for the base model's config.
         model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink()  # PEFT's empty card; the report writes one
 
     def load(self, base: Any, folder: Path) -> Any:
         import peft

@@ -113,6 +113,12 @@ def spectrum_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
     with style():
         figure = new_figure(3.4)
         left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
+        ranked = [
+            [r["matrix"] for r in rows if r["series"] == "effective_rank" and r["method"] == m] for m in methods
+        ]
+        # The method that changed most matrices has them in the model's order.
+        names = dict.fromkeys(name for some in sorted(ranked, key=len, reverse=True) for name in some)
+        places = {name: place for place, name in enumerate(names, start=1)}
         handles: list[Any] = []
         for method in present(rows, methods):
             look = look_of(methods, method)
@@ -123,8 +129,8 @@ def spectrum_figure(rows: Sequence[Row], *, methods: Sequence[str]) -> Figure:
                 some = [r for r in curve if r["top"] == top]
                 size = {"linewidth": width, "markersize": 2 * width}
                 left.plot([r["threshold"] for r in some], [r["value"] for r in some], **size, **look)
-            ranks = [r["value"] for r in mine if r["series"] == "effective_rank"]
-            right.plot(range(1, len(ranks) + 1), ranks, linewidth=1.2, markersize=3.5, **look)
+            ranks = [(places[r["matrix"]], r["value"]) for r in mine if r["series"] == "effective_rank"]
+            right.plot([x for x, _ in ranks], [y for _, y in ranks], linewidth=1.2, markersize=3.5, **look)
             handles.append(key(short(method), look["marker"], look["color"], look["color"]))
         left.set_xlabel("threshold of likeness")
         left.set_ylabel("intruder dimensions")

@@ -31,7 +31,7 @@ class Params(Frozen):
 
 
 class Drift:
-    """See `plugins.Probe`; the comparison itself is `represent.compare_models`."""
+    """See `plugins.Probe`; the comparison itself is `represent.compare`."""
 
     Params = Params
 
@@ -41,49 +41,44 @@ class Drift:
         `layers`: cka (debiased), cka_standardised, cosine (mean-subtracted), rsa, neighbours; angle,
         relative_change; cka_biased beside its cka_floor, cosine_raw, neighbours_chance, top_1, top_3 (see
         `represent.layer_drift`). `cka_drift_mean`, `cosine_drift_mean` and `means`: the mean over blocks, of
-        a similarity 1 minus it. `read`: the same where a classification head reads, its last or first token.
-        `neighbour`: the same, of the tuned model against a neighbouring replicate, or None: what another seed
-        alone changes. `perturbed`: of the base with noise of the update's norm in every matrix of the blocks,
-        None in the control. A value is None where a layer does not vary over the rows.
+        a similarity 1 minus it. Then CKA and cosine alone of three more: `read`, where a classification head
+        reads, at its last or first token; `neighbour`, the tuned model against a neighbouring replicate, which
+        another seed alone changes; `perturbed`, the base with noise of the update's norm in every matrix of
+        the blocks, None in the control. A value is None where a layer does not vary over the rows.
 
         Raises:
-            ValueError: as `represent.compare_models`.
+            ValueError: as `represent.pool` and `represent.compare`.
         """
-        from finetrial.represent import compare_models
+        from finetrial.represent import compare, pool
         from finetrial.updates import perturbed
 
-        models, pairs = {"base": given.base, "tuned": given.tuned}, {"tuned": ("base", "tuned")}
+        base, tuned = (pool(model, given.batches, causal=given.causal) for model in (given.base, given.tuned))
+        found = compare(base, tuned)
+        neighbour = noisy = None
         if given.neighbour is not None:
-            models["neighbour"], pairs["neighbour"] = given.neighbour, ("tuned", "neighbour")
-        noisy = perturbed(given.base, given.tuned, np.random.default_rng(SEED)) if params.perturbation else None
-        if noisy is not None:
-            models["perturbed"], pairs["perturbed"] = noisy, ("base", "perturbed")
-        at = {name: index for index, name in enumerate(models)}
-        compared = compare_models(
-            list(models.values()),
-            [(at[one], at[other]) for one, other in pairs.values()],
-            given.batches,
-            causal=given.causal,
-        )
-        described = {name: _describe(comparison) for name, comparison in zip(pairs, compared, strict=True)}
+            neighbour = compare(tuned, pool(given.neighbour, given.batches, causal=given.causal), whole=False)
+        if params.perturbation:
+            with perturbed(given.base, given.tuned, np.random.default_rng(SEED)) as matrices:
+                if matrices:
+                    noisy = compare(base, pool(given.base, given.batches, causal=given.causal), whole=False)
         return {
-            **described["tuned"],
-            "rows": compared[0].rows,
+            **_described(found.layers),
+            "read": _described(found.read) if found.read else None,
+            "rows": found.rows,
             "input_sha256": given.input_sha256,
-            "neighbour": described.get("neighbour"),
-            "perturbed": described.get("perturbed"),
+            "neighbour": _described(neighbour.layers) if neighbour else None,
+            "perturbed": _described(noisy.layers) if noisy else None,
         }
 
 
-def _describe(comparison: Any) -> dict[str, Any]:
-    return _ways(comparison.layers) | {"read": _ways(comparison.read) if comparison.read else None}
-
-
-def _ways(layers: list[dict[str, Any]]) -> dict[str, Any]:
+def _described(layers: list[dict[str, Any]]) -> dict[str, Any]:
     named = [{NAMES.get(key, key): value for key, value in layer.items()} for layer in layers]
     blocks = named[1:]
-    means = {key: _mean([_from_one(layer[key]) for layer in blocks]) for key in SIMILARITIES}
-    means |= {key: _mean([layer[key] for layer in blocks]) for key in DISTANCES}
+    measured = [key for key in (*SIMILARITIES, *DISTANCES) if key in named[0]]
+    means = {
+        key: _mean([layer[key] if key in DISTANCES else _from_one(layer[key]) for layer in blocks])
+        for key in measured
+    }
     return {
         "layers": named,
         "cka_drift_mean": means.pop("cka"),

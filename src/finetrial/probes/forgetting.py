@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ def _entry(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"use": use, "params": params.model_dump(mode="json")}
 
 
+class TooFewRows(ValueError):
+    """A class has fewer rows than there are folds."""
+
+
 class Forgetting:
     """See `plugins.Probe`."""
 
@@ -98,23 +102,34 @@ class Forgetting:
 
         `tasks`: name -> cross-validated accuracy in points, `base` and `tuned`; `forgotten`, their difference;
         `chance`, the commonest class; `readable`, whether the base lies above chance by more than its sampling
-        error (else there is nothing to forget); `rows`; `input_sha256`. `tasks_forgotten`: the mean over
-        readable tasks, None without one. `text`: mean loss per token in nats, with `tokens`; None where no text
-        is given or the model is not causal.
+        error (else there is nothing to forget); `rows`; `input_sha256`. `left_out`: tasks with a class of too
+        few rows, and why. `tasks_forgotten`: the mean over readable tasks, None without one. `text`: mean loss
+        per token in nats, with `tokens`; None where no text is given or the model is not causal.
 
         Raises:
-            DataError: rows or text are not as they should be.
+            DataError: rows or text are not as they should be, or there is nothing to measure.
         """
-        tasks = {
-            name: _on_task(given, plugin, task, params)
-            for name, (plugin, task) in _tasks(params).items()
-            if name != given.task
-        }
+        tasks, left_out = {}, {}
+        for name, (plugin, task) in _tasks(params).items():
+            if name != given.task:
+                try:
+                    tasks[name] = _on_task(given, plugin, task, params)
+                except TooFewRows as error:
+                    left_out[name] = str(error)
+        text = _on_text(given, params) if params.text and given.causal else None
+        if not tasks and text is None:
+            reasons = [f"{name}: {why}" for name, why in left_out.items()]
+            reasons += ["text is measured of causal models only"] if params.text else []
+            raise DataError(
+                f"measure.forgetting: a model trained on {given.task} has nothing that it could forget "
+                f"({'; '.join(reasons) or 'no other task is named'}); name others, or leave the measure out"
+            )
         losses = [task["forgotten"] for task in tasks.values() if task["readable"]]
         return {
             "tasks": tasks,
+            "left_out": left_out,
             "tasks_forgotten": sum(losses) / len(losses) if losses else None,
-            "text": _on_text(given, params) if params.text and given.causal else None,
+            "text": text,
         }
 
 
@@ -138,11 +153,11 @@ def _on_task(given: ProbeInput, plugin: Any, task: Any, params: Params) -> dict[
 
     examples = cap_rows(plugin.splits(task, given.folder).train, params.task_rows, label_key="label")
     labels_N = np.array([example["label"] for example in examples])
-    texts = texts_of(examples, plugin, task, given.tokenizer, causal=given.causal)
     try:
         folds = stratified_folds(labels_N, FOLDS, np.random.default_rng(SPLIT_SEED))
     except ValueError as error:
-        raise DataError(f"measure.forgetting: {error}; name more rows (task_rows)") from error
+        raise TooFewRows(str(error)) from error
+    texts = texts_of(examples, plugin, task, given.tokenizer, causal=given.causal)
     base, tuned = (
         100.0 * float(cross_validated(features(model, texts), labels_N, folds).mean())
         for model in (given.base, given.tuned)
@@ -165,9 +180,13 @@ def _on_text(given: ProbeInput, params: Params) -> dict[str, Any]:
 
     assert params.text is not None
     assert given.language_model is not None
-    texts = _texts(params.text, given.folder)
     try:
-        inputs = windows(texts, given.tokenizer, length=params.text_length, tokens=params.text_tokens)
+        inputs = windows(
+            _texts(params.text, given.folder),
+            given.tokenizer,
+            length=params.text_length,
+            tokens=params.text_tokens,
+        )
     except ValueError as error:
         raise DataError(
             f"measure.forgetting.text: {error}; name a longer text, or a lower text_length"
@@ -183,21 +202,22 @@ def _on_text(given: ProbeInput, params: Params) -> dict[str, Any]:
     }
 
 
-def _texts(text: Text, folder: Path) -> list[str]:
+def _texts(text: Text, folder: Path) -> Iterator[str]:
     """The file's texts in order, each once: the rows of SQuAD's form repeat their paragraph.
 
     Raises:
         DataError: a row has no such column, or no text in it.
     """
     path = locate(text.file, folder)
-    found: dict[str, None] = {}
+    seen: set[str] = set()
     for row in readers.read(path, path.name):
         value = row.values.get(text.column)
         if not isinstance(value, str):
             there = ", ".join(row.values)
             raise DataError(f"{row.where}: no text in column {text.column!r}; it has {there}: set text.column")
-        found[value] = None
-    return list(found)
+        if value not in seen:
+            yield value
+        seen.add(value)
 
 
 def _hash(value: Any) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from finetrial import spectrum
+from finetrial.errors import ModelError
 from finetrial.plugins import ProbeInput
 from finetrial.records import Frozen
 
@@ -38,6 +39,7 @@ class Spectrum:
         weight, and the intruders for every threshold and k. A value is None where nothing changed.
 
         Raises:
+            ModelError: the model has no linear layers in its blocks (GPT-2 has none: its own kind of layer).
             ValueError: weights that are not finite.
         """
         from finetrial.updates import embedding_updates, matrix_updates
@@ -49,6 +51,10 @@ class Spectrum:
                 matrices.append(_describe(update, params.top))
             else:
                 unchanged += 1
+        if not matrices and not unchanged:
+            raise ModelError(
+                f"measure.spectrum: {type(given.base).__name__} has no linear layers in blocks; leave it out"
+            )
         embeddings = [
             {"name": e.name, "update_norm": e.update, "relative_change": _share(e.update, e.before)}
             for e in embedding_updates(given.base, given.tuned)
