@@ -101,8 +101,10 @@ def test_noise_of_the_updates_norm_takes_their_place_matrix_by_matrix(batches):
         assert matrices == 1
         for name, tensor in base.state_dict().items():
             assert torch.equal(tensor, before[name]) == (name != changed), name
-        size = float((tuned.get_parameter(changed) - before[changed]).norm())
-        assert float((base.get_parameter(changed) - before[changed]).norm()) == pytest.approx(size, rel=1e-5)
+        size = float((tuned.get_parameter(changed) - before[changed]).detach().norm())
+        assert float((base.get_parameter(changed) - before[changed]).detach().norm()) == pytest.approx(
+            size, rel=1e-5
+        )
     measured = measure(ProbeInput(base, tuned, None, batches, "abc"))
     assert [layer["cka"] for layer in measured["perturbed"]["layers"]][:2] == [1.0, 1.0]
     assert measured["perturbed"]["cka_drift_mean"] > 1e-4

@@ -139,7 +139,7 @@ def test_the_control_measures_the_base_itself():
     control = plan.control(plan.baseline(study, study.tasks[0], INPUTS, 1), study)
     assert control.name == "probe.synthetic_qa.000"
     assert control.subject is None
-    assert control.measures == {"drift": {"use": "drift", "params": {"rows": 512}}}
+    assert control.measures == {"drift": {"use": "drift", "params": {"rows": 512, "perturbation": True}}}
 
 
 def test_a_spec_comes_back_from_its_json_with_the_same_id():
