@@ -540,3 +540,21 @@ def test_a_verdict_needs_no_fewer_pairs_than_documented():
     )
     case = claims.Case(WITHIN, "t", side("lora", LORA[:4]), side("full", FULL[:4]), trivial=("majority", 0.5))
     assert claims.judge([case])[0].verdict == "supported"
+
+
+def test_an_arm_that_is_not_told_from_an_answer_without_training_is_noted():
+    weak = [0.50, 0.52, 0.49, 0.51, 0.50]  # the majority class scores 0.5
+    notes = summarise(study(), records(lora=weak), META).fairness_notes
+    assert notes == (
+        "toy/lora: its mean f1 on test, 0.504 (0.4898 to 0.5182), is not told from the best answer without "
+        "training (majority, 0.5): it may have learnt nothing of the task",
+    )
+    low, high = scipy.stats.t.interval(0.95, 4, 0.504, scipy.stats.sem(weak))
+    assert (round(low, 4), round(high, 4)) == (0.4898, 0.5182)
+
+
+def test_too_few_planned_replicates_say_what_to_do():
+    few = summarise(
+        study(seeds=2), records(lora=LORA[:2], full=FULL[:2], lora_drift=[0.1] * 2, full_drift=[0.2] * 2), META
+    )
+    assert few.claims[0].reason.endswith("needs at least 4; raise train.seeds, finished runs are kept")

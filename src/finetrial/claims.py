@@ -107,9 +107,10 @@ def _contrast(case: Case) -> Contrast:
 def _obstacle(case: Case) -> str | None:
     """Why this claim cannot be judged on this task, or None."""
     if len(case.pairs) < MIN_PAIRS:
+        more = "; raise train.seeds, finished runs are kept" if len(case.planned) < MIN_PAIRS else ""
         return (
             f"{len(case.pairs)} of {len(case.planned)} pairs of replicates are valid and a verdict "
-            f"needs at least {MIN_PAIRS}{_who_is_absent(case)}"
+            f"needs at least {MIN_PAIRS}{_who_is_absent(case)}{more}"
         )
     _, reference = _values(case)
     mean = sum(reference) / len(reference)

@@ -225,6 +225,7 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
             f"{name}: the best trial reaches the best possible {task.metric} ({best_possible:g}); a "
             f"saturated metric cannot tell settings or methods apart"
         )
+    notes += _learnt_nothing(task, arm, name)
     ignored = sorted(
         {
             key
@@ -245,6 +246,22 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
             f"({row.replicates_diverged} diverged, {row.replicates_failed} failed); means are over the rest"
         )
     return notes
+
+
+def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
+    """A sentence where the arm's mean is not told from the best answer that needs no training."""
+    known = {base: scores[task.metric] for base, scores in task.baselines.items() if task.metric in scores}
+    mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
+    if mean is None or mean.low is None or mean.high is None or not known:
+        return []
+    base, best = max(known.items(), key=lambda item: (sign * item[1], item[0]))
+    if sign * (mean.low if task.higher_is_better else mean.high) > sign * best:
+        return []
+    return [
+        f"{name}: its mean {task.metric} on test, {mean.estimate:.4g} ({mean.low:.4g} to {mean.high:.4g}), is "
+        f"not told from the best answer without training ({base}, {best:.4g}): it may have learnt nothing of the "
+        f"task"
+    ]
 
 
 def _same(wanted: Setting, used: Setting) -> bool:
