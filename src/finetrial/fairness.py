@@ -259,8 +259,8 @@ def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
         return []
     return [
         f"{name}: its mean {task.metric} on test, {mean.estimate:.4g} ({mean.low:.4g} to {mean.high:.4g}), is "
-        f"not told from the best answer without training ({base}, {best:.4g}): it may have learnt nothing of the "
-        f"task"
+        f"not told from the best answer without training ({base}, {best:.4g}): it may have learnt nothing of "
+        f"the task"
     ]
 
 
