@@ -148,9 +148,9 @@ class Story:
         return [task.name for task in self.study.tasks] if self.study.measure else []
 
     def _totals(self, stage: Stage) -> dict[str, int]:
-        """How many runs of a stage the study has, by arm; of baselines and controls by task."""
+        """How many runs of a stage the study has, by arm; of baselines by task."""
         study = self.study
-        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage in ("baseline", "probe") else {}
+        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage == "baseline" else {}
         if stage != "baseline":
             each = study.search.trials if stage == "trial" else study.train.seeds
             totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
