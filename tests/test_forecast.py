@@ -94,7 +94,8 @@ def evidence(**changes) -> Evidence:
 
 
 def test_a_study_by_hand():
-    """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s."""
+    """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s. The control's
+    two passes take 5 s; a probe makes three (base, subject, noise), a later one a fourth (its neighbour)."""
     found = forecast(
         STUDY, evidence(controls={TASK.name: record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)})
     )
@@ -103,11 +104,11 @@ def test_a_study_by_hand():
     assert full.trial_seconds == pytest.approx(1 + 5 + 2 * 7.5 + evaluations)
     assert lora.trial_seconds == pytest.approx(1 + 5 + 2 * 15 + evaluations)
     assert full.replicate_seconds == pytest.approx(1 + 9 + 2 * 75 + evaluations + 30 + 4)
-    assert lora.probe_seconds == pytest.approx(1 + 5 * 1.5)
+    assert lora.probe_seconds == pytest.approx(1 + 5 * 4 / 2)
     assert found.phases["baseline"] == 21
     assert found.phases["search"] == pytest.approx(4 * lora.trial_seconds)  # two lanes side by side
     assert found.phases["train"] == makespan([full.replicate_seconds] * 3 + [lora.replicate_seconds] * 3, 2)
-    assert found.phases["measure"] == makespan([6, 6, 8.5, 8.5, 6, 8.5, 8.5], 2)
+    assert found.phases["measure"] == makespan([6, 8.5, 11, 11, 8.5, 11, 11], 2)
     assert found.seconds == pytest.approx(math.fsum(found.phases.values()))
     assert found.correction == 1.0
     assert found.disk_bytes >= 3 * 2 * 1_000 + 2 * 2 * 7_000

@@ -21,8 +21,7 @@ from finetrial.study import Study
 REPORT_SECONDS = 8.0
 # A run's records without its checkpoints, and the report with its figures (docs/log.md).
 RECORD_BYTES, REPORT_BYTES = 100_000, 3_000_000
-# The neighbour is a third model beside base and subject.
-NEIGHBOUR = 1.5
+CONTROL_PASSES = 2  # base and subject; the neighbour, and the base with noise, are one more each
 # How far the pilots may correct the rehearsals' pace: beyond that one of the two was disturbed.
 LEAST_CORRECTION, MOST_CORRECTION = 0.5, 2.0
 
@@ -55,6 +54,13 @@ class Evidence(NamedTuple):
     controls: dict[str, RunRecord] = {}  # task
 
 
+def _probe_seconds(study: Study, control: RunRecord, start: float, *, neighbours: int) -> float:
+    """A replicate's probe, from how long the control took: by the passes that each makes over the inputs."""
+    noise = any(asked.get("params", {}).get("perturbation") for asked in study.measure.values())
+    passes = CONTROL_PASSES + neighbours + int(noise)
+    return start + passes / CONTROL_PASSES * (span(control) - start)
+
+
 def forecast(study: Study, found: Evidence) -> Forecast:
     """What the whole study takes, for a machine that is as busy as it was during the check."""
     start = statistics.median(_start_seconds(record) for record in _all(found))
@@ -64,7 +70,7 @@ def forecast(study: Study, found: Evidence) -> Forecast:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
         control = found.controls.get(task.name)
-        probe = start + NEIGHBOUR * (span(control) - start) if control else 0.0
+        probe = _probe_seconds(study, control, start, neighbours=1) if control else 0.0
         arms[name] = ArmForecast(
             trial_seconds=start + _training(study, space, given, given.search, correction),
             replicate_seconds=start
@@ -77,7 +83,8 @@ def forecast(study: Study, found: Evidence) -> Forecast:
     probes = [span(record) for record in found.controls.values()]
     for task, method in study.arms if found.controls else ():
         later = arms[f"{task.name}/{method.name}"].probe_seconds
-        probes += [span(found.controls[task.name]), *[later] * (seeds - 1)]
+        first = _probe_seconds(study, found.controls[task.name], start, neighbours=0)
+        probes += [first, *[later] * (seeds - 1)]
     phases = {
         "baseline": makespan([span(record) for record in found.baselines.values()], parallel),
         "search": makespan([study.search.trials * arm.trial_seconds for arm in arms.values()], parallel),
