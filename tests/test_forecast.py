@@ -95,7 +95,7 @@ def evidence(**changes) -> Evidence:
 
 def test_a_study_by_hand():
     """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s. The two
-    passes of the control take 5 s; a probe makes three (base, subject, noise), a later one a fourth (neighbour)."""
+    passes of the control take 5 s; a probe makes 3 (base, subject, noise), later ones a fourth (neighbour)."""
     found = forecast(
         STUDY, evidence(controls={TASK.name: record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)})
     )
