@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 BEGINS, ENDS = "finetrial run begins", "finetrial run ends"
-PHASES = ("baseline", "search", "train", "measure")
+PHASES = ("baseline", "control", "search", "train", "measure")
 
 
 def measured(log: str) -> dict[str, float]:

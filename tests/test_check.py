@@ -69,7 +69,7 @@ def test_it_fits_learns_and_foretells(tiny_bert):
     assert set(task["test"]) == {"no_answer", "random_span"}
     assert set(task["validation"]) == {"no_answer", "random_span", "untrained", "frozen body"}
     phases = found["forecast"]["phases"]
-    assert set(phases) == {"baseline", "search", "train", "measure", "report"}
+    assert set(phases) == {"baseline", "control", "search", "train", "measure", "report"}
     assert found["forecast"]["seconds"] == pytest.approx(sum(phases.values()))
     for words in ("memory, predicted peak", "ten samples loss", "the whole study, predicted"):
         assert words in said(result)

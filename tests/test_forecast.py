@@ -70,7 +70,7 @@ def rehearsal(pace: float) -> Rehearsal:
         predicted_memory_bytes=50, measured_memory_bytes=50, overfit=Overfit(tries=(learnt,), fault=None),
         tokens_per_second=1.0, search=phase(100, 5.0), train=phase(1000, 9.0), validation_seconds=2.0,
         test_seconds=30.0, checkpoint_seconds=1.0, checkpoint_bytes=7_000, save_seconds=4.0, model_bytes=1_000,
-        contradictions=0,
+        probe_seconds=10.0, contradictions=0,
     )  # fmt: skip
 
 
@@ -94,8 +94,7 @@ def evidence(**changes) -> Evidence:
 
 
 def test_a_study_by_hand():
-    """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s. The two
-    passes of the control take 5 s; a probe makes 3 (base, subject, noise), later ones a fourth (neighbour)."""
+    """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s."""
     found = forecast(
         STUDY, evidence(controls={TASK.name: record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)})
     )
@@ -104,11 +103,12 @@ def test_a_study_by_hand():
     assert full.trial_seconds == pytest.approx(1 + 5 + 2 * 7.5 + evaluations)
     assert lora.trial_seconds == pytest.approx(1 + 5 + 2 * 15 + evaluations)
     assert full.replicate_seconds == pytest.approx(1 + 9 + 2 * 75 + evaluations + 30 + 4)
-    assert lora.probe_seconds == pytest.approx(1 + 5 * 4 / 2)
+    assert lora.probe_seconds == pytest.approx(1 + 10)
     assert found.phases["baseline"] == 21
     assert found.phases["search"] == pytest.approx(4 * lora.trial_seconds)  # two lanes side by side
     assert found.phases["train"] == makespan([full.replicate_seconds] * 3 + [lora.replicate_seconds] * 3, 2)
-    assert found.phases["measure"] == makespan([6, 8.5, 11, 11, 8.5, 11, 11], 2)
+    assert found.phases["control"] == 6
+    assert found.phases["measure"] == makespan([11] * 6, 2)
     assert found.seconds == pytest.approx(math.fsum(found.phases.values()))
     assert found.correction == 1.0
     assert found.disk_bytes >= 3 * 2 * 1_000 + 2 * 2 * 7_000

@@ -21,7 +21,6 @@ from finetrial.study import Study
 REPORT_SECONDS = 8.0
 # A run's records without its checkpoints, and the report with its figures (docs/log.md).
 RECORD_BYTES, REPORT_BYTES = 100_000, 3_000_000
-CONTROL_PASSES = 2  # base and subject; the neighbour, and the base with noise, are one more each
 # How far the pilots may correct the rehearsals' pace: beyond that one of the two was disturbed.
 LEAST_CORRECTION, MOST_CORRECTION = 0.5, 2.0
 
@@ -31,14 +30,14 @@ class ArmForecast(Frozen):
 
     trial_seconds: float
     replicate_seconds: float
-    probe_seconds: float  # of the second replicate and later ones; the first has no neighbour
+    probe_seconds: float  # of a replicate that has a neighbour; the first has none, and takes less
 
 
 class Forecast(Frozen):
     """Seconds and bytes of the whole study, from nothing to its report."""
 
     arms: dict[str, ArmForecast]  # task/method
-    phases: dict[str, float]  # baseline, search, train, measure, report
+    phases: dict[str, float]  # baseline, control, search, train, measure, report
     seconds: float
     disk_bytes: int
     correction: float  # the pilots' pace over the rehearsals'
@@ -54,13 +53,6 @@ class Evidence(NamedTuple):
     controls: dict[str, RunRecord] = {}  # task
 
 
-def _probe_seconds(study: Study, control: RunRecord, start: float, *, neighbours: int) -> float:
-    """A replicate's probe, from how long the control took: by the passes that each makes over the inputs."""
-    noise = any(asked.get("params", {}).get("perturbation") for asked in study.measure.values())
-    passes = CONTROL_PASSES + neighbours + int(noise)
-    return start + passes / CONTROL_PASSES * (span(control) - start)
-
-
 def forecast(study: Study, found: Evidence) -> Forecast:
     """What the whole study takes, for a machine that is as busy as it was during the check."""
     start = statistics.median(_start_seconds(record) for record in _all(found))
@@ -69,27 +61,21 @@ def forecast(study: Study, found: Evidence) -> Forecast:
     for task, method in study.arms:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
-        control = found.controls.get(task.name)
-        probe = _probe_seconds(study, control, start, neighbours=1) if control else 0.0
         arms[name] = ArmForecast(
             trial_seconds=start + _training(study, space, given, given.search, correction),
             replicate_seconds=start
             + _training(study, space, given, given.train, correction)
             + given.test_seconds * correction
             + given.save_seconds,
-            probe_seconds=probe,
+            probe_seconds=start + given.probe_seconds if study.measure else 0.0,
         )
     parallel, seeds = study.run.parallel, study.train.seeds
-    probes = [span(record) for record in found.controls.values()]
-    for task, method in study.arms if found.controls else ():
-        later = arms[f"{task.name}/{method.name}"].probe_seconds
-        first = _probe_seconds(study, found.controls[task.name], start, neighbours=0)
-        probes += [first, *[later] * (seeds - 1)]
     phases = {
         "baseline": makespan([span(record) for record in found.baselines.values()], parallel),
+        "control": makespan([span(record) for record in found.controls.values()], parallel),
         "search": makespan([study.search.trials * arm.trial_seconds for arm in arms.values()], parallel),
         "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),
-        "measure": makespan(probes, parallel),
+        "measure": makespan([arm.probe_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "report": REPORT_SECONDS,
     }
     return Forecast(

@@ -138,6 +138,7 @@ def rehearsal(study: Study, task: TaskSpec, method: MethodSpec, inputs: Inputs, 
         "search_rows": study.search.rows,
         "batch_sizes": sorted({int(smallest(sizes)), int(largest(sizes))}),
         "learning_rates": list(dict.fromkeys(float(value(rate)) for value in (middle, largest, smallest))),
+        "measure": dict(study.measure),
     }
     settings = {name: largest(space[name]) for name in space} | {"learning_rate": middle(rate)}
     return RunSpec(

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetrial import files
 from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
+from finetrial.batching import EVALUATION_TOKENS
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged
 from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes, split
+from finetrial.measuring import measure
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.proof import prove
@@ -69,9 +71,10 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     measured, parts = peak_bytes(), loop.progress.micro_batches
     lap()
     judged = _judge(loop, validation)
-    saved = _write_checkpoint(loop, folder), _save(loop, folder)
+    checkpoint_seconds, checkpoint_bytes = _write_checkpoint(loop, folder)
     del loop
     overfit, model = _learn_by_heart(bench, folder, built.tokenizer, features, fit, asked["learning_rates"])
+    kept = _keep_and_measure(bench, folder, model, asked["measure"])
 
     def phase(rows: Sequence[Feature], encoded: float) -> Phase:
         paces = tuple(_pace(spec, rows, fit, size, speeds[size]) for size in sorted(speeds))
@@ -92,10 +95,11 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         train=phase(features, train_encoded),
         validation_seconds=judged * len(whole.splits.validation),
         test_seconds=judged * len(whole.splits.test),
-        checkpoint_seconds=saved[0][0],
-        checkpoint_bytes=saved[0][1],
-        save_seconds=saved[1][0],
-        model_bytes=saved[1][1],
+        checkpoint_seconds=checkpoint_seconds,
+        checkpoint_bytes=checkpoint_bytes,
+        save_seconds=kept.save_seconds,
+        model_bytes=kept.model_bytes,
+        probe_seconds=opened + kept.probe_seconds if asked["measure"] else 0.0,
         contradictions=contradictions(features),
     )
     return Result(
@@ -195,13 +199,25 @@ def _write_checkpoint(loop: Loop, folder: RunFolder) -> tuple[float, int]:
     return seconds, size
 
 
-def _save(loop: Loop, folder: RunFolder) -> tuple[float, int]:
-    place = folder.path / "model"
-    lap = _Lap()
+class _KeptModel(NamedTuple):
+    save_seconds: float
+    model_bytes: int
+    probe_seconds: float  # building the models and measuring; a replicate that has a neighbour
+
+
+def _keep_and_measure(
+    bench: Workbench, folder: RunFolder, model: Any, measures: Mapping[str, Any]
+) -> _KeptModel:
+    """Save a trained model, read it back and measure it, as a replicate and its probe do."""
+    place, (plugin, _), lap = folder.path / "model", bench.method(), _Lap()
     try:
-        loop.bench.method()[0].save(loop.accelerator.unwrap_model(loop.model), place)
-        loop.tokenizer.save_pretrained(place)
-        return lap(), _bytes_in(place)
+        plugin.save(model, place)
+        saved, size = lap(), _bytes_in(place)
+        if measures:
+            built = bench.build_base()
+            tuned, neighbour = (plugin.load(bench.build_base().model, place) for _ in range(2))
+            measure(bench, built, tuned, neighbour, measures, tokens=EVALUATION_TOKENS)
+        return _KeptModel(saved, size, lap())
     finally:
         files.discard(place)
 

@@ -59,4 +59,7 @@ class Rehearsal(Frozen):
     checkpoint_bytes: int
     save_seconds: float  # a trained model
     model_bytes: int
+    probe_seconds: (
+        float  # to measure one that has a neighbour, without the start of the process; 0: nothing asked
+    )
     contradictions: int  # training inputs that occur again with another label

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import checkpoint, files, models, plugins
+from finetrial import checkpoint, files, models
 from finetrial.account import Clock, cost_of, environment, split_rows
-from finetrial.assemble import Workbench, input_hash, open_workbench, pick_device
-from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
-from finetrial.data import cap_rows
+from finetrial.assemble import Workbench, input_hash, open_workbench
+from finetrial.batching import EVALUATION_TOKENS
 from finetrial.errors import Diverged, HomeError
 from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes
+from finetrial.measuring import measure
 from finetrial.notice import termination_notice
 from finetrial.optimisation import plan_steps
-from finetrial.plugins import ProbeInput
 from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
 from finetrial.rehearsal import rehearse
@@ -147,31 +145,13 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
     """Measure one replicate's model (or, as the control, the base itself) against the base."""
     clock = Clock()
     bench = open_workbench(spec, folder.home)
-    device = pick_device()
     built = bench.build_base()
-    base = built.model.to(device).eval()
     tuned, neighbour = bench.build_base().model, None
     if spec.subject is not None:
         tuned = _load_replicate(bench, folder, spec.subject)
         neighbour = _load_replicate(bench, folder, spec.reference) if spec.reference else None
-    tuned = tuned.to(device).eval()
-    neighbour = neighbour.to(device).eval() if neighbour is not None else None
-    measures, tokens = {}, EVALUATION_TOKENS >> folder.out_of_memory()
-    for name, asked in spec.measures.items():
-        plugin = plugins.load("probes", asked["use"])
-        params = plugin.Params.model_validate(asked["params"])
-        rows = cap_rows(bench.splits.validation, getattr(params, "rows", 0))
-        features = bench.encode(rows, built) if rows else []
-        batches = [
-            collate([features[i] for i in indices], built.tokenizer.pad_token_id, device)
-            for indices in evaluation_batches([len(feature.input_ids) for feature in features], tokens)
-        ]
-        given = ProbeInput(
-            base, tuned, neighbour, batches, input_hash(features), task=spec.task.name,
-            tokenizer=built.tokenizer, causal=built.causal, folder=bench.base,
-            language_model=partial(models.language_model, spec.model, bench.location) if built.causal else None,
-        )  # fmt: skip
-        measures[name] = plugin.measure(given, params)
+    tokens = EVALUATION_TOKENS >> folder.out_of_memory()
+    measures = measure(bench, built, tuned, neighbour, spec.measures, tokens=tokens)
     return Result(
         run_id=spec.run_id, outcome="done", cost=cost_of(clock, tuned), measures=measures,
         split_rows=split_rows(bench), environment=environment(spec),
