@@ -225,6 +225,13 @@ def baseline(trivial=0.5, task=TASK):
     )
 
 
+def frozen_body(score=0.55, drift=0.0, task=TASK, **fields):
+    method = MethodSpec(name="frozen-body", use="frozen", params={})
+    made = spec("baseline", 0, task=task).model_copy(update={"method": method})
+    fields = {"proof": proof(), "scores": {"test": {"f1": score}}, **fields}
+    return ended(made, measures={"drift": drift_json(drift)}, **fields)
+
+
 def trial(method, number, score, rate, task=TASK, **fields):
     settings = {"learning_rate": rate, "batch_size": 16}
     return ended(
@@ -270,6 +277,7 @@ def probe(method, number, drift, task=TASK, neighbour=0.01):
 def records(lora=LORA, full=FULL, lora_drift=LORA_DRIFT, full_drift=FULL_DRIFT, **more):
     task = more.get("task", TASK)
     found = [baseline(more.get("trivial", 0.5), task), control(more.get("noise", 0.0), task)]
+    found.append(frozen_body(task=task))
     for method, scores, drifts in (("lora", lora, lora_drift), ("full", full, full_drift)):
         found += trials(method, task=task)
         found += [replicate(method, n, score, task) for n, score in enumerate(scores)]

@@ -19,6 +19,7 @@ from finetrial.summary import (
     ArmSummary,
     Bootstrapped,
     ClaimResult,
+    Control,
     Denominator,
     DimensionSummary,
     Discordant,
@@ -450,9 +451,19 @@ def example_summary() -> Summary:
             split_rows={"train": 4350, "validation": 400, "test": 872},
             baselines=baselines[name],
             baseline_run=f"baseline.{name}.000-12345678",
-            control_drift=(0.0,) * LAYERS,
-            control_forgotten={"mrpc": 0.0, "rte": 0.0} if name == "sst2" else {},
-            control_run=f"probe.{name}.000-87654321",
+            controls=tuple(
+                Control(
+                    name=control,
+                    run_id=run,
+                    drift=(0.0,) * LAYERS,
+                    update=0.0,
+                    forgotten={"mrpc": 0.0, "rte": 0.0} if name == "sst2" else {},
+                )
+                for control, run in (
+                    ("base against base", f"probe.{name}.000-87654321"),
+                    ("frozen body", f"baseline.{name}.frozen-body.000-87654321"),
+                )
+            ),
         )
         for name, metric in (("squad_v2", "f1"), ("sst2", "accuracy"))
     )

@@ -32,6 +32,7 @@ from made_records import (
     cost,
     ended,
     failed,
+    frozen_body,
     probe,
     proof,
     records,
@@ -158,6 +159,28 @@ def test_the_untrained_model_is_shown_and_is_not_the_trivial_baseline():
     assert summary.claims[0].verdict == "supported"
 
 
+def test_a_head_on_a_frozen_body_is_a_baseline_and_its_body_a_control():
+    summary = summarise(study(), replaced(records(), frozen_body(0.79, drift=0.0)), META)
+    [task] = summary.tasks
+    assert task.baselines["frozen body"] == {"f1": 0.79}
+    assert [control.name for control in task.controls] == ["base against base", "frozen body"]
+    assert task.controls[1].drift == (0.0, 0.0, 0.0)
+    assert claim_of(summary, "within").verdict == "supported"  # a trivial answer it is not
+
+
+def test_a_frozen_body_that_moved_is_noted_and_drifts_below_it_are_noise():
+    summary = summarise(study(), replaced(records(), frozen_body(drift=0.2)), META)
+    assert any("a frozen body drifts by up to 0.2 instead of 0" in note for note in summary.fairness_notes)
+    assert claim_of(summary, "drifts_less").verdict == "not_assessable"
+
+
+def test_a_head_that_did_not_train_is_no_baseline_and_a_study_without_it_is_not_complete():
+    void = frozen_body(proof=proof(void="the head did not move"))
+    assert "frozen body" not in summarise(study(), replaced(records(), void), META).tasks[0].baselines
+    found = [r for r in records() if r.spec.run_id != frozen_body().spec.run_id]
+    assert not summarise(study(), found, META).complete
+
+
 def test_without_a_baseline_the_margin_has_no_proportion():
     found = replaced(records(), failed(spec("baseline", 0)))
     claim = summarise(study([WITHIN]), found, META).claims[0]
@@ -252,6 +275,7 @@ def test_a_replicate_without_proof_of_training_is_void():
 
 def test_drift_that_was_not_measured_leaves_scores_alone():
     found = [r for r in records() if r.spec.stage != "probe"]
+    found = replaced(found, ended(frozen_body().spec, scores={"test": {"f1": 0.5}}, proof=proof()))
     summary = summarise(study(measure=()), found, META)
     assert claim_of(summary, "within").verdict == "supported"
     less = claim_of(summary, "drifts_less")
@@ -259,7 +283,7 @@ def test_drift_that_was_not_measured_leaves_scores_alone():
     assert "drift not measured" in less.reason
     assert less.difference is None
     assert arm_of(summary, "lora").drift is None
-    assert summary.tasks[0].control_drift == ()
+    assert summary.tasks[0].controls == ()
     assert summary.complete
 
 
@@ -306,7 +330,7 @@ def test_a_study_that_has_only_begun_has_a_summary(stages):
 
 
 def test_an_arm_whose_trials_all_failed_ends_there():
-    found = [r for r in records() if r.spec.method is None or r.spec.method.name == "full"]
+    found = [r for r in records() if r.spec.method is None or r.spec.method.name != "lora"]
     found += [failed(spec("trial", n, "lora"), "diverged", "loss") for n in range(3)]
     summary = summarise(study(), found, META)
     assert summary.complete
@@ -365,8 +389,8 @@ def test_drift_per_layer_and_replicate_with_the_seed_to_seed_band_and_the_contro
     assert drift.cka.estimate == pytest.approx(0.10)
     assert drift.seed_to_seed.estimate == pytest.approx(0.01)
     assert drift.per_replicate["3"] == 0.105
-    assert summary.tasks[0].control_drift == (0.0, 0.0, 0.0)
-    assert summary.tasks[0].control_run.startswith("probe.toy.000-")
+    assert summary.tasks[0].controls[0].drift == (0.0, 0.0, 0.0)
+    assert summary.tasks[0].controls[0].run_id.startswith("probe.toy.000-")
 
 
 def test_the_ledger_adds_up_what_the_arm_used():
@@ -471,7 +495,7 @@ def test_runs_of_another_environment_are_named():
     odd = with_result(replicate("lora", 2, 0.79), environment={"torch": "2.14.0", "threads": "1"})
     notes = summarise(study(), replaced(found, odd), META).fairness_notes
     assert notes == (
-        f"runs were not all made with the same torch: 2.13.0 (27 runs), 2.14.0 (1 run: {odd.spec.run_id}); "
+        f"runs were not all made with the same torch: 2.13.0 (28 runs), 2.14.0 (1 run: {odd.spec.run_id}); "
         f"equal settings may then give unequal numbers",
     )
 

@@ -83,7 +83,7 @@ def stage_of(stage: str) -> dict:
 def test_status_counts_runs_by_the_file_or_the_folder(there, named):
     stages = json.loads(call("status", named, "--json").stdout)["stages"]
     assert [(row["stage"], row["planned"], row["runs"]) for row in stages] == [
-        ("baseline", 1, {"done": 1}), ("trial", 1, {"done": 1}), ("replicate", 1, {"done": 1}),
+        ("baseline", 1, {"done": 1}), ("baseline", 1, {"done": 1}), ("trial", 1, {"done": 1}), ("replicate", 1, {"done": 1}),
         ("probe", 0, {}),
     ]  # fmt: skip
     shown = call("status", named)
@@ -145,7 +145,7 @@ def test_show_asks_for_more_of_an_ambiguous_beginning_and_names_the_candidates(t
     names = sorted(path.name for path in Path("runs/small/runs").iterdir())
     for result in (call("show", ""), call("show", "", "--home", "runs/small")):
         assert_refused(result, 2)
-        assert "3 runs begin with ''" in result.stderr
+        assert "4 runs begin with ''" in result.stderr
         assert all(name in result.stderr for name in names)
 
 

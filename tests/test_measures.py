@@ -96,7 +96,7 @@ def test_forgets_less_is_a_paired_one_sided_t_test_of_the_plain_difference():
     assert forgot.forgotten.estimate == pytest.approx(1.0)
     assert forgot.parts[0].base == 70.0
     assert forgot.parts[0].tuned.estimate == pytest.approx(69.0)
-    assert summary.tasks[0].control_forgotten == {"mrpc": 0.0}
+    assert summary.tasks[0].controls[0].forgotten == {"mrpc": 0.0}
 
 
 def test_text_is_judged_where_it_is_measured_and_in_its_own_unit():

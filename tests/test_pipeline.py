@@ -61,7 +61,7 @@ def test_the_same_study_twice_gives_the_same_numbers_and_weights(reference, tmp_
     second = json.loads((tmp_path / "again" / "analysis" / "summary.json").read_text())
     assert without_measured(first) == without_measured(second)
     assert hashes(home) == hashes(tmp_path / "again")
-    assert len(hashes(home)) == 2 * (3 + 2)
+    assert len(hashes(home)) == 2 * (3 + 2) + 1  # trials and replicates of two arms, the frozen body
 
 
 def test_running_a_finished_study_again_starts_nothing(reference):

@@ -270,7 +270,7 @@ def test_a_task_a_method_a_probe_an_engine_and_a_tracker_are_one_file_each(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     home = Home(tmp_path / "home")
     records = [run.record() for run in home.find("")]
-    assert len(records) == 1 + 2 + 2 + 3  # a baseline, trials, replicates, probes with the control
+    assert len(records) == 2 + 2 + 2 + 3  # baselines, trials, replicates, probes with the control
     # The task: its rows, and no others.
     assert {r.result.split_rows["train"] for r in records if r.spec.stage == "replicate"} == {32}
     # The engine started every run.

@@ -360,7 +360,8 @@ def test_a_setting_that_was_not_used_as_asked_and_an_optimum_on_the_edge_are_fla
 def test_unequal_budgets_and_a_moving_control_are_flagged(tmp_path: Path) -> None:
     summary = example_summary()
     ledger = (summary.ledger[0].model_copy(update={"trials_planned": 12}), *summary.ledger[1:])
-    task = summary.tasks[0].model_copy(update={"control_drift": (0.0, -0.002, 0.001)})
+    moved = summary.tasks[0].controls[0].model_copy(update={"drift": (0.0, -0.002, 0.001)})
+    task = summary.tasks[0].model_copy(update={"controls": (moved,)})
     changed = {"ledger": ledger, "tasks": (task, summary.tasks[1])}
     said = Page(written(summary.model_copy(update=changed), tmp_path)).text
     assert re.search(r"trials planned 12 9 differs", said)

@@ -79,7 +79,7 @@ def test_an_untouched_report_passes_and_one_line_says_what_was_looked_at(finishe
     said = re.search(r"([\d,]+) runs, ([\d,]+) numbers, ([\d,]+) files verified$", line)
     assert said, line
     runs, numbers, files = (int(count.replace(",", "")) for count in said.groups())
-    assert runs == 1 + 2 + 4 + 5  # baseline; trials; replicates; probes with the control
+    assert runs == 2 + 2 + 4 + 5  # baselines; trials; replicates; probes with the control
     records = list((finished / "runs").glob("*/*.json")) + list((finished / "runs").glob("*/attempts/*.json"))
     sealed = [path for path in records if "sha256" in json.loads(path.read_text())]
     written = [path for name in ("analysis", "report") for path in (finished / name).rglob("*.*")]

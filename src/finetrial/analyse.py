@@ -8,7 +8,7 @@ replicate without a valid score is counted and named, never averaged over and ne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetrial import claims, descriptions, measures
@@ -20,6 +20,7 @@ from finetrial.evidence import (
     measured,
     run_of_task,
     trial_score,
+    void_reason,
     why_not_measured,
 )
 from finetrial.fairness import (
@@ -37,9 +38,12 @@ from finetrial.search import random_draw
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study
 from finetrial.summary import (
+    FROZEN_BODY,
+    UNTRAINED,
     ArmCost,
     ArmSummary,
     ClaimResult,
+    Control,
     DimensionSummary,
     Meta,
     ReplicatePoint,
@@ -119,6 +123,8 @@ def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -
     stages = ["baseline", "probe"] if study.measure else ["baseline"]
     if any(run_of_task(ordered, t.name, stage) is None for t in study.tasks for stage in stages):
         return False
+    if any(run_of_task(ordered, t.name, "baseline", trained=True) is None for t in study.tasks):
+        return False
     return all(
         len(arm.trials) == study.search.trials
         and (best_trial(arm.trials, arm.metric) is None or len(arm.replicates) == study.train.seeds)
@@ -137,11 +143,10 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
     if result:
         baselines |= result.measures.get("baselines", {})
         if "test" in result.scores:
-            baselines["untrained"] = result.scores["test"]
-    control = run_of_task(ordered, task.name, "probe")
-    drift = measured(control, "drift")
-    layers = drift["layers"] if drift else []
-    measures_anything = control is not None and control.result is not None and control.result.measures
+            baselines[UNTRAINED] = result.scores["test"]
+    frozen = run_of_task(ordered, task.name, "baseline", trained=True)
+    if frozen and frozen.result and void_reason(frozen) is None and "test" in frozen.result.scores:
+        baselines[FROZEN_BODY] = frozen.result.scores["test"]
     return TaskSummary(
         name=task.name,
         metric=metric.name,
@@ -150,10 +155,25 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         input_sha256=_inputs(task, ordered, result.input_sha256 if result else {}),
         baselines=baselines,
         baseline_run=run.spec.run_id if run and result else None,
-        control_drift=tuple(1 - layer["cka"] for layer in layers if layer["cka"] is not None),
-        control_forgotten=measures.forgotten_parts(measured(control, "forgetting")),
-        control_run=control.spec.run_id if control and measures_anything else None,
+        controls=tuple(_controls(run_of_task(ordered, task.name, "probe"), frozen)),
     )
+
+
+def _controls(base: RunRecord | None, frozen: RunRecord | None) -> Iterator[Control]:
+    """What has to be 0: of the base against itself, and of a model whose head alone was trained."""
+    for name, run in (("base against base", base), ("frozen body", frozen)):
+        if run is None or run.result is None or not run.result.measures:
+            continue
+        drift, spectrum = measured(run, "drift"), measured(run, "spectrum")
+        yield Control(
+            name=name,
+            run_id=run.spec.run_id,
+            drift=tuple(1 - layer["cka"] for layer in drift["layers"] if layer["cka"] is not None)
+            if drift
+            else (),
+            forgotten=measures.forgotten_parts(measured(run, "forgetting")),
+            update=spectrum["overall"]["update_norm"] if spectrum else None,
+        )
 
 
 def _inputs(task: TaskSpec, ordered: Sequence[RunRecord], scored: dict[str, str]) -> dict[str, str]:
@@ -322,9 +342,10 @@ def _reference(study: Study) -> str:
 
 
 def _noise(task: TaskSummary, claim: Claim) -> float | None:
-    """The largest value that the base has against itself."""
-    control = task.control_drift if claim.kind == "drifts_less" else task.control_forgotten.values()
-    return max(map(abs, control), default=None)
+    """The largest value of a model whose body is the base's."""
+    drifts = claim.kind == "drifts_less"
+    found = [control.drift if drifts else control.forgotten.values() for control in task.controls]
+    return max((abs(value) for values in found for value in values), default=None)
 
 
 def _unit(arm: Arm, claim: Claim) -> Unit:
@@ -356,11 +377,11 @@ def _side(arm: Arm, claim: Claim) -> claims.Side:
 
 
 def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:
-    """The best test score that needs no model (so not the untrained one's), and its name."""
+    """The best test score that needs no model (so not the untrained one's, nor the head's), and its name."""
     sign = 1 if task.higher_is_better else -1
     known = {
         name: scores[task.metric]
         for name, scores in task.baselines.items()
-        if name != "untrained" and task.metric in scores
+        if name not in (UNTRAINED, FROZEN_BODY) and task.metric in scores
     }
     return max(known.items(), key=lambda item: (sign * item[1], item[0]), default=None)

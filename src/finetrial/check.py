@@ -1,8 +1,8 @@
 """`finetrial check`: will the study fit, will it learn, how long will it take; in minutes, before the night.
 
-Everything runs in the study's own folder, as isolated runs: the baselines, a rehearsal of every arm, what the
-head alone learns on a frozen body, the control, and two real trials of the most demanding arm. Baselines,
-control and trials are the study's own, and `run` does not do them again.
+Everything runs in the study's own folder, as isolated runs: the baselines, a rehearsal of every arm, the
+control, and two real trials of the most demanding arm. All but the rehearsals are the study's own, and `run`
+does not do them again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from finetrial.schedule import Lane
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.study_log import study_log
+from finetrial.summary import FROZEN_BODY, UNTRAINED
 
 PILOTS = 2
 
@@ -45,11 +46,10 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> Checked:
             story.phase("baseline", "baseline", story.baselines())
             _refuse_failed(story)
             arms = [f"{task.name}/{method.name}" for task, method in study.arms]
-            frozen = [f"{task.name}/{plan.FROZEN_BODY}" for task in study.tasks]
-            story.phase("rehearse", "check", _rehearsals(story), totals=dict.fromkeys([*arms, *frozen], 1))
+            story.phase("rehearse", "check", _rehearsals(story), totals=dict.fromkeys(arms, 1))
             found = _evidence(story)
             if not _faults(found):
-                story.phase("control", "probe", story.controls(), totals=dict.fromkeys(_tasks(study), 1))
+                story.phase("control", "probe", story.controls(), totals=dict.fromkeys(story.task_names, 1))
                 task, method = _most_demanding(story, found)
                 number = min(PILOTS, study.search.trials)
                 lane = (story.trial(task, method, index) for index in range(number))
@@ -69,14 +69,9 @@ def _refuse_failed(story: Story) -> None:
             raise RunsFailed(f"{failure.run_id}: {failure.kind}: {failure.reason}; {NEXT_STEP[failure.kind]}")
 
 
-def _tasks(study: Study) -> list[str]:
-    return [task.name for task in study.tasks]
-
-
 def _rehearsals(story: Story) -> list[Lane]:
     study, opened = story.study, story.opened
     specs = [plan.rehearsal(study, task, method, opened.inputs, opened.threads) for task, method in study.arms]
-    specs += [plan.frozen_body(study, task, opened.inputs, opened.threads) for task in study.tasks]
     return [iter([spec]) for spec in specs]
 
 
@@ -84,12 +79,11 @@ def _evidence(story: Story, pilots: tuple[TaskSpec, MethodSpec] | None = None) -
     """The records of what was run so far."""
     home = story.opened.home
     records = [folder.record() for folder in home.find("")]
-    rehearsed = {r.spec.arm: r for r in records if r.spec.stage == "check"}
-    baselines = {task.name: home.run(story.baseline(task).run_id).record() for task in story.study.tasks}
+    tasks = story.study.tasks
     return Evidence(
-        baselines=baselines,
-        rehearsals={arm: record for arm, record in rehearsed.items() if record.spec.measures},
-        frozen={record.spec.task.name: record for record in rehearsed.values() if not record.spec.measures},
+        baselines={task.name: home.run(story.baseline(task).run_id).record() for task in tasks},
+        rehearsals={record.spec.arm: record for record in records if record.spec.stage == "check"},
+        frozen={task.name: home.run(story.frozen_body(task).run_id).record() for task in tasks},
         pilots=story.trials_of(*pilots)[:PILOTS] if pilots else (),
         controls={
             record.spec.task.name: record
@@ -154,10 +148,10 @@ def _task(task: TaskSpec, found: Evidence) -> TaskCheck:
         {name: scores[metric.name] for name, scores in result.measures[which].items()}
         for which in ("baselines", "validation_baselines")
     )
-    validation["untrained"] = result.scores["validation"][metric.name]
-    frozen = found.frozen[task.name].result if task.name in found.frozen else None
+    validation[UNTRAINED] = result.scores["validation"][metric.name]
+    frozen = found.frozen[task.name].result
     if frozen is not None and frozen.score is not None:
-        validation[check_report.FROZEN_BODY] = frozen.score
+        validation[FROZEN_BODY] = frozen.score
     return TaskCheck(
         metric=metric.name, higher_is_better=metric.higher_is_better, rows=result.split_rows, test=trivial,
         validation=validation,

@@ -9,9 +9,9 @@ from finetrial.forecast import Forecast
 from finetrial.progress import duration_text as duration
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.rehearsed import Rehearsal
+from finetrial.summary import FROZEN_BODY
 
 NOTHING = "-"
-FROZEN_BODY = "frozen body"
 
 
 class Pilot(Frozen):

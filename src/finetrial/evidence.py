@@ -97,10 +97,13 @@ def void_reason(record: RunRecord) -> str | None:
     return record.result.proof.void if record.result.proof else "no proof of training"
 
 
-def run_of_task(ordered: Sequence[RunRecord], task: str, stage: str) -> RunRecord | None:
-    """The task's one run without a method: its baseline run, or its control probe."""
+def run_of_task(
+    ordered: Sequence[RunRecord], task: str, stage: str, *, trained: bool = False
+) -> RunRecord | None:
+    """The task's one run without a method: its baseline run, or its control probe. `trained`: with one, so of
+    the baseline stage the frozen body's."""
     for r in ordered:
-        if r.spec.method is None and r.spec.task.name == task and r.spec.stage == stage:
+        if (r.spec.method is not None) == trained and r.spec.task.name == task and r.spec.stage == stage:
             return r
     return None
 

@@ -13,6 +13,7 @@ from finetrial.records import MethodSpec, RunRecord, Setting, TaskSpec
 from finetrial.space import Choice, Dimension, Range
 from finetrial.study import Study
 from finetrial.summary import (
+    FROZEN_BODY,
     ArmSummary,
     DimensionSummary,
     FailureRow,
@@ -203,12 +204,16 @@ def _task_notes(task: TaskSummary, rows: Sequence[LedgerRow]) -> list[str]:
             f"{task.name}: replicates of the same number did not share their random streams, so "
             f"pairing removes less noise than it should"
         )
-    drifted = [abs(value) for value in task.control_drift if value != 0]
-    if drifted:
-        notes.append(
-            f"{task.name}: the base measured against itself drifts by up to {max(drifted):.2g} "
-            f"instead of 0; differences of that size are numeric noise"
-        )
+    for control in task.controls:
+        drifted = [abs(value) for value in control.drift if value != 0]
+        if drifted:
+            what = (
+                "the base measured against itself" if control.name == "base against base" else "a frozen body"
+            )
+            notes.append(
+                f"{task.name}: {what} drifts by up to {max(drifted):.2g} instead of 0; differences of that "
+                f"size are numeric noise"
+            )
     return notes
 
 
@@ -250,7 +255,11 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
 
 def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
     """A sentence where the arm's mean is not told from the best answer that needs no training."""
-    known = {base: scores[task.metric] for base, scores in task.baselines.items() if task.metric in scores}
+    known = {
+        base: scores[task.metric]
+        for base, scores in task.baselines.items()
+        if task.metric in scores and base != FROZEN_BODY
+    }
     mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
     if mean is None or mean.low is None or mean.high is None or not known:
         return []

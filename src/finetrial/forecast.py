@@ -70,8 +70,9 @@ def forecast(study: Study, found: Evidence) -> Forecast:
             probe_seconds=start + given.probe_seconds if study.measure else 0.0,
         )
     parallel, seeds = study.run.parallel, study.train.seeds
+    baselines = [span(record) for found_of in (found.baselines, found.frozen) for record in found_of.values()]
     phases = {
-        "baseline": makespan([span(record) for record in found.baselines.values()], parallel),
+        "baseline": makespan(baselines, parallel),
         "control": makespan([span(record) for record in found.controls.values()], parallel),
         "search": makespan([study.search.trials * arm.trial_seconds for arm in arms.values()], parallel),
         "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),

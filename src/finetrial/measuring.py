@@ -1,19 +1,21 @@
 """All that a study measures of one model, against the base and a neighbour: the probes one after the other.
 
-Child side. The models are moved to the device and set to evaluation.
+Child side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-from finetrial import models, plugins
+from finetrial import files, models, plugins
 from finetrial.assemble import Workbench, input_hash, pick_device
-from finetrial.batching import collate, evaluation_batches
+from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.plugins import ProbeInput
+from finetrial.store import RunFolder
 
 
 def measure(
@@ -27,7 +29,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure's name -> what its probe found in `tuned`, beside the base in `built`; plain JSON.
 
-    `tokens`: of a batch at most, padding included. Errors are the probes' own.
+    The models are moved to the device and set to evaluation. `tokens`: of a batch at most, padding included.
+    Errors are the probes' own.
     """
     device = pick_device()
     base, tuned = built.model.to(device).eval(), tuned.to(device).eval()
@@ -51,3 +54,34 @@ def measure(
         )  # fmt: skip
         found[name] = plugin.measure(given, params)
     return found
+
+
+class Kept(NamedTuple):
+    """What became of a model that was saved, read back and measured."""
+
+    save_seconds: float
+    model_bytes: int
+    measure_seconds: float  # building the models included
+    measures: dict[str, Any]
+
+
+def keep_and_measure(
+    bench: Workbench, folder: RunFolder, model: Any, asked: Mapping[str, Any], *, neighbour: bool = False,
+    tokens: int = EVALUATION_TOKENS,
+) -> Kept:  # fmt: skip
+    """Measure a trained model as a replicate and its probe do: saved, read back; nothing of it stays.
+
+    `neighbour`: also against itself, as if it had one.
+    """
+    place, (plugin, _), begun = folder.path / "model", bench.method(), perf_counter()
+    try:
+        plugin.save(model, place)
+        saved, found = perf_counter(), {}
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        if asked:
+            built = bench.build_base()
+            tuned, other = (plugin.load(bench.build_base().model, place) for _ in range(2))
+            found = measure(bench, built, tuned, other if neighbour else None, asked, tokens=tokens)
+        return Kept(saved - begun, size, perf_counter() - saved, found)
+    finally:
+        files.discard(place)

@@ -150,15 +150,15 @@ class Story:
     def _totals(self, stage: Stage) -> dict[str, int]:
         """How many runs of a stage the study has, by arm; of baselines by task."""
         study = self.study
-        totals = dict.fromkeys((task.name for task in study.tasks), 1) if stage == "baseline" else {}
-        if stage != "baseline":
-            each = study.search.trials if stage == "trial" else study.train.seeds
-            totals |= {f"{task.name}/{method.name}": each for task, method in study.arms}
-        return totals
+        if stage == "baseline":
+            return dict.fromkeys(plan.baseline_arms(study), 1)
+        each = study.search.trials if stage == "trial" else study.train.seeds
+        return {f"{task.name}/{method.name}": each for task, method in study.arms}
 
     def baselines(self) -> list[Lane]:
-        """The trivial answers and the untrained model, once per task."""
-        return [iter([self.baseline(task)]) for task in self.study.tasks]
+        """Once per task: the trivial answers and the untrained model; the head alone on a frozen body."""
+        tasks = self.study.tasks
+        return [iter([spec(task)]) for spec in (self.baseline, self.frozen_body) for task in tasks]
 
     def trials(self) -> list[Lane]:
         """One lane per arm: each proposal depends on all trials of that arm before it, and on no other."""
@@ -243,7 +243,7 @@ class Story:
 
     def planned(self) -> list[RunRecord]:
         """The records of exactly the runs that this study consists of, as far as they have begun."""
-        specs = [self.baseline(task) for task in self.study.tasks]
+        specs = [spec(task) for task in self.study.tasks for spec in (self.baseline, self.frozen_body)]
         specs += [record.spec for task, method in self.study.arms for record in self.trials_of(task, method)]
         specs += [*self._replicate_specs(), *self._probe_specs()]
         folders = [self.opened.home.run(spec.run_id) for spec in specs]
@@ -257,6 +257,9 @@ class Story:
 
     def baseline(self, task: TaskSpec) -> RunSpec:
         return plan.baseline(self.study, task, self.opened.inputs, self.opened.threads)
+
+    def frozen_body(self, task: TaskSpec) -> RunSpec:
+        return plan.frozen_body(self.study, task, self.opened.inputs, self.opened.threads)
 
     def trials_of(self, task: TaskSpec, method: MethodSpec) -> list[RunRecord]:
         folders = self.opened.home.find(f"trial.{task.name}.{method.name}.")

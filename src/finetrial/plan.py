@@ -33,12 +33,17 @@ class PlannedArm(NamedTuple):
 
 
 def overview(study: Study) -> list[PlannedArm]:
-    """The runs of every arm; each task has one baseline run and one control probe besides."""
+    """The runs of every arm; each task has its baselines and a control probe besides."""
     probes = study.train.seeds if study.measure else 0
     return [
         PlannedArm(task.name, method.name, study.search.trials, study.train.seeds, probes)
         for task, method in study.arms
     ]
+
+
+def baseline_arms(study: Study) -> list[str]:
+    """As what the runs of the baseline stage are counted: each task itself, and its frozen body."""
+    return [f"{task.name}{of}" for of in ("", f"/{FROZEN_BODY}") for task in study.tasks]
 
 
 def seeds(study: Study, stage: str, task: str, number: int) -> Seeds:
@@ -150,12 +155,12 @@ def rehearsal(study: Study, task: TaskSpec, method: MethodSpec, inputs: Inputs, 
 
 
 def frozen_body(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunSpec:
-    """Part of `finetrial check`: what the head alone learns on `search.rows`, the body as it is."""
+    """What the head alone learns on `search.rows`, scored on test. Measured, too: the body has not moved."""
     sizes = study.spaces[study.methods[0].name]["batch_size"]
     settings = FROZEN_BODY_SETTINGS | {"batch_size": smallest(sizes)}
     return RunSpec(
-        study=study.study, stage="check", task=task, number=0, model=study.model, settings=settings,
+        study=study.study, stage="baseline", task=task, number=0, model=study.model, settings=settings,
         method=MethodSpec(name=FROZEN_BODY, use="frozen", params={}), rows=study.search.rows,
         rules=_rules(study), seeds=seeds(study, "trial", task.name, 0), inputs=dict(inputs[task.name]),
-        how=how(study, threads),
+        measures=study.measure, how=how(study, threads),
     )  # fmt: skip

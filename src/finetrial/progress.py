@@ -259,7 +259,7 @@ def make_progress(console: Console, interactive: bool) -> Progress:
 
 
 def run_label(spec: RunSpec) -> str:
-    """`trial_8`, `replicate_0`, `probe_0`, `baseline`, `rehearsal`."""
+    """`trial_8`, `replicate_0`, `probe_0`, `baseline` (the frozen body's, too), `rehearsal`."""
     if spec.stage == "check":
         return "rehearsal"
     return spec.stage if spec.stage == "baseline" else f"{spec.stage}_{spec.number}"

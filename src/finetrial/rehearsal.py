@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from finetrial import files
 from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
-from finetrial.batching import EVALUATION_TOKENS
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged
 from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes, split
-from finetrial.measuring import measure
+from finetrial.measuring import keep_and_measure
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.proof import prove
@@ -74,7 +72,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     checkpoint_seconds, checkpoint_bytes = _write_checkpoint(loop, folder)
     del loop
     overfit, model = _learn_by_heart(bench, folder, built.tokenizer, features, fit, asked["learning_rates"])
-    kept = _keep_and_measure(bench, folder, model, asked["measure"])
+    kept = keep_and_measure(bench, folder, model, asked["measure"], neighbour=True)
 
     def phase(rows: Sequence[Feature], encoded: float) -> Phase:
         paces = tuple(_pace(spec, rows, fit, size, speeds[size]) for size in sorted(speeds))
@@ -99,7 +97,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         checkpoint_bytes=checkpoint_bytes,
         save_seconds=kept.save_seconds,
         model_bytes=kept.model_bytes,
-        probe_seconds=opened + kept.probe_seconds if asked["measure"] else 0.0,
+        probe_seconds=opened + kept.measure_seconds if asked["measure"] else 0.0,
         contradictions=contradictions(features),
     )
     return Result(
@@ -197,29 +195,6 @@ def _write_checkpoint(loop: Loop, folder: RunFolder) -> tuple[float, int]:
     seconds, size = lap(), _bytes_in(folder.checkpoint)
     folder.drop_checkpoint()
     return seconds, size
-
-
-class _KeptModel(NamedTuple):
-    save_seconds: float
-    model_bytes: int
-    probe_seconds: float  # building the models and measuring; a replicate that has a neighbour
-
-
-def _keep_and_measure(
-    bench: Workbench, folder: RunFolder, model: Any, measures: Mapping[str, Any]
-) -> _KeptModel:
-    """Save a trained model, read it back and measure it, as a replicate and its probe do."""
-    place, (plugin, _), lap = folder.path / "model", bench.method(), _Lap()
-    try:
-        plugin.save(model, place)
-        saved, size = lap(), _bytes_in(place)
-        if measures:
-            built = bench.build_base()
-            tuned, neighbour = (plugin.load(bench.build_base().model, place) for _ in range(2))
-            measure(bench, built, tuned, neighbour, measures, tokens=EVALUATION_TOKENS)
-        return _KeptModel(saved, size, lap())
-    finally:
-        files.discard(place)
 
 
 def _bytes_in(folder: Path) -> int:

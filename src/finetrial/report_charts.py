@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from finetrial import plots
 from finetrial import report_text as text
 from finetrial.records import Setting
-from finetrial.summary import ArmSummary, Summary, TaskSummary
+from finetrial.summary import ArmSummary, Control, Summary, TaskSummary
 
 Rows = list[dict[str, Any]]
 
@@ -63,7 +63,7 @@ def drift(summary: Summary, task: TaskSummary) -> Chart | None:
         said.append(f"{arm.method} {text.interval(arm.drift.cka, 3)}")
     if not rows:
         return None
-    for layer, value in enumerate(task.control_drift):
+    for layer, value in enumerate(base.drift if (base := _base_control(task)) else ()):
         rows.append({"method": "base", "layer": layer, "series": "control", "replicate": None, "drift": value})
     return Chart(
         file_name(f"{task.name}.drift"),
@@ -75,6 +75,10 @@ def drift(summary: Summary, task: TaskSummary) -> Chart | None:
         rows,
         plots.drift_figure(rows, methods=text.methods_of(summary)),
     )
+
+
+def _base_control(task: TaskSummary) -> Control | None:
+    return next((control for control in task.controls if control.name == "base against base"), None)
 
 
 def forgetting(summary: Summary, task: TaskSummary) -> Chart | None:

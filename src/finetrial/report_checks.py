@@ -124,25 +124,35 @@ def failures(summary: Summary) -> Table:
 
 
 def controls(summary: Summary) -> Table:
-    """What the base measured against itself shows: all of it has to be 0."""
+    """What was measured where nothing has moved: all of it has to be 0."""
     rows: list[tuple[Cell, ...]] = []
     for task in summary.tasks:
-        found = [
-            ("drift, of any layer", task.control_drift),
-            ("forgetting", tuple(task.control_forgotten.values())),
-        ]
-        measured = [(what, max(values, key=abs)) for what, values in found if values]
-        if not measured:
-            rows.append((task.name, *[text.missing("not measured")] * 4))
-        for what, worst in measured:
-            judged = (
-                Badge("good", "zero") if worst == 0 else Badge("warning", "not zero", "less than this is noise")
-            )
-            run = task.control_run or text.missing("no run")
-            rows.append((task.name, run, what, text.significant(worst), judged))
-    note = "The base model measured against itself, in passes of its own: every value must be 0."
-    columns = columns_of("Task", "Run", "What", "#Largest", "Result")
-    return Table("controls", "Controls: base against base", columns, tuple(rows), note)
+        if not task.controls:
+            rows.append((task.name, *[text.missing("not measured")] * 5))
+        for control in task.controls:
+            found = [
+                ("drift, of any layer", control.drift),
+                ("forgetting", tuple(control.forgotten.values())),
+                ("weights of the blocks", () if control.update is None else (control.update,)),
+            ]
+            for what, values in found:
+                if values:
+                    worst = max(values, key=abs)
+                    rows.append(
+                        (task.name, control.name, control.run_id, what, text.significant(worst), _zero(worst))
+                    )
+    note = (
+        "The base model measured against itself, in passes of its own; and a model of which the head alone was "
+        "trained, read back from disk: every value must be 0."
+    )
+    columns = columns_of("Task", "Control", "Run", "What", "#Largest", "Result")
+    return Table("controls", "Controls: where nothing has moved", columns, tuple(rows), note)
+
+
+def _zero(worst: float) -> Badge:
+    if worst == 0:
+        return Badge("good", "zero")
+    return Badge("warning", "not zero", "less than this is noise")
 
 
 def environment(summary: Summary) -> Table:

@@ -14,7 +14,7 @@ from finetrial.batching import EVALUATION_TOKENS
 from finetrial.errors import Diverged, HomeError
 from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes
-from finetrial.measuring import measure
+from finetrial.measuring import keep_and_measure, measure
 from finetrial.notice import termination_notice
 from finetrial.optimisation import plan_steps
 from finetrial.proof import prove
@@ -30,9 +30,9 @@ OWNER = "finetrial-run.txt"
 
 def run(spec: RunSpec, folder: RunFolder) -> Result:
     """Do what a spec says and give its result; resumes by itself from what the folder holds."""
-    check = rehearse if spec.measures else _training  # or the frozen body
     stages = {
-        "baseline": _baseline, "check": check, "trial": _training, "replicate": _training, "probe": _probe,
+        "baseline": _training if spec.method else _baseline, "check": rehearse, "trial": _training,
+        "replicate": _training, "probe": _probe,
     }  # fmt: skip
     return stages[spec.stage](spec, folder)
 
@@ -76,7 +76,8 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
 
 
 def _training(spec: RunSpec, folder: RunFolder) -> Result:
-    """A trial or a replicate: train, score on validation, and for a replicate on test; keep its model."""
+    """Train and score on validation: a trial. A replicate also scores on test and keeps its model; the frozen
+    body scores on test and is measured at once."""
     clock, progress = Clock(), Progress()
     bench = open_workbench(spec, folder.home)
     shapes, built = bench.build_tuned(shapes_only=True)
@@ -99,7 +100,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
             trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit, asked)
             peak = peak_bytes()  # of training: what comes after holds a second model
             folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
-            if spec.stage == "replicate":
+            if spec.stage != "trial":
                 test = bench.encode(bench.splits.test, built)
                 hashes["test"] = input_hash(test)
                 scored = evaluate(
@@ -117,9 +118,16 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         )  # fmt: skip
     scores = {"validation": progress.best_metrics}
     per_example = {"validation": progress.best_per_example}
-    saved_bytes = 0
+    saved_bytes, measures = 0, {}
     if scored is not None:
         scores["test"], per_example["test"] = scored.metrics, scored.per_example
+    if spec.measures:
+        tokens = EVALUATION_TOKENS >> folder.out_of_memory()
+        kept = keep_and_measure(
+            bench, folder, trained.accelerator.unwrap_model(trained.model), spec.measures, tokens=tokens
+        )
+        measures = kept.measures
+    if spec.stage == "replicate":
         saved_bytes = _save_model(bench, folder, trained.model, built.tokenizer)
         folder.event("model saved", bytes=saved_bytes)
     files.write_json(folder.examples_file, per_example)
@@ -129,6 +137,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         score=progress.best_score,
         scores=scores,
         calibration=progress.best_calibration,
+        measures=measures,
         settings_used=trained.settings_used,
         training=_training_facts(bench, progress, len(features), fit),
         proof=prove(bench, trained.model),

@@ -175,17 +175,29 @@ class ArmSummary(Frozen):
     cost: ArmCost | None
 
 
+# Baselines that are no trivial answers: the model with a fresh head, and its head alone trained.
+UNTRAINED, FROZEN_BODY = "untrained", "frozen body"
+
+
+class Control(Frozen):
+    """What was measured of a model whose body is the base's: every value must be 0."""
+
+    name: Literal["base against base", "frozen body"]
+    run_id: str
+    drift: tuple[float, ...]  # 1 - debiased CKA per layer; empty: not measured
+    forgotten: dict[str, float]  # per task and text
+    update: float | None  # norm of the change of all weight matrices of the blocks
+
+
 class TaskSummary(Frozen):
     name: str
     metric: str
     higher_is_better: bool
     split_rows: dict[str, int]
     input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs; train's is that of full data
-    baselines: dict[str, dict[str, float]]  # majority, no_answer, untrained ... -> metric -> test value
+    baselines: dict[str, dict[str, float]]  # majority, untrained, frozen body ... -> metric -> test value
     baseline_run: str | None
-    control_drift: tuple[float, ...]  # base against base, per layer: must be 0
-    control_forgotten: dict[str, float]  # base against base, per task and text: must be 0
-    control_run: str | None
+    controls: tuple[Control, ...]  # those that have ended
 
 
 class Effect(Frozen):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from finetrial import files, lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
-from finetrial.plan import overview
+from finetrial.plan import baseline_arms, overview
 from finetrial.records import NEXT_STEP, RunRecord
 from finetrial.store import Home, RunFolder
 from finetrial.study import Study
@@ -76,7 +76,7 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
         )  # fmt: skip
     console.print(table)
     runs = sum(arm.trials + arm.replicates + arm.probes for arm in arms)
-    extra = len(study.tasks) * (2 if study.measure else 1)
+    extra = len(study.tasks) * (3 if study.measure else 2)
     controls = "baselines and controls" if study.measure else "baselines"
     console.print(f"{runs} runs of arms, {extra} {controls}")
 
@@ -165,7 +165,7 @@ def show_status(home_path: Path, study: Study, records: Sequence[RunRecord], *, 
     """How many of the study's runs have ended how, by stage and arm."""
     home = Home(home_path)
     tasks = [task.name for task in study.tasks]
-    planned = {("baseline", task): 1 for task in tasks}
+    planned = {("baseline", arm): 1 for arm in baseline_arms(study)}
     for stage in ("trials", "replicates", "probes"):
         arms = {(stage.removesuffix("s"), f"{arm.task}/{arm.method}"): arm for arm in overview(study)}
         planned |= {key: getattr(arms[key], stage) for key in arms}
