@@ -137,6 +137,7 @@ SECTIONS = {
     "Method `full`": ("method full", params("methods", "full")),
     "Method `lora`": ("method lora", params("methods", "lora")),
     "Measure `drift`": ("measure drift", params("probes", "drift")),
+    "Measure `interpolation`": ("measure interpolation", params("probes", "interpolation")),
     "Measure `spectrum`": ("measure spectrum", params("probes", "spectrum")),
     "Search space": ("range", {k: v for k, v in fields(space.Range).items() if k != "kind"}),
     "search": ("search", fields(SearchRules) | {"space": {}}),

@@ -20,6 +20,7 @@ NUMBERS = (
     "effects.py",
     "resampling.py",
     "tuning_curves.py",
+    "matching.py",
     "cka.py",
     "similarity.py",
     "rows.py",

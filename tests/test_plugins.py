@@ -36,7 +36,7 @@ def test_the_folders_hold_what_the_docs_say():
     assert {kind: plugins.names(kind) for kind in PROTOCOLS} == {
         "tasks": ["classification", "mrpc", "rte", "squad_v2", "sst2", "synthetic_qa"],
         "methods": ["frozen", "full", "lora"],
-        "probes": ["drift", "forgetting", "spectrum"],
+        "probes": ["drift", "forgetting", "interpolation", "spectrum"],
         "engines": ["inline", "local", "spawn"],
         "trackers": ["wandb"],
     }

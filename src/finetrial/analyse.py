@@ -8,7 +8,7 @@ replicate without a valid score is counted and named, never averaged over and ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetrial import claims, descriptions, measures
@@ -17,7 +17,6 @@ from finetrial.evidence import (
     Arm,
     arm_of,
     best_trial,
-    measured,
     run_of_task,
     trial_score,
     void_reason,
@@ -43,7 +42,6 @@ from finetrial.summary import (
     ArmCost,
     ArmSummary,
     ClaimResult,
-    Control,
     DimensionSummary,
     Meta,
     ReplicatePoint,
@@ -155,25 +153,8 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         input_sha256=_inputs(task, ordered, result.input_sha256 if result else {}),
         baselines=baselines,
         baseline_run=run.spec.run_id if run and result else None,
-        controls=tuple(_controls(run_of_task(ordered, task.name, "probe"), frozen)),
+        controls=tuple(measures.controls(run_of_task(ordered, task.name, "probe"), frozen)),
     )
-
-
-def _controls(base: RunRecord | None, frozen: RunRecord | None) -> Iterator[Control]:
-    """What has to be 0: of the base against itself, and of a model whose head alone was trained."""
-    for name, run in (("base against base", base), ("frozen body", frozen)):
-        if run is None or run.result is None or not run.result.measures:
-            continue
-        drift, spectrum = measured(run, "drift"), measured(run, "spectrum")
-        yield Control(
-            name=name,
-            run_id=run.spec.run_id,
-            drift=tuple(1 - layer["cka"] for layer in drift["layers"] if layer["cka"] is not None)
-            if drift
-            else (),
-            forgotten=measures.forgotten_parts(measured(run, "forgetting")),
-            update=spectrum["overall"]["update_norm"] if spectrum else None,
-        )
 
 
 def _inputs(task: TaskSpec, ordered: Sequence[RunRecord], scored: dict[str, str]) -> dict[str, str]:
@@ -333,7 +314,7 @@ def _claims(
         for task in tasks
     ]
     judged = zip(cases, claims.judge(cases), strict=True)
-    return tuple(descriptions.described(case, claim, tests) for case, claim in judged)
+    return tuple(descriptions.described(case, claim, tests, by_name) for case, claim in judged)
 
 
 def _reference(study: Study) -> str:

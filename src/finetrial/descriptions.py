@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
-from finetrial import effects, resampling, stats, tuning_curves
+from finetrial import effects, matching, measures, resampling, stats, tuning_curves
 from finetrial.claims import Case, Side
 from finetrial.evidence import Arm, trial_score
 from finetrial.plugins import Metric
-from finetrial.records import RunRecord, stream_seed
+from finetrial.records import ClaimKind, RunRecord, stream_seed
 from finetrial.summary import (
     AcrossTasks,
+    AtEqualScore,
     Bootstrapped,
     ClaimResult,
     Denominator,
@@ -83,18 +85,46 @@ def _finite(value: float) -> float | None:
 # ---- claims --------------------------------------------------------------------------------------------
 
 
-def described(case: Case, claim: ClaimResult, tests: Mapping[str, Examples]) -> ClaimResult:
-    """A judged claim with the sizes of its effect, its denominators, and its examples beside the verdict.
+def described(
+    case: Case, claim: ClaimResult, tests: Mapping[str, Examples], arms: Mapping[tuple[str, str], Arm]
+) -> ClaimResult:
+    """A judged claim with the sizes of its effect, its denominators, and what stands beside the verdict.
 
-    `tests`: run id of a replicate -> its test scores by example, where they are known.
+    `tests`: run id of a replicate -> its test scores by example, where they are known. `arms`: by task and
+    method.
     """
     more = {
         "effect": _effect(case, assessed=claim.verdict != "not_assessable"),
         "of_method": _denominator(case.method),
         "of_reference": _denominator(case.reference),
         "on_examples": _on_examples(case, tests) if case.claim.kind == "within" else None,
+        "at_equal_score": _at_equal_score(
+            arms[case.task, case.method.name], arms[case.task, case.reference.name], case.claim.kind
+        ),
     }
     return claim.model_copy(update=more)
+
+
+def _at_equal_score(method: Arm, reference: Arm, kind: ClaimKind) -> AtEqualScore | None:
+    """Drift or forgetting of two arms at one task score, over the pairs of which both lines were measured."""
+    if kind == "within":
+        return None
+    of = "drift" if kind == "drifts_less" else "forgetting"
+    mine, theirs = measures.lines(method, of), measures.lines(reference, of)
+    pairs = tuple(sorted(set(mine) & set(theirs)))
+    if not pairs:
+        return None
+    higher = method.metric.higher_is_better
+    found = [matching.at_equal_score(mine[n][1], theirs[n][1], higher_is_better=higher) for n in pairs]
+    return AtEqualScore(
+        method=measures.interval([each.method.value for each in found]),
+        reference=measures.interval([each.reference.value for each in found]),
+        difference=measures.interval([each.method.value - each.reference.value for each in found]),
+        shares=(fmean(each.method.share for each in found), fmean(each.reference.share for each in found)),
+        score=fmean(each.score for each in found),
+        pairs=pairs,
+        run_ids=tuple(run for n in pairs for run in (mine[n][0], theirs[n][0])),
+    )
 
 
 def _effect(case: Case, *, assessed: bool) -> Effect | None:

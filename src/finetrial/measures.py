@@ -7,12 +7,15 @@ have makes the whole quantity absent, never a mean over fewer parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from finetrial import stats
-from finetrial.evidence import Arm, measures_of
+from finetrial.evidence import Arm, measured, measures_of
+from finetrial.matching import Point
+from finetrial.records import RunRecord
 from finetrial.summary import (
+    Control,
     DriftSummary,
     ForgettingSummary,
     ForgottenPart,
@@ -174,6 +177,47 @@ def forgetting(arm: Arm) -> ForgettingSummary | None:
         forgotten=interval(list(each.values())) if each else None,
         per_replicate={str(number): value for number, value in each.items()},
     )
+
+
+def lines(arm: Arm, kind: Literal["drift", "forgetting"]) -> dict[int, tuple[str, list[Point]]]:
+    """Replicate number -> its probe's run, and the line from the base to its model, the base first.
+
+    Of replicates whose line was measured with that measure on every point.
+    """
+    ends = drift_per_replicate(arm) if kind == "drift" else forgetting_per_replicate(arm)
+    judged_by = _judged_by([forgetting for _, forgetting in measures_of(arm, "forgetting").values()])
+    found = {}
+    for number, (probe, line) in measures_of(arm, "interpolation").items():
+        if number not in ends:
+            continue
+        points = []
+        for point in line["points"]:
+            value = {0.0: 0.0, 1.0: ends[number][1]}.get(point["share"], point[kind])
+            if isinstance(value, Mapping):
+                value = value[judged_by] if judged_by else None
+            score = point["scores"].get(arm.metric.name)
+            if value is not None and score is not None:
+                points.append(Point(point["share"], score, value))
+        if points and len(points) == len(line["points"]):
+            found[number] = (probe.spec.run_id, points)
+    return found
+
+
+def controls(base: RunRecord | None, frozen: RunRecord | None) -> Iterator[Control]:
+    """What has to be 0: of the base against itself, and of a model whose head alone was trained."""
+    for name, run in (("base against base", base), ("frozen body", frozen)):
+        if run is None or run.result is None or not run.result.measures:
+            continue
+        drift, spectrum = measured(run, "drift"), measured(run, "spectrum")
+        yield Control(
+            name=name,
+            run_id=run.spec.run_id,
+            drift=tuple(1 - layer["cka"] for layer in drift["layers"] if layer["cka"] is not None)
+            if drift
+            else (),
+            forgotten=forgotten_parts(measured(run, "forgetting")),
+            update=spectrum["overall"]["update_norm"] if spectrum else None,
+        )
 
 
 def forgotten_parts(forgetting: Mapping[str, Any] | None) -> dict[str, float]:

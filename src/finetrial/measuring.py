@@ -5,7 +5,8 @@ Child side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -14,19 +15,16 @@ from finetrial import files, models, plugins
 from finetrial.assemble import Workbench, input_hash, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
-from finetrial.plugins import ProbeInput
+from finetrial.evaluation import evaluate
+from finetrial.plugins import Example, Feature, ProbeInput
 from finetrial.store import RunFolder
+from finetrial.train import make_accelerator
 
 
 def measure(
-    bench: Workbench,
-    built: models.Built,
-    tuned: Any,
-    neighbour: Any | None,
-    asked: Mapping[str, Any],
-    *,
+    bench: Workbench, built: models.Built, tuned: Any, neighbour: Any | None, asked: Mapping[str, Any], *,
     tokens: int,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure's name -> what its probe found in `tuned`, beside the base in `built`; plain JSON.
 
     The models are moved to the device and set to evaluation. `tokens`: of a batch at most, padding included.
@@ -35,7 +33,8 @@ def measure(
     device = pick_device()
     base, tuned = built.model.to(device).eval(), tuned.to(device).eval()
     neighbour = neighbour.to(device).eval() if neighbour is not None else None
-    found = {}
+    causal = partial(models.language_model, bench.spec.model, bench.location) if built.causal else None
+    prepared = {}
     for name, each in asked.items():
         plugin = plugins.load("probes", each["use"])
         params = plugin.Params.model_validate(each["params"])
@@ -47,13 +46,28 @@ def measure(
         ]
         given = ProbeInput(
             base, tuned, neighbour, batches, input_hash(features), task=bench.spec.task.name,
-            tokenizer=built.tokenizer, causal=built.causal, folder=bench.base,
-            language_model=partial(models.language_model, bench.spec.model, bench.location)
-            if built.causal
-            else None,
+            tokenizer=built.tokenizer, causal=built.causal, folder=bench.base, language_model=causal,
+            head_names=built.head_names, score=partial(_score, bench, built, features, rows, tokens),
         )  # fmt: skip
-        found[name] = plugin.measure(given, params)
-    return found
+        prepared[name] = (plugin, given, params)
+    others = {name: partial(_of_another, *each) for name, each in prepared.items()}
+    return {
+        name: plugin.measure(replace(given, others={n: o for n, o in others.items() if n != name}), params)
+        for name, (plugin, given, params) in prepared.items()
+    }
+
+
+def _of_another(plugin: Any, given: ProbeInput, params: Any, model: Any) -> dict[str, Any]:
+    return plugin.measure(replace(given, tuned=model, neighbour=None), params)
+
+
+def _score(
+    bench: Workbench, built: models.Built, features: Sequence[Feature], rows: Sequence[Example], tokens: int,
+    model: Any,
+) -> dict[str, float]:  # fmt: skip
+    """A model's metrics on some rows of validation, which choose its calibration."""
+    accelerator = make_accelerator(bench.spec.rules)
+    return evaluate(accelerator, model, bench, built.tokenizer, features, rows, tokens=tokens).metrics
 
 
 class Kept(NamedTuple):

@@ -1,12 +1,10 @@
 """The five protocols on one page, and `load(kind, name)`.
 
 A plug-in is one file in `finetrial/<kind>/` whose name is its name in the study file and which defines
-`PLUGIN`; one from outside is written `module:object`, where the module is installed or lies beside the study
-file (`make_importable`). There is no registry. Plug-ins import torch and their own libraries inside their
-functions: the parent process reads their parameters and must stay light.
-
-Parameters (`Params`) are what YAML can say: text, numbers, true and false, lists, mappings, and records of
-these; not tuples or sets, which JSON does not bring back.
+`PLUGIN`; one from outside is `module:object`, of a module that is installed or lies beside the study file
+(`make_importable`). Plug-ins import torch and their own libraries inside their functions: the parent reads
+their parameters and must stay light. `Params` are what YAML can say: text, numbers, true and false, lists,
+mappings, and records of these; not tuples or sets, which JSON does not bring back.
 """
 
 from __future__ import annotations
@@ -204,6 +202,10 @@ class ProbeInput:
     causal: bool = False  # a decoder
     folder: Path = Path()  # the study's, which relative paths of parameters are resolved against
     language_model: Callable[[], Any] | None = None  # the base with its own language head, if it is causal
+    head_names: Sequence[str] = ()  # modules that a checkpoint of the base does not have
+    score: Callable[[Any], Mapping[str, float]] = lambda model: {}  # a model's metrics on the same rows
+    # The study's other measures -> what they find of another model in the place of `tuned`.
+    others: Mapping[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
 
 
 @runtime_checkable

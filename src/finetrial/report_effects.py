@@ -5,15 +5,26 @@ None of what they show decides a claim. As `report_tables.py`: text from a summa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from finetrial import report_text as text
 from finetrial.report_tables import Cell, Table, columns_of
-from finetrial.summary import AcrossTasks, Bootstrapped, ClaimResult, Denominator, Effect, OnExamples, Summary
+from finetrial.summary import (
+    AcrossTasks,
+    Bootstrapped,
+    ClaimResult,
+    Denominator,
+    Effect,
+    Interval,
+    OnExamples,
+    Summary,
+)
 
 INFERENCE_TASKS = 6  # with fewer, no test over tasks can be relied on
 
 
 def tables_of(summary: Summary) -> list[Table]:
-    return [sizes(summary), examples(summary), across(summary)]
+    return [sizes(summary), at_equal_score(summary), examples(summary), across(summary)]
 
 
 # ---- sizes of effects ----------------------------------------------------------------------------------
@@ -79,6 +90,46 @@ def _denominator(given: Denominator | None) -> str:
         return text.missing("not counted")
     reasons = "; ".join(f"{why}: {count}" for why, count in given.absent.items())
     return f"{given.valid} of {given.planned}" + (f" ({reasons})" if reasons else "")
+
+
+def at_equal_score(summary: Summary) -> Table:
+    """Drift and forgetting where both methods have one task score."""
+    rows: list[tuple[Cell, ...]] = []
+    for claim in summary.claims:
+        found = claim.at_equal_score
+        if found is None:
+            continue
+        show = text.significant if claim.kind == "drifts_less" else _two_places
+        shares = " / ".join(f"{share:.2f}" for share in found.shares)
+        places = text.claim_decimals(summary, claim)
+        rows.append(
+            (
+                f"{claim.task}: {claim.claim}",
+                str(len(found.pairs)),
+                text.fixed(found.score, places),
+                shares,
+                *(_shown(value, show) for value in (found.method, found.reference, found.difference)),
+            )
+        )
+    note = (
+        "Beside the verdicts, which compare the methods where each of them ended: drift or forgetting where "
+        "both have the worse one's score on validation. The model that is better there is taken back on the "
+        "straight line to the base's body, its head kept, to where its score first reaches the other's; "
+        "between measured points the line is taken as linear. Shares: of the updates that are left, method / "
+        "reference. Brackets: 95 % t-interval over pairs of seeds."
+    )
+    columns = columns_of("Claim", "#Pairs", "#Score", "Shares", "#Method", "#Reference", "#Difference")
+    return Table("at-equal-score", "At equal task score", columns, tuple(rows), note)
+
+
+def _two_places(value: float) -> str:
+    return text.fixed(value, 2)
+
+
+def _shown(value: Interval, show: Callable[[float], str]) -> str:
+    if value.low is None or value.high is None:
+        return show(value.estimate)
+    return f"{show(value.estimate)} ({show(value.low)} to {show(value.high)})"
 
 
 # ---- test examples -------------------------------------------------------------------------------------

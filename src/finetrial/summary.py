@@ -251,6 +251,18 @@ class OnExamples(Frozen):
     median_p: float | None
 
 
+class AtEqualScore(Frozen):
+    """Drift or forgetting of both methods where they have one task score; over pairs. Decides nothing."""
+
+    method: Interval
+    reference: Interval
+    difference: Interval  # method - reference
+    shares: tuple[float, float]  # of the updates, mean: method, reference
+    score: float  # mean, on validation
+    pairs: tuple[int, ...]
+    run_ids: tuple[str, ...]
+
+
 class ClaimResult(Frozen):
     """One claim on one task, judged over paired replicates."""
 
@@ -279,6 +291,7 @@ class ClaimResult(Frozen):
     of_method: Denominator | None = None
     of_reference: Denominator | None = None
     on_examples: OnExamples | None = None  # of "within" alone
+    at_equal_score: AtEqualScore | None = None  # of the others, where `interpolation` is measured
 
 
 class AcrossTasks(Frozen):

@@ -9,7 +9,7 @@ Axes: M outputs and N inputs of a linear layer, R the rank of an adapter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finetrial.errors import ModelError
 from finetrial.models import beside_body, block_linears, in_head
 
 Array = NDArray[np.float64]
@@ -86,6 +87,33 @@ def perturbed(base: Any, tuned: Any, rng: np.random.Generator) -> Iterator[int]:
         with torch.no_grad():
             for name, own in kept.items():
                 base.get_parameter(name).copy_(own)
+
+
+@torch.no_grad()
+def interpolated(
+    base: Any, tuned: Any, head_names: Sequence[str], shares: Sequence[float]
+) -> Iterator[tuple[float, Any]]:
+    """Every share, the largest first, and a model whose body is the base's plus that share of the update.
+
+    Its head is the tuned model's. It is one model throughout: use it before the next is asked for. Adapters are
+    merged into it; base and tuned stay as they are. At share 0 the body has the base's own bits.
+
+    Raises:
+        ModelError: the tuned model has other parameters than the base, even with its adapters merged.
+    """
+    model = copy.deepcopy(tuned)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    theirs, own = dict(base.named_parameters()), dict(model.named_parameters())
+    body = [name for name in theirs if not in_head(name, head_names)]
+    if missing := [name for name in body if name not in own]:
+        raise ModelError(f"measure.interpolation: the tuned model has no {missing[0]}; leave it out")
+    at = 1.0
+    for share in sorted(shares, reverse=True):
+        for name in body:
+            own[name].copy_(torch.lerp(theirs[name], own[name], share / at) if share else theirs[name])
+        at = share
+        yield share, model
 
 
 def embedding_updates(base: Any, tuned: Any) -> Iterator[NormUpdate]:
