@@ -67,7 +67,7 @@ def test_every_verb_has_help(verb):
         (["run", "study.yaml", "--hom", "x"], "No such option"),
         (["plan", "a.yaml", "b.yaml"], "Got unexpected extra argument"),
         (["status", "nowhere"], "nowhere is neither a study's folder (runs/<study>) nor a study file (*.yaml)"),
-        (["show", "trial"], "no run begins with 'trial' in runs/"),
+        (["show", "trial"], "no run matches 'trial' in runs/"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_a_hint(arguments, message):
@@ -232,6 +232,15 @@ def test_init_gives_a_sentence_embedding_model_no_token_types():
     assert not load_study("study.yaml").model.token_type_ids
     call("init", "--model", "org/name", "-o", "other.yaml")
     assert load_study("other.yaml").model.token_type_ids
+
+
+def test_init_gives_a_small_model_the_rates_of_one():
+    call("init")  # the default model is small
+    assert "learning_rate: {low: 1e-05, high: 0.001, log: true}" in Path("study.yaml").read_text()
+    assert "a small model such as this one" in Path("study.yaml").read_text()
+    call("init", "--model", "org/name", "-o", "other.yaml")
+    assert "learning_rate: {low: 5e-07, high: 5e-05, log: true}" in Path("other.yaml").read_text()
+    assert "models of a billion weights" in Path("other.yaml").read_text()
 
 
 def test_init_never_overwrites():

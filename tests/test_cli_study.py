@@ -145,7 +145,7 @@ def test_show_asks_for_more_of_an_ambiguous_beginning_and_names_the_candidates(t
     names = sorted(path.name for path in Path("runs/small/runs").iterdir())
     for result in (call("show", ""), call("show", "", "--home", "runs/small")):
         assert_refused(result, 2)
-        assert "4 runs begin with ''" in result.stderr
+        assert "4 runs match ''" in result.stderr
         assert all(name in result.stderr for name in names)
 
 
@@ -153,7 +153,7 @@ def test_show_asks_for_more_of_an_ambiguous_beginning_and_names_the_candidates(t
 def test_show_of_no_run_says_where_it_looked(there, name):
     result = call("show", name)
     assert_refused(result, 2)
-    assert f"no run begins with {name!r} in runs/small" in " ".join(result.stderr.split())
+    assert f"no run matches {name!r} in runs/small" in " ".join(result.stderr.split())
 
 
 def test_report_is_written_again_from_the_runs(there):

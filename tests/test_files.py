@@ -209,4 +209,6 @@ def test_numbers_that_are_not_there_or_damaged_are_none(tmp_path, content, read)
     path = tmp_path / "examples.json"
     if content is not None:
         path.write_text(content)
-    assert files.json_numbers(path, "test") == read
+    sha256 = files.sha256_file(path) if content is not None else "0" * 64
+    assert files.json_numbers(path, "test", sha256=sha256) == read
+    assert files.json_numbers(path, "test", sha256="1" * 64) == {}

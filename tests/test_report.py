@@ -100,6 +100,23 @@ def test_it_writes_every_file_and_leaves_no_scratch_behind(home: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
+def test_what_an_earlier_report_had_and_this_one_has_not_goes_and_other_files_stay(tmp_path: Path) -> None:
+    summary = example_summary()
+    folder = report.write(summary, tmp_path).parent
+    before = {path.name for path in folder.rglob("*") if path.is_file()}
+    (folder / "figures" / "my-notes.txt").write_text("mine")
+    fewer = {
+        "tasks": summary.tasks[:1],
+        "arms": tuple(a for a in summary.arms if a.task == summary.tasks[0].name),
+    }
+    report.write(summary.model_copy(update=fewer), tmp_path)
+    after = {path.name for path in folder.rglob("*") if path.is_file()}
+    gone = before - after
+    assert gone
+    assert all(summary.tasks[1].name in name for name in gone)
+    assert "my-notes.txt" in after
+
+
 def test_the_same_summary_gives_the_same_bytes(home: Path, tmp_path: Path) -> None:
     report.write(example_summary(), tmp_path)
     first = {path.relative_to(home): path.read_bytes() for path in home.rglob("*") if path.is_file()}

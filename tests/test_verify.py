@@ -180,17 +180,18 @@ def test_a_digit_that_changes_no_number_is_named(home):
     assert "00000000000000000001" not in found.derived
 
 
-def test_a_score_by_example_that_was_altered_shows_in_the_analysis(home):
-    """It carries no seal; its mean is no longer the score that the run's sealed record has."""
+def test_a_score_by_example_that_was_altered_is_named_and_left_out_of_the_analysis(home):
+    """Its hash is in the run's sealed result."""
     path = Home(home).find("replicate.")[0].examples_file
     scores = json.loads(path.read_text())
     name = next(iter(scores["test"]))
     scores["test"][name] = 100.0 - scores["test"][name]
     path.write_text(json.dumps(scores))
-    found = [each for each in verify.verify(home).differences if each.file == "analysis/summary.json"]
+    verified = verify.verify(home).differences
+    assert path.relative_to(home).as_posix() in {each.file for each in verified}
     assert any(
-        each.where == "claims.0.on_examples.left_out" and "no mean over examples" in each.derived
-        for each in found
+        each.where == "claims.0.on_examples.left_out" and "no scores by example" in each.derived
+        for each in verified
     )
 
 

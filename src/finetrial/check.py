@@ -136,7 +136,7 @@ def _told(story: Story, found: Evidence) -> Checked:
         out_of_memory=sum(a.outcome == "out_of_memory" for r in ran for a in r.attempts),
         retries=sum(len(record.attempts) - 1 for record in ran),
         faults=tuple(faults),
-        notes=tuple(_notes(found, tasks)),
+        notes=(*plan.warnings(study), *_notes(found, tasks)),
     )
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetrial import power, stats
+from finetrial import effects, power, stats
 from finetrial.stats import ALPHA, Contrast
-from finetrial.study import Claim
+from finetrial.study import MIN_PAIRS, Claim
 from finetrial.summary import ClaimResult, Interval, Unit, Verdict
 
-MIN_PAIRS = 4  # with three or fewer the report describes and gives no verdict
 ASSAY_FACTOR = 2  # the reference must beat the trivial baseline by this many margins
 NOISE_FACTOR = 3  # the reference must drift by this many times base-against-base
 
@@ -228,16 +227,20 @@ def _result(
 
 
 def _difference(case: Case) -> Interval | None:
-    """Method minus reference: in score or in forgetting, or in drift as a share of the reference's."""
+    """Method minus reference: in score or in forgetting, or in drift as a share of the reference's.
+
+    The share is that of the mean drifts with Fieller's interval, which agrees with the claim's own test.
+    """
     method, reference = _values(case)
     if not method:
         return None
     if case.claim.kind != "drifts_less":
         return Interval(**stats.paired_difference(method, reference)._asdict())
-    if min(reference) <= 0:
+    ratio = effects.fieller_ratio(method, reference)
+    if min(reference) <= 0 or ratio.estimate is None:
         return None
-    shares = [m / r - 1 for m, r in zip(method, reference, strict=True)]
-    return Interval(**stats.mean_interval(shares)._asdict())
+    low, high = (None if end is None else end - 1 for end in (ratio.low, ratio.high))
+    return Interval(estimate=ratio.estimate - 1, low=low, high=high, sd=None, n=ratio.n)
 
 
 # ---- words -------------------------------------------------------------------------------------------

@@ -215,18 +215,20 @@ def _find_run(run_id: str, home: Path | None) -> Path:
         return Path(run_id)
     homes = [home] if home else sorted(p.parent for p in Path("runs").glob("*/study.lock.json"))
     found = [run.path for place in homes for run in Home(place).find(run_id)]
+    if not found:  # any part of its name will do, the hash alone for one
+        found = [run.path for place in homes for run in Home(place).find("") if run_id in run.path.name]
     found = [path for path in found if path.name == run_id] or found
     if len(found) == 1:
         return found[0]
     if not found:
         places = ", ".join(map(str, homes)) or "runs/"
         raise click.UsageError(
-            f"no run begins with {run_id!r} in {places}; every run is a folder in HOME/runs, and a study "
+            f"no run matches {run_id!r} in {places}; every run is a folder in HOME/runs, and a study "
             f"that lies elsewhere is named with --home"
         )
     listed = "\n  ".join(str(path) if home is None else path.name for path in found[:20])
     more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
-    raise click.UsageError(f"{len(found)} runs begin with {run_id!r}; write more of the one:\n  {listed}{more}")
+    raise click.UsageError(f"{len(found)} runs match {run_id!r}; write more of the one:\n  {listed}{more}")
 
 
 if __name__ == "__main__":

@@ -170,13 +170,16 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def json_numbers(path: Path, key: str) -> dict[str, float]:
-    """Name -> finite number, under one key of a JSON file; nothing if not all of it is there and can be read.
+def json_numbers(path: Path, key: str, *, sha256: str) -> dict[str, float]:
+    """Name -> finite number, under one key of a JSON file.
 
-    For files that carry no seal: whoever uses them has to check them against what does.
+    Nothing if not all of it is there and can be read, or the file has another hash.
     """
     try:
-        numbers = {name: float(value) for name, value in json.loads(path.read_bytes())[key].items()}
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return {}
+        numbers = {name: float(value) for name, value in json.loads(data)[key].items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
     return numbers if all(map(math.isfinite, numbers.values())) else {}

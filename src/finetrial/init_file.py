@@ -17,9 +17,15 @@ from pydantic_core import to_jsonable_python
 from finetrial import files, plugins
 from finetrial.errors import DataError, ModelError, PluginError, Problem, StudyError
 from finetrial.records import Frozen, ModelSource
-from finetrial.sources import is_sentence_embedding
+from finetrial.sources import hidden_size, is_sentence_embedding
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 from finetrial.study_file import parse_study
+
+# A hidden size up to which a model is small, and learning rates for it; else the method's own hold.
+SMALL = 512
+SMALL_MODEL_RATES = {"full": Range(low=1e-5, high=1e-3, log=True), "lora": Range(low=1e-4, high=1e-2, log=True)}
+RATES = "These suit models of a billion weights; a small\n# encoder wants rates ten to twenty times higher."
+SMALL_RATES = "These suit a small model such as this one."
 
 TEMPLATE = """\
 # A finetrial study: what is compared, on what, and by which rules. `finetrial check {file}` looks it over,
@@ -36,8 +42,7 @@ tasks:
 {tasks}
 
 # What is compared. Change a range or fix a value under `search:`; learning rates are the method's own and
-# should be equally wide (two decades here). These suit models of a billion weights; small encoders such as
-# MiniLM or BERT want rates ten to twenty times higher.
+# should be equally wide (two decades here). {rates}
 methods:
 {methods}
 
@@ -90,12 +95,14 @@ def study_text(file: str, *, model: str, tasks: Sequence[str], methods: Sequence
     others = [name for name in methods if name != "full"] if "full" in methods else []
     claims = [f"{name} within 3% of full" for name in others]
     claims += [f"{name} drifts 20% less than full" for name in others]
+    small = _is_small(model)
     return TEMPLATE.format(
         file=file,
+        rates=SMALL_RATES if small else RATES,
         name=_study_name(model, tasks),
         model=_model_text(model),
         tasks="\n".join(_task_text(name) for name in tasks),
-        methods="\n".join(_method_text(name) for name in methods),
+        methods="\n".join(_method_text(name, small=small) for name in methods),
         space="\n".join(f"    {key}: {_dimension_text(COMMON_SPACE[key])}" for key in COMMON_SPACE),
         claims="".join(f"\n  - {claim}" for claim in claims) or " []",
     )
@@ -116,6 +123,12 @@ def _model_text(model: str) -> str:
             seen = "a sentence-embedding model has seen single texts only"
             return f"{{name: {_plain_or_quoted(model)}, token_type_ids: false}}  # {seen}"
     return _plain_or_quoted(model)
+
+
+def _is_small(model: str) -> bool:
+    with contextlib.suppress(ModelError, DataError):  # it need not be there yet
+        return (hidden_size(ModelSource(name=model), Path()) or SMALL + 1) <= SMALL
+    return False
 
 
 def _plain_or_quoted(text: str) -> str:
@@ -144,9 +157,11 @@ def _data_text(source: Any) -> str:
     return "{" + ", ".join(f"{key}: {_plain_or_quoted(str(given[key]))}" for key in given) + "}"
 
 
-def _method_text(name: str) -> str:
+def _method_text(name: str, *, small: bool) -> str:
     """A method with its own search space spelt out; what all methods search is said once, under `search:`."""
-    space: Space = plugins.load("methods", name).space
+    space: Space = dict(plugins.load("methods", name).space)
+    if small and name in SMALL_MODEL_RATES:
+        space["learning_rate"] = SMALL_MODEL_RATES[name]
     lines = [f"      {key}: {_dimension_text(space[key])}" for key in space]
     return "\n".join([f"  {name}:", "    search:", *lines])
 

@@ -251,8 +251,12 @@ class Story:
 
     def tests_of(self, planned: list[RunRecord]) -> dict[str, dict[str, float]]:
         """Run id -> test scores by example, of the replicates that are done and have them."""
-        done = [r.spec.run_id for r in planned if r.spec.stage == "replicate" and r.outcome == "done"]
-        found = {run: files.json_numbers(self.opened.home.run(run).examples_file, "test") for run in done}
+        found = {}
+        for run in planned:
+            sha256 = run.result.examples_sha256 if run.result and run.spec.stage == "replicate" else None
+            if sha256 is not None:
+                path = self.opened.home.run(run.spec.run_id).examples_file
+                found[run.spec.run_id] = files.json_numbers(path, "test", sha256=sha256)
         return {run: scores for run, scores in found.items() if scores}
 
     def baseline(self, task: TaskSpec) -> RunSpec:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from finetrial.records import How, LoopRules, MethodSpec, RunSpec, Seeds, Setting, TaskSpec, stream_seed
 from finetrial.space import largest, middle, smallest
-from finetrial.study import Study
+from finetrial.study import MIN_PAIRS, Study
 
 FROZEN_BODY = "frozen-body"
 # A head of a few thousand weights on fixed features: a rate and passes at which it has settled on all tasks.
@@ -39,6 +39,17 @@ def overview(study: Study) -> list[PlannedArm]:
         PlannedArm(task.name, method.name, study.search.trials, study.train.seeds, probes)
         for task, method in study.arms
     ]
+
+
+def warnings(study: Study) -> list[str]:
+    """What the study as it is planned cannot say, however its runs end."""
+    if study.claims and study.train.seeds < MIN_PAIRS:
+        seeds = "1 seed" if study.train.seeds == 1 else f"{study.train.seeds} seeds"
+        return [
+            f"with {seeds} the report describes and gives no verdict: train.seeds of at least {MIN_PAIRS} do, "
+            f"better 5 or 10, and may be raised later"
+        ]
+    return []
 
 
 def baseline_arms(study: Study) -> list[str]:

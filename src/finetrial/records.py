@@ -262,6 +262,7 @@ class Result(Frozen):
     proof: Proof | None = None
     cost: Cost
     weights_sha256: str | None = None
+    examples_sha256: str | None = None  # of the file examples.json, beside the record
     input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs
     split_rows: dict[str, int] = {}
     measures: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from finetrial.report_sorting import sort_key
 from finetrial.report_tables import Badge, Table
 from finetrial.summary import Summary
 
+WRITTEN = (".csv", ".pdf", ".png", ".svg", ".tex")
 # What a table cell may not hold raw, by format.
 MARKDOWN_SPECIAL = re.compile(r"([\\`*|\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 LATEX_SPECIAL = {
@@ -80,23 +81,32 @@ def write(summary: Summary, home: Path) -> Path:
         for chart in found:
             svg = plots.save(chart.figure, chart.rows, folder / "figures", chart.name)
             charts[group].append({"chart": chart, "svg": Markup(inline_svg(svg, chart.name))})
+    _drop_others(folder / "figures", [each["chart"].name for group in charts.values() for each in group])
     view = _view(summary, charts)
-    for table in [
+    shown = [
         view["verdicts"],
         view["cost"],
         *view["beside"],
         *view["ledger"],
         *(table for item in view["tasks"] for table in (item["scores"], *item["measures"])),
-    ]:
-        name = report_figures.file_name(table.key)
-        files.write_text(
-            folder / "tables" / f"{name}.tex", _latex().get_template("table.tex.j2").render(table=table)
-        )
+    ]
+    named = {report_figures.file_name(table.key): table for table in shown}
+    for name, table in named.items():
+        latex = _latex().get_template("table.tex.j2").render(table=table)
+        files.write_text(folder / "tables" / f"{name}.tex", latex)
+    _drop_others(folder / "tables", named)
     files.write_text(folder / "report.md", _markdown().get_template("report.md.j2").render(view))
     index = folder / "index.html"
     page = _html().get_template("index.html.j2")
     files.write_text(index, page.render(view, sort_key=sort_key, **_script()))
     return index
+
+
+def _drop_others(folder: Path, names: Collection[str]) -> None:
+    """Delete what an earlier report has written into a folder and this one does not have."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix in WRITTEN and path.stem not in names and path.is_file():
+            path.unlink()
 
 
 def _script() -> dict[str, Markup]:

@@ -60,7 +60,8 @@ def _claims(summary: Summary) -> Chart | None:
         "claims",
         "Every claim, its difference and its margin",
         "Mark: mean difference over paired replicate seeds (number of seeds: in the table above). Bar: "
-        "95 % t-interval. Tick: the margin; shaded: the side on which the claim holds.",
+        "95 % interval, by t, or for drift by Fieller. Tick: the margin; shaded: the side on which the claim "
+        "holds.",
         f"Forest plot. {said}.",
         rows,
         plots.claims_figure(rows),

@@ -79,8 +79,8 @@ def verdicts(summary: Summary) -> Table:
         for claim in summary.claims
     ]
     note = (
-        "Difference: method minus reference on test, over paired replicate seeds; for drift, the relative "
-        "change. Brackets: two-sided 95 % t-interval over replicates."
+        "Difference: method minus reference on test, over paired replicate seeds; for drift, how much less the "
+        "mean is, in % of the reference's. Brackets: two-sided 95 % interval, by t, or for drift by Fieller."
     )
     columns = columns_of("Task", "Claim", "#Difference (95 % interval)", "#Seeds", "Verdict")
     return Table("verdicts", "Verdicts", columns, tuple(rows), note)

@@ -170,7 +170,7 @@ def difference(claim: ClaimResult, decimals: int) -> str:
     if claim.kind == "drifts_less":
         text = percent(value.estimate, signed=True)
         if value.low is None or value.high is None:
-            return f"{text} (no interval, n = {value.n})"
+            return f"{text} ({'not bounded' if value.n > 1 else f'no interval, n = {value.n}'})"
         low, high = (percent(end, signed=True).removesuffix(f"{NARROW}%") for end in (value.low, value.high))
         return f"{text} ({low} to {high})"
     if claim.unit != "score":

@@ -82,6 +82,20 @@ def _check_weights(name: str, folder: Path) -> None:
         raise ModelError(f"the model {name} lacks {listed}, which {index} names; get what is missing")
 
 
+def hidden_size(source: ModelSource, base: Path) -> int | None:
+    """The width of the model's hidden states, where its folder has a config.json that says so.
+
+    Only a folder can be looked into; of a Hub name it is not known. Raises ModelError as `locate_model`.
+    """
+    location = locate_model(source, base)
+    try:
+        config = json.loads((Path(location.name) / "config.json").read_bytes()) if location.is_local else {}
+    except (OSError, ValueError):
+        return None
+    width = config.get("hidden_size") if isinstance(config, dict) else None
+    return width if isinstance(width, int) else None
+
+
 def is_sentence_embedding(source: ModelSource, base: Path) -> bool:
     """Whether the model lies in a sentence-transformers folder: trained on single texts, never on pairs.
 

@@ -144,6 +144,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         cost=cost_of(clock, trained.model, progress, saved_bytes, peak, fit),
         # A replicate's kept weights; a trial keeps none, so those of its last step.
         weights_sha256=checkpoint.weights_hash(checkpoint.trained_tensors(trained.model)),
+        examples_sha256=files.sha256_file(folder.examples_file),
         input_sha256=hashes,
         split_rows=split_rows(bench),
         environment=environment(spec),

@@ -29,6 +29,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+MIN_PAIRS = 4  # of replicates: with three or fewer the report describes and gives no verdict
+
+
 class SearchRules(Frozen):
     """Phase 1: the same number of trials, rows and start-up draws for every method."""
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from finetrial import files, lease
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_RUNS_FAILED
-from finetrial.plan import baseline_arms, overview
+from finetrial.plan import baseline_arms, overview, warnings
 from finetrial.records import NEXT_STEP, RunRecord
 from finetrial.store import Home, RunFolder
 from finetrial.study import Study
@@ -64,6 +64,7 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
             for method, space in study.spaces.items()
         }
         rows = {"rows_per_trial": study.search.rows, "rows_per_replicate": study.train.rows}
+        rows |= {"notes": warnings(study)}
         print_json({"study": study.study, "arms": [arm._asdict() for arm in arms], **rows, "spaces": spaces})
         return
     table = _table("arm", "trials", "replicates", "probes", "rows per trial", "rows per replicate", "searched")
@@ -79,6 +80,8 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
     extra = len(study.tasks) * (3 if study.measure else 2)
     controls = "baselines and controls" if study.measure else "baselines"
     console.print(f"{runs} runs of arms, {extra} {controls}")
+    for warning in warnings(study):
+        console.print(f"note: {warning}", soft_wrap=True)
 
 
 def show_check(checked: Checked, *, as_json: bool = False) -> None:

@@ -62,6 +62,7 @@ def verify(home_path: Path) -> Verified:
     runs = home.find("")
     records = [path for run in runs for path in _records(run)]
     differences = [found for path in records for found in _unsealed(path, home)]
+    differences += [found for run in runs for found in _other_examples(run, home)]
     summary = None
     try:
         summary = pipeline.analyse_again(home.path)
@@ -139,6 +140,18 @@ def _records(run: RunFolder) -> list[Path]:
     """The files of a run that carry a seal."""
     single = [run.spec_file, run.fit_file, run.result_file, run.failure_file]
     return [*(path for path in single if path.exists()), *sorted(run.attempts.glob("*.json"))]
+
+
+def _other_examples(run: RunFolder, home: Home) -> Iterator[Difference]:
+    """Whether a run's scores by example are those that its result was sealed with."""
+    try:
+        result = run.result()
+    except Damaged:  # named as a record already
+        return
+    stated, path = result.examples_sha256 if result else None, run.examples_file
+    found = files.sha256_file(path) if path.is_file() else ABSENT
+    if stated is not None and found != stated:
+        yield Difference(_name(path, home), "sha256", found, f"{stated} (in result.json)")
 
 
 def _unsealed(path: Path, home: Home) -> Iterator[Difference]:
