@@ -19,6 +19,7 @@ from transformers import (
 
 from finetrial.cka import linear_cka
 from finetrial.represent import (
+    Pooled,
     compare,
     layer_drift,
     masked_mean,
@@ -222,3 +223,24 @@ def test_too_few_rows_different_depths_and_infinite_states_are_refused():
         broken.bert.encoder.layer[0].output.dense.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="layer 1 has hidden states that are not finite"):
         layer_drift(model, broken, batches())
+
+
+def test_the_error_over_rows_is_that_of_the_mean_over_blocks_by_subsamples_without_replacement():
+    """By `linear_cka` of the rows themselves, drawn by the same generator."""
+    rng = np.random.default_rng(3)
+    before = [rng.standard_normal((40, 8)) + 5 for _ in range(3)]
+    after = [x + 0.5 * rng.standard_normal(x.shape) for x in before]
+    sides = [Pooled([x.astype(np.float32) for x in layers], None) for layers in (before, after)]
+    draws, found = np.random.default_rng(0), []
+    for _ in range(50):
+        rows = np.sort(draws.choice(40, 30, replace=False))
+        blocks = zip(sides[0].mean[1:], sides[1].mean[1:], strict=True)
+        found.append(1 - np.mean([linear_cka(x[rows], y[rows]) for x, y in blocks]))
+    assert compare(*sides).rows_error == pytest.approx(np.std(found, ddof=1) * np.sqrt(30 / 10))
+    assert compare(sides[0], sides[0]).rows_error == 0
+    assert compare(*sides, whole=False).rows_error is None
+
+
+def test_a_block_that_does_not_vary_has_no_error_over_rows():
+    flat = Pooled([np.ones((8, 3), np.float32)] * 2, None)
+    assert compare(flat, flat).rows_error is None

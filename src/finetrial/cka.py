@@ -74,6 +74,36 @@ def cka_floor(before_ND: ArrayLike, after_NE: ArrayLike) -> float | None:
     return _floor(len(x_ND), *traces, _gram_square(x_ND), _gram_square(y_NE))
 
 
+def grams(before_ND: ArrayLike, after_NE: ArrayLike) -> tuple[Array, Array]:
+    """Both Gram matrices of centred rows, N x N, with zero diagonals: what `gram_cka` reads.
+
+    Raises:
+        ValueError: as `linear_cka`.
+    """
+    before_ND, after_NE = paired(before_ND, after_NE)
+    _require_rows(len(before_ND))
+    made = []
+    for rows_ND in (before_ND, after_NE):
+        offset_ND = rows_ND - rows_ND.mean(axis=0)
+        gram_NN = offset_ND @ offset_ND.T
+        np.fill_diagonal(gram_NN, 0.0)
+        made.append(gram_NN)
+    return made[0], made[1]
+
+
+def gram_cka(before_NN: Array, after_NN: Array) -> float | None:
+    """Debiased linear CKA from the `grams`; from the same rows and columns of both, that of these rows alone.
+
+    None where either side does not vary.
+
+    Raises:
+        ValueError: fewer than 4 rows.
+    """
+    _require_rows(len(before_NN))
+    sides = (before_NN, after_NN), (before_NN, before_NN), (after_NN, after_NN)
+    return _normalised(*(_gram_hsic_unbiased(k_NN, l_NN) for k_NN, l_NN in sides))
+
+
 def cka_table(
     layers_before: Sequence[ArrayLike], layers_after: Sequence[ArrayLike]
 ) -> list[list[float | None]]:

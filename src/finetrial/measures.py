@@ -94,6 +94,7 @@ def drift(arm: Arm) -> DriftSummary | None:
         seed_to_seed=interval(apart) if apart else None,
         perturbed=interval(noise) if noise else None,
         means={key: interval(values) for key, values in _other_means(drifts).items()},
+        rows_error=_mean_or_none([drift.get("rows_error") for drift in drifts]),
         per_replicate={str(number): value for number, (_, value) in drift_per_replicate(arm).items()},
     )
 

@@ -32,10 +32,15 @@ def drift(summary: Summary, task: TaskSummary) -> Table:
         if any(found):
             reason = "needs two seeds" if key == "seed_to_seed" else "not measured"
             rows.append((title, *(text.interval(value, places, reason=reason) for value in found)))
+    errors = [arm.drift.rows_error if arm.drift else None for arm in arms]
+    if any(error is not None for error in errors):
+        shown = (text.missing("not known") if e is None else text.fixed(e, 4) for e in errors)
+        rows.append(("error over inputs, 1 − CKA", *shown))
     note = (
         "Between base and tuned hidden states, averaged over blocks; brackets: 95 % t-interval over seeds. The "
         "first line is what claims are about. A head reads an encoder's first and a decoder's last token; all "
-        "else is of the mean over the text's tokens. Noise: the base with random matrices for the updates."
+        "else is of the mean over the text's tokens. Error over inputs: a seed's standard error because these "
+        "inputs were taken and not others, by subsamples. Noise: the base with random matrices for the updates."
     )
     columns = columns_of("Measure", *(f"#{arm.method}" for arm in arms))
     return Table(f"drift.{task.name}", f"Drift from the base model on {task.name}", columns, tuple(rows), note)

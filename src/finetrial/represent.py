@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finetrial.cka import MIN_ROWS, CkaAccumulator
+from finetrial.cka import MIN_ROWS, CkaAccumulator, gram_cka, grams
 from finetrial.similarity import (
     NEIGHBOURS,
+    SUBSAMPLE_SHARE,
     mean_cosine,
     neighbour_overlap,
     procrustes,
     relative_change,
     rsa,
     standardised,
+    subsample_error,
     variance_shares,
 )
 
@@ -36,6 +38,7 @@ CHUNK_ROWS = 512  # rows per accumulator step: large enough for BLAS, small besi
 # Rows at most, evenly spaced, where cost grows with their square (RSA ranks half a million distances) or faster
 # (Procrustes: 8.5 s of processor time for 2,500 rows of 2,048 features).
 PAIR_ROWS = 1000
+SUBSAMPLES = 50  # for the error over rows: known to a tenth of itself
 
 LayerMeasures = dict[str, float | int | None]
 
@@ -44,11 +47,13 @@ class Comparison(NamedTuple):
     """Similarity of two models per layer (0: embeddings), over `rows` pooled rows.
 
     `read`: CKA and cosine alone at the one position that a classification head reads, where it is known.
+    `rows_error`: the standard error over rows of the mean drift (1 - debiased CKA) over the blocks.
     """
 
     layers: list[LayerMeasures]
     rows: int
     read: list[LayerMeasures] | None
+    rows_error: float | None
 
 
 class Pooled(NamedTuple):
@@ -169,7 +174,31 @@ def compare(before: Pooled, after: Pooled, *, whole: bool = True) -> Comparison:
     if before.read is not None and after.read is not None:
         pairs = enumerate(zip(before.read, after.read, strict=True))
         read = [{"layer": layer, **_likeness(one, other)} for layer, (one, other) in pairs]
-    return Comparison(layers, len(before.mean[0]), read)
+    rows_error = _rows_error(before.mean[1:], after.mean[1:]) if whole else None
+    return Comparison(layers, len(before.mean[0]), read, rows_error)
+
+
+def _rows_error(before: Sequence[NDArray[np.float32]], after: Sequence[NDArray[np.float32]]) -> float | None:
+    """The error that the choice of rows gives the mean over blocks; the same subsamples for every block.
+
+    Of more than `PAIR_ROWS` rows from that many, for it falls with the root of their number. None where there
+    are too few rows, or a block does not vary.
+    """
+    n = len(before[0]) if before else 0
+    some = np.linspace(0, n - 1, min(n, PAIR_ROWS)).round().astype(int)
+    if round(SUBSAMPLE_SHARE * len(some)) < MIN_ROWS:
+        return None
+    made = [grams(one[some], other[some]) for one, other in zip(before, after, strict=True)]
+
+    def mean_drift(rows_N1: NDArray[Any], _: NDArray[Any]) -> float | None:
+        both = np.ix_(*2 * [rows_N1[:, 0].astype(int)])
+        found = [gram_cka(before_NN[both], after_NN[both]) for before_NN, after_NN in made]
+        known = [value for value in found if value is not None]
+        return 1 - sum(known) / len(known) if len(known) == len(found) else None
+
+    places = np.arange(len(some))[:, None]
+    error = subsample_error(mean_drift, places, places, np.random.default_rng(0), times=SUBSAMPLES)
+    return None if error is None else error * float(np.sqrt(len(some) / n))
 
 
 def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> list[LayerMeasures]:

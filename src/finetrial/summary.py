@@ -108,6 +108,7 @@ class DriftSummary(Frozen):
     seed_to_seed: Interval | None
     perturbed: Interval | None  # 1 - CKA of the base with noise of the updates' norm, mean over blocks
     means: dict[str, Interval]  # other measures, mean over blocks: cka_standardised, rsa, angle, read_cka, ...
+    rows_error: float | None = None  # standard error over probe rows of one replicate's `cka`, mean of them
     per_replicate: dict[str, float]  # replicate number -> mean CKA drift over blocks
 
 

@@ -41,10 +41,11 @@ class Drift:
         `layers`: cka (debiased), cka_standardised, cosine (mean-subtracted), rsa, neighbours; angle,
         relative_change; cka_biased beside its cka_floor, cosine_raw, neighbours_chance, top_1, top_3 (see
         `represent.layer_drift`). `cka_drift_mean`, `cosine_drift_mean` and `means`: the mean over blocks, of
-        a similarity 1 minus it. Then CKA and cosine alone of three more: `read`, where a classification head
-        reads, at its last or first token; `neighbour`, the tuned model against a neighbouring replicate, which
-        another seed alone changes; `perturbed`, the base with noise of the update's norm in every matrix of
-        the blocks, None in the control. A value is None where a layer does not vary over the rows.
+        a similarity 1 minus it; `rows_error`, the standard error over rows of the first. Then CKA and cosine
+        alone of three more: `read`, where a classification head reads, at its last or first token;
+        `neighbour`, the tuned model against a neighbouring replicate, which another seed alone changes;
+        `perturbed`, the base with noise of the update's norm in every matrix of the blocks, None in the
+        control. A value is None where a layer does not vary over the rows.
 
         Raises:
             ValueError: as `represent.pool` and `represent.compare`.
@@ -65,6 +66,7 @@ class Drift:
             **_described(found.layers),
             "read": _described(found.read) if found.read else None,
             "rows": found.rows,
+            "rows_error": found.rows_error,
             "input_sha256": given.input_sha256,
             "neighbour": _described(neighbour.layers) if neighbour else None,
             "perturbed": _described(noisy.layers) if noisy else None,
