@@ -277,3 +277,18 @@ def test_another_study_s_file_in_the_folder_is_not_overwritten(folder):
     with pytest.raises(HomeError, match="is there and is another study"):
         opened(study_of(folder), home)
     assert (home / "study.yaml").read_text() == "study: precious\n"
+
+
+def test_seeds_added_after_test_scores_could_be_seen_are_recorded_and_those_before_are_not(folder):
+    home = folder / "home"
+    opened(study_of(folder, more="train: {seeds: 2}\n"), home)
+    begin(home, "replicate.classification.lora.000")
+    assert opened(study_of(folder, more="train: {seeds: 3}\n"), home).raised == ()
+    (home / "runs").mkdir(exist_ok=True)
+    next((home / "runs").glob("replicate.*/")).joinpath("result.json").write_text("{}")
+    found = opened(study_of(folder, more="train: {seeds: 5}\nsearch: {trials: 20}\n"), home).raised
+    assert [(one.what, one.before, one.after, one.scored) for one in found] == [
+        ("train.seeds", 3, 5, 1), ("search.trials", 15, 20, 1),
+    ]  # fmt: skip
+    assert "train.seeds was raised from 3 to 5 when 1 replicate had been scored" in found[0].told
+    assert opened(study_of(folder, more="train: {seeds: 5}\nsearch: {trials: 20}\n"), home).raised == found

@@ -60,6 +60,7 @@ def summarise(
     *,
     model_sha256: str | None = None,
     tests: Mapping[str, Mapping[str, float]] | None = None,
+    notes: Sequence[str] = (),
 ) -> Summary:
     """Every number of the report.
 
@@ -71,6 +72,7 @@ def summarise(
         model_sha256: hash of the base model's weights.
         tests: run id of a replicate -> example id -> the task's metric on that test example alone; of
             replicates that are not in it nothing is said by example.
+        notes: on how the study came about, to stand with those on its fairness.
 
     Equal studies give equal summaries apart from `cost` and `meta`.
 
@@ -104,6 +106,7 @@ def summarise(
         across=descriptions.across_tasks(arms, _reference(study)),
         ledger=ledger,
         fairness_notes=(
+            *notes,
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
             *input_notes(ordered),
             *environment_notes(ordered),

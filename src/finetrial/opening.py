@@ -31,6 +31,24 @@ from finetrial.summary import Meta
 PACKAGES = ("finetrial", "torch", "transformers", "peft", "accelerate", "optuna", "numpy", "scipy")
 
 
+class Raised(Frozen):
+    """Trials or seeds that were added when test scores were there to be seen."""
+
+    what: str  # the key of the study file
+    before: int
+    after: int
+    scored: int  # replicates that had a test score
+
+    @property
+    def told(self) -> str:
+        replicates = "1 replicate" if self.scored == 1 else f"{self.scored} replicates"
+        return (
+            f"{self.what} was raised from {self.before} to {self.after} when {replicates} had been scored on "
+            f"test: a verdict that was waited for is false more often than the 5 % stated; one on seeds that "
+            f"were fixed beforehand is not"
+        )
+
+
 class Lock(Frozen):
     """`study.lock.json`: the study as resolved when its folder was first used."""
 
@@ -41,6 +59,7 @@ class Lock(Frozen):
     versions: dict[str, str]
     created_at: str
     begun: bool = True  # `finetrial run` was; until then the study may be changed
+    raised: tuple[Raised, ...] = ()
     study: Study
 
 
@@ -54,6 +73,7 @@ class Opened:
     threads: int
     started: float | None  # seconds since the epoch; None when nothing is run
     notes: tuple[str, ...] = ()  # what changed since the folder was first used, for a person to read
+    raised: tuple[Raised, ...] = ()
 
     @property
     def model_sha256(self) -> str | None:
@@ -121,7 +141,8 @@ def open_home(
         _write(home, lock)
         return Opened(home, study, inputs, threads, time.time(), notes)
     _compare(home, lock, study, inputs)
-    now = lock.model_copy(update={"study": study, "begun": lock.begun or begins})
+    raised = (*lock.raised, *_raised(lock.study, study, home))
+    now = lock.model_copy(update={"study": study, "begun": lock.begun or begins, "raised": raised})
     if now != lock:  # more trials or seeds, or another place to run: `status` and `report` read it here
         _write(home, now)
     changed = [
@@ -132,7 +153,23 @@ def open_home(
     if changed:
         note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
         notes = (*notes, note)
-    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes)
+    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes, raised)
+
+
+def _raised(before: Study, after: Study, home: Home) -> list[Raised]:
+    """What was added to a study of which something has been scored on test."""
+    pairs = (
+        ("train.seeds", before.train.seeds, after.train.seeds),
+        ("search.trials", before.search.trials, after.search.trials),
+    )
+    if not any(more > less for _, less, more in pairs):
+        return []
+    scored = sum(folder.result_file.exists() for folder in home.find("replicate."))
+    if not scored:
+        return []
+    return [
+        Raised(what=what, before=less, after=more, scored=scored) for what, less, more in pairs if more > less
+    ]
 
 
 def _differs(lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> bool:

@@ -77,7 +77,8 @@ def _story_so_far(home_path: Path) -> Story:
     home = Home(home_path)
     lock = read_lock(home)
     plugins.make_importable(Path(lock.study.base))
-    return Story(lock.study, Opened(home, lock.study, lock.inputs, lock.threads, None), Progress())
+    opened = Opened(home, lock.study, lock.inputs, lock.threads, None, raised=lock.raised)
+    return Story(lock.study, opened, Progress())
 
 
 def _conclude(story: Story) -> Summary:
@@ -89,7 +90,12 @@ def _conclude(story: Story) -> Summary:
 def _summarise(story: Story) -> Summary:
     opened, planned = story.opened, story.planned()
     return analyse.summarise(
-        story.study, planned, opened.meta(), model_sha256=opened.model_sha256, tests=story.tests_of(planned)
+        story.study,
+        planned,
+        opened.meta(),
+        model_sha256=opened.model_sha256,
+        tests=story.tests_of(planned),
+        notes=[raised.told for raised in opened.raised],
     )
 
 
