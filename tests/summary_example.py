@@ -234,6 +234,7 @@ def _spectrum(task: str, method: str, seeds: int) -> SpectrumSummary:
         "effective_rank": rank,
         "stable_rank": rank / 3,
         "intruders": intruders / 4,
+        "replicates": seeds,
     }
     names = [f"encoder.layer.{i}.{part}.weight" for i in range(2) for part in ("query", "output.dense")]
     return SpectrumSummary(

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 
 from finetrial.analyse import summarise
+from finetrial.report_measures import spectrum_matrices
 from finetrial.study import Claim
 from made_records import (
     FULL,
@@ -144,9 +145,17 @@ def test_the_spectrum_is_averaged_over_replicates_by_matrix_and_over_all():
     assert found.overall["intruders"].estimate == 2.0
     assert "energy_in_base_top_mean" not in found.overall
     assert found.per_matrix["layer.0.query.weight"]["effective_rank"] == 5.0
+    assert found.per_matrix["layer.0.query.weight"]["replicates"] == 5
     assert found.thresholds == (0.3, 0.5)
     assert found.intruder_curve == ((0.0, 0.0), (0.0, 2.0))
     assert (found.matrices, found.directions) == (1, 2)
+
+
+def test_a_matrix_that_some_replicates_left_alone_says_how_many_its_means_are_of():
+    summary = summary_of(lambda method, n: {"spectrum": spectrum_json(3.0, 0, changed=n > 1)}, claims=())
+    assert arm_of(summary, "lora").spectrum.per_matrix["layer.0.query.weight"]["replicates"] == 3
+    cells = spectrum_matrices(summary, summary.tasks[0]).rows[0]
+    assert str(cells[1]).endswith("(3 of 5 seeds)")
 
 
 def test_models_that_did_not_change_have_a_spectrum_without_ranks():

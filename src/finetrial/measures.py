@@ -148,8 +148,9 @@ def spectrum(arm: Arm) -> SpectrumSummary | None:
 
 
 def _of_matrix(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """One matrix's means over the replicates in which it changed."""
-    return _shared_means([{key: matrix[key] for key in OF_MATRIX} for matrix in found], besides=())
+    """One matrix's means over the `replicates` in which it changed, whose number is there, too."""
+    means = _shared_means([{key: matrix[key] for key in OF_MATRIX} for matrix in found], besides=())
+    return means | {"replicates": len(found)}
 
 
 def forgetting_per_replicate(arm: Arm) -> dict[int, tuple[str, float]]:

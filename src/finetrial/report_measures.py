@@ -165,7 +165,10 @@ def spectrum_matrices(summary: Summary, task: TaskSummary) -> Table:
             change, rank, intruders = (
                 matrix.get(k) for k in ("relative_change", "effective_rank", "intruders")
             )
-            cells.append(text.percent(change) if change is not None else text.missing("the base is 0"))
+            seeds, all_seeds = int(matrix["replicates"]), len(arm.spectrum.replicates) if arm.spectrum else 0
+            some = f" ({seeds} of {all_seeds} seeds)" if seeds < all_seeds else ""
+            shown = text.percent(change) if change is not None else text.missing("the base is 0")
+            cells.append(f"{shown}{some}")
             cells.append(text.fixed(rank, 1) if rank is not None else text.missing("no rank"))
             cells.append(text.fixed(intruders, 1) if intruders is not None else text.missing("none found"))
         rows.append(tuple(cells))

@@ -122,7 +122,7 @@ class SpectrumSummary(Frozen):
     directions: int  # singular vectors that could have been intruders, of one replicate
     thresholds: tuple[float, ...]
     intruder_curve: tuple[tuple[float, ...], ...]  # threshold, k = 1.. -> intruders, mean over replicates
-    per_matrix: dict[str, dict[str, float]]  # matrix -> quantity -> mean over replicates
+    per_matrix: dict[str, dict[str, float]]  # matrix -> quantity -> mean over the `replicates` that changed it
 
 
 class ForgottenPart(Frozen):
