@@ -150,3 +150,20 @@ def test_the_control_has_no_line(tiny_bert, tmp_path):
         update={"measures": {"interpolation": {"use": "interpolation", "params": {"rows": 8}}}}
     )
     assert run(control, tmp_path).measures["interpolation"]["points"] == []
+
+
+def test_what_the_base_does_not_have_and_could_not_go_back_is_refused():
+    make, head, _ = MODELS["encoder"]
+    base, tuned = make(), make()
+    tuned.bert.encoder.layer[0].added = torch.nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"the base has no bert\.encoder\.layer\.0\.added"):
+        list(interpolated(base, tuned, (head,), [0.5]))
+
+
+def test_a_line_of_biases_alone_is_a_line():
+    make, head, _ = MODELS["encoder"]
+    base, tuned = make(), make()
+    with torch.no_grad():
+        tuned.bert.embeddings.LayerNorm.bias.add_(1.0)
+    assert [share for share, _ in interpolated(base, tuned, (head,), [0.5, 0.0])] == [0.5, 0.0]
+    assert list(interpolated(base, make(), (head,), [0.5])) == []

@@ -12,6 +12,7 @@ from finetrial import check, pipeline
 from finetrial.errors import HomeError, StudyError
 from finetrial.opening import Opened, differences, open_home, read_lock, resolve_inputs
 from finetrial.progress import Progress
+from finetrial.records import Cost, Result
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.study_file import load_study
@@ -279,16 +280,20 @@ def test_another_study_s_file_in_the_folder_is_not_overwritten(folder):
     assert (home / "study.yaml").read_text() == "study: precious\n"
 
 
-def test_seeds_added_after_test_scores_could_be_seen_are_recorded_and_those_before_are_not(folder):
+def test_seeds_changed_after_test_scores_could_be_seen_are_recorded_and_those_before_are_not(folder):
     home = folder / "home"
     opened(study_of(folder, more="train: {seeds: 2}\n"), home)
     begin(home, "replicate.classification.lora.000")
-    assert opened(study_of(folder, more="train: {seeds: 3}\n"), home).raised == ()
-    (home / "runs").mkdir(exist_ok=True)
-    next((home / "runs").glob("replicate.*/")).joinpath("result.json").write_text("{}")
-    found = opened(study_of(folder, more="train: {seeds: 5}\nsearch: {trials: 20}\n"), home).raised
+    assert opened(study_of(folder, more="train: {seeds: 3}\n"), home).changed == ()
+    [run] = Home(home).find("replicate.")
+    cost = Cost(wall_seconds=1.0, cpu_seconds=1.0, peak_memory_bytes=1, device="cpu")
+    run.write_result(Result(run_id=run.path.name, outcome="diverged", cost=cost))
+    assert opened(study_of(folder, more="train: {seeds: 4}\n"), home).changed == ()
+    run.write_result(Result(run_id=run.path.name, outcome="done", scores={"test": {"f1": 1.0}}, cost=cost))
+    more = "train: {seeds: 2}\nsearch: {trials: 20}\n"
+    found = opened(study_of(folder, more=more), home).changed
     assert [(one.what, one.before, one.after, one.scored) for one in found] == [
-        ("train.seeds", 3, 5, 1), ("search.trials", 15, 20, 1),
+        ("train.seeds", 4, 2, 1), ("search.trials", 15, 20, 1),
     ]  # fmt: skip
-    assert "train.seeds was raised from 3 to 5 when 1 replicate had been scored" in found[0].told
-    assert opened(study_of(folder, more="train: {seeds: 5}\nsearch: {trials: 20}\n"), home).raised == found
+    assert "train.seeds was changed from 4 to 2 when 1 replicate had been scored" in found[0].told
+    assert opened(study_of(folder, more=more), home).changed == found

@@ -63,6 +63,18 @@ def test_stopping_and_keeping_follow_the_scores(
     assert result.score == result.scores["validation"]["f1"] == scores[kept - 1]
 
 
+@pytest.mark.parametrize("stage", ["replicate", "baseline"])
+def test_what_is_tested_are_the_best_evaluations_weights(tiny_bert, tmp_path, stage):
+    """The first evaluation is the best: so are the weights of a run that ends there."""
+    settings, rules = {"warmup_ratio": 0.0}, {"schedule": "constant"}
+    TROUBLE.reset(scores=[50.0, 30.0, 40.0, 50.0])
+    spec = make_spec(tiny_bert, "frozen", stage=stage, settings=settings | {"epochs": 3}, rules=rules)
+    best = run(spec, tmp_path / "best")
+    TROUBLE.reset(scores=[50.0, 50.0])
+    spec = make_spec(tiny_bert, "frozen", stage=stage, settings=settings | {"epochs": 1}, rules=rules)
+    assert run(spec, tmp_path / "short").weights_sha256 == best.weights_sha256
+
+
 def test_no_more_is_decayed_than_matrices(tiny_bert, tmp_path):
     """Biases and norm weights are left alone, as is usual for transformers."""
     spec = make_spec(tiny_bert, "full", settings={"weight_decay": 0.07})

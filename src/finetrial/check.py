@@ -215,6 +215,11 @@ def _no_pilot(found: Evidence) -> list[str]:
 def _notes(found: Evidence, tasks: dict[str, TaskCheck]) -> list[str]:
     """What a person should know before they begin, though the study can run."""
     said = []
+    for task, record in found.frozen.items():
+        failed = record.failure
+        if record.result is None and failed is not None:
+            why = f"{failed.kind.replace('_', ' ')}: {failed.reason}; {NEXT_STEP[failed.kind]}"
+            said.append(f"{task}: the head on a frozen body, a baseline and a control, has no result: {why}")
     for arm, record in found.rehearsals.items():
         count = rehearsal_of(record).contradictions if record.result else 0
         if count:

@@ -229,7 +229,8 @@ def _result(
 def _difference(case: Case) -> Interval | None:
     """Method minus reference: in score or in forgetting, or in drift as a share of the reference's.
 
-    The share is that of the mean drifts with Fieller's interval, which agrees with the claim's own test.
+    The share is that of the mean drifts with Fieller's interval: the ratios that a two-sided form of the
+    claim's own test does not reject at 5 %.
     """
     method, reference = _values(case)
     if not method:

@@ -260,6 +260,13 @@ def keep_to(fit: Fit) -> None:
         give_back_at_once()
 
 
+def let_go() -> None:
+    """The opposite of `keep_to` where it is a limit: what comes is not training, and takes what it takes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def give_back_at_once() -> None:
     """From now on a large block goes back to the system when it is freed, where the C library can be told."""
     if sys.platform.startswith("linux"):

@@ -16,6 +16,7 @@ from finetrial.assemble import Workbench, input_hash, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.evaluation import evaluate
+from finetrial.fit import let_go
 from finetrial.plugins import Example, Feature, ProbeInput
 from finetrial.store import RunFolder
 from finetrial.train import make_accelerator
@@ -80,19 +81,25 @@ class Kept(NamedTuple):
 
 
 def keep_and_measure(
-    bench: Workbench, folder: RunFolder, model: Any, asked: Mapping[str, Any], *, neighbour: bool = False,
-    tokens: int = EVALUATION_TOKENS,
+    bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any, asked: Mapping[str, Any], *,
+    neighbour: bool = False, tokens: int = EVALUATION_TOKENS,
 ) -> Kept:  # fmt: skip
-    """Measure a trained model as a replicate and its probe do: saved, read back; nothing of it stays.
+    """Measure a trained model as a replicate and its probe do: saved, read back; nothing of it stays on disk.
 
-    `neighbour`: also against itself, as if it had one.
+    `neighbour`: also against itself, as if it had one. The model is moved to the CPU, without its gradients,
+    and the process is no longer held to a budget that was made for training it.
     """
     place, (plugin, _), begun = folder.path / "model", bench.method(), perf_counter()
+    files.discard(place)  # a killed attempt's
     try:
         plugin.save(model, place)
+        tokenizer.save_pretrained(place)
         saved, found = perf_counter(), {}
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         if asked:
+            model.zero_grad(set_to_none=True)
+            model.to("cpu")
+            let_go()
             built = bench.build_base()
             tuned, other = (plugin.load(bench.build_base().model, place) for _ in range(2))
             found = measure(bench, built, tuned, other if neighbour else None, asked, tokens=tokens)

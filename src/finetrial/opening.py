@@ -24,15 +24,15 @@ from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyErr
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs
-from finetrial.store import Home
+from finetrial.store import Damaged, Home, RunFolder
 from finetrial.study import Study
 from finetrial.summary import Meta
 
 PACKAGES = ("finetrial", "torch", "transformers", "peft", "accelerate", "optuna", "numpy", "scipy")
 
 
-class Raised(Frozen):
-    """Trials or seeds that were added when test scores were there to be seen."""
+class Changed(Frozen):
+    """How many trials or seeds there are, changed when test scores were there to be seen."""
 
     what: str  # the key of the study file
     before: int
@@ -43,9 +43,9 @@ class Raised(Frozen):
     def told(self) -> str:
         replicates = "1 replicate" if self.scored == 1 else f"{self.scored} replicates"
         return (
-            f"{self.what} was raised from {self.before} to {self.after} when {replicates} had been scored on "
-            f"test: a verdict that was waited for is false more often than the 5 % stated; one on seeds that "
-            f"were fixed beforehand is not"
+            f"{self.what} was changed from {self.before} to {self.after} when {replicates} had been scored on "
+            f"test: a verdict that was waited for, or stopped at, is false more often than the 5 % stated; one "
+            f"on seeds that were fixed beforehand is not"
         )
 
 
@@ -59,7 +59,7 @@ class Lock(Frozen):
     versions: dict[str, str]
     created_at: str
     begun: bool = True  # `finetrial run` was; until then the study may be changed
-    raised: tuple[Raised, ...] = ()
+    changed: tuple[Changed, ...] = ()
     study: Study
 
 
@@ -73,7 +73,7 @@ class Opened:
     threads: int
     started: float | None  # seconds since the epoch; None when nothing is run
     notes: tuple[str, ...] = ()  # what changed since the folder was first used, for a person to read
-    raised: tuple[Raised, ...] = ()
+    changed: tuple[Changed, ...] = ()
 
     @property
     def model_sha256(self) -> str | None:
@@ -141,8 +141,8 @@ def open_home(
         _write(home, lock)
         return Opened(home, study, inputs, threads, time.time(), notes)
     _compare(home, lock, study, inputs)
-    raised = (*lock.raised, *_raised(lock.study, study, home))
-    now = lock.model_copy(update={"study": study, "begun": lock.begun or begins, "raised": raised})
+    counts = (*lock.changed, *_changed(lock.study, study, home))
+    now = lock.model_copy(update={"study": study, "begun": lock.begun or begins, "changed": counts})
     if now != lock:  # more trials or seeds, or another place to run: `status` and `report` read it here
         _write(home, now)
     changed = [
@@ -153,23 +153,26 @@ def open_home(
     if changed:
         note = f"since this study was begun: {', '.join(changed)}; the report says which runs differ"
         notes = (*notes, note)
-    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes, raised)
+    return Opened(home, study, inputs, study.run.threads or lock.threads, time.time(), notes, counts)
 
 
-def _raised(before: Study, after: Study, home: Home) -> list[Raised]:
-    """What was added to a study of which something has been scored on test."""
-    pairs = (
+def _changed(before: Study, after: Study, home: Home) -> list[Changed]:
+    """What was added to a study, or taken from it, of which something has been scored on test."""
+    pairs = [
         ("train.seeds", before.train.seeds, after.train.seeds),
         ("search.trials", before.search.trials, after.search.trials),
-    )
-    if not any(more > less for _, less, more in pairs):
-        return []
-    scored = sum(folder.result_file.exists() for folder in home.find("replicate."))
-    if not scored:
-        return []
-    return [
-        Raised(what=what, before=less, after=more, scored=scored) for what, less, more in pairs if more > less
     ]
+    pairs = [(what, then, now) for what, then, now in pairs if then != now]
+    scored = sum(_is_scored(folder) for folder in home.find("replicate.")) if pairs else 0
+    return [Changed(what=what, before=then, after=now, scored=scored) for what, then, now in pairs if scored]
+
+
+def _is_scored(folder: RunFolder) -> bool:
+    try:
+        result = folder.result()
+    except Damaged:  # it will be set aside
+        return False
+    return result is not None and "test" in result.scores
 
 
 def _differs(lock: Lock, study: Study, inputs: dict[str, dict[str, str]]) -> bool:

@@ -77,7 +77,7 @@ def _story_so_far(home_path: Path) -> Story:
     home = Home(home_path)
     lock = read_lock(home)
     plugins.make_importable(Path(lock.study.base))
-    opened = Opened(home, lock.study, lock.inputs, lock.threads, None, raised=lock.raised)
+    opened = Opened(home, lock.study, lock.inputs, lock.threads, None, changed=lock.changed)
     return Story(lock.study, opened, Progress())
 
 
@@ -95,7 +95,7 @@ def _summarise(story: Story) -> Summary:
         opened.meta(),
         model_sha256=opened.model_sha256,
         tests=story.tests_of(planned),
-        notes=[raised.told for raised in opened.raised],
+        notes=[changed.told for changed in opened.changed],
     )
 
 

@@ -14,7 +14,7 @@ from finetrial.space import largest, middle, smallest
 from finetrial.study import MIN_PAIRS, Study
 
 FROZEN_BODY = "frozen-body"
-# A head of a few thousand weights on fixed features: a rate and passes at which it has settled on all tasks.
+# A head of a few thousand weights on fixed features; not searched, for it is no arm.
 FROZEN_BODY_SETTINGS: dict[str, Setting] = {
     "learning_rate": 1e-2, "epochs": 3, "warmup_ratio": 0.1, "weight_decay": 0.0,
 }  # fmt: skip

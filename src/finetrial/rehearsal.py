@@ -72,7 +72,8 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     checkpoint_seconds, checkpoint_bytes = _write_checkpoint(loop, folder)
     del loop
     overfit, model = _learn_by_heart(bench, folder, built.tokenizer, features, fit, asked["learning_rates"])
-    kept = keep_and_measure(bench, folder, model, asked["measure"], neighbour=True)
+    measures = asked["measure"] if overfit.fault is None else {}  # weights that diverged may be no numbers
+    kept = keep_and_measure(bench, folder, model, built.tokenizer, measures, neighbour=True)
 
     def phase(rows: Sequence[Feature], encoded: float) -> Phase:
         paces = tuple(_pace(spec, rows, fit, size, speeds[size]) for size in sorted(speeds))
@@ -97,7 +98,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         checkpoint_bytes=checkpoint_bytes,
         save_seconds=kept.save_seconds,
         model_bytes=kept.model_bytes,
-        probe_seconds=opened + kept.measure_seconds if asked["measure"] else 0.0,
+        probe_seconds=opened + kept.measure_seconds if measures else 0.0,
         contradictions=contradictions(features),
     )
     return Result(

@@ -6,6 +6,7 @@ None of what they show decides a claim. As `report_tables.py`: text from a summa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from finetrial import report_text as text
 from finetrial.report_tables import Cell, Table, columns_of
@@ -99,7 +100,9 @@ def at_equal_score(summary: Summary) -> Table:
         found = claim.at_equal_score
         if found is None:
             continue
-        show = text.significant if claim.kind == "drifts_less" else _two_places
+        show = partial(text.fixed, decimals=3 if claim.unit == "nats" else 1)
+        show = text.significant if claim.kind == "drifts_less" else show
+        unit = "" if claim.kind == "drifts_less" else f" {claim.unit}"
         shares = " / ".join(f"{share:.2f}" for share in found.shares)
         places = text.claim_decimals(summary, claim)
         rows.append(
@@ -108,22 +111,18 @@ def at_equal_score(summary: Summary) -> Table:
                 str(len(found.pairs)),
                 text.fixed(found.score, places),
                 shares,
-                *(_shown(value, show) for value in (found.method, found.reference, found.difference)),
+                *(_shown(value, show) + unit for value in (found.method, found.reference, found.difference)),
             )
         )
     note = (
         "Beside the verdicts, which compare the methods where each of them ended: drift or forgetting where "
-        "both have the worse one's score on validation. The model that is better there is taken back on the "
-        "straight line to the base's body, its head kept, to where its score first reaches the other's; "
-        "between measured points the line is taken as linear. Shares: of the updates that are left, method / "
-        "reference. Brackets: 95 % t-interval over pairs of seeds."
+        "both have the worse one's score on validation. Each model is taken back on the straight line to the "
+        "base's body, its head kept, to where its score first reaches that; between measured points the line "
+        "is taken as linear. Shares: of the updates that are left, method / reference. Brackets: 95 % "
+        "t-interval over pairs of seeds."
     )
     columns = columns_of("Claim", "#Pairs", "#Score", "Shares", "#Method", "#Reference", "#Difference")
     return Table("at-equal-score", "At equal task score", columns, tuple(rows), note)
-
-
-def _two_places(value: float) -> str:
-    return text.fixed(value, 2)
 
 
 def _shown(value: Interval, show: Callable[[float], str]) -> str:

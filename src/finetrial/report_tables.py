@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from finetrial import report_text as text
 from finetrial.records import Setting
-from finetrial.summary import ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
+from finetrial.summary import FROZEN_BODY, ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
 
 ICONS = {
     "supported": "✓",
@@ -79,8 +79,8 @@ def verdicts(summary: Summary) -> Table:
         for claim in summary.claims
     ]
     note = (
-        "Difference: method minus reference on test, over paired replicate seeds; for drift, how much less the "
-        "mean is, in % of the reference's. Brackets: two-sided 95 % interval, by t, or for drift by Fieller."
+        "Difference: method minus reference on test, over paired replicate seeds; for drift, the relative "
+        "change of the mean. Brackets: two-sided 95 % interval, by t, or for drift by Fieller."
     )
     columns = columns_of("Task", "Claim", "#Difference (95 % interval)", "#Seeds", "Verdict")
     return Table("verdicts", "Verdicts", columns, tuple(rows), note)
@@ -160,6 +160,8 @@ def scores(summary: Summary, task: TaskSummary) -> Table:
         f"counted under Seeds. {task.metric} is the task's metric "
         f"({'higher' if task.higher_is_better else 'lower'} is better)."
     )
+    if FROZEN_BODY in task.baselines:
+        note += " Frozen body: the head alone, at settings that were not searched, once, on the search's rows."
     base = next(iter(task.baselines.values()), {})
     if sizes := {metric: int(base[metric]) for metric in sorted(counts) if metric in base}:
         note += f" Groups of the test split: {text.mapping_text(sizes)}."

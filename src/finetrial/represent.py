@@ -22,13 +22,13 @@ from finetrial.cka import MIN_ROWS, CkaAccumulator, gram_cka, grams
 from finetrial.similarity import (
     NEIGHBOURS,
     SUBSAMPLE_SHARE,
+    Subsamples,
     mean_cosine,
     neighbour_overlap,
     procrustes,
     relative_change,
     rsa,
     standardised,
-    subsample_error,
     variance_shares,
 )
 
@@ -182,23 +182,23 @@ def _rows_error(before: Sequence[NDArray[np.float32]], after: Sequence[NDArray[n
     """The error that the choice of rows gives the mean over blocks; the same subsamples for every block.
 
     Of more than `PAIR_ROWS` rows from that many, for it falls with the root of their number. None where there
-    are too few rows, or a block does not vary.
+    are too few rows, or a block does not vary. Memory: 2 x (at most `PAIR_ROWS`) squared x 8 B.
     """
     n = len(before[0]) if before else 0
     some = np.linspace(0, n - 1, min(n, PAIR_ROWS)).round().astype(int)
     if round(SUBSAMPLE_SHARE * len(some)) < MIN_ROWS:
         return None
-    made = [grams(one[some], other[some]) for one, other in zip(before, after, strict=True)]
-
-    def mean_drift(rows_N1: NDArray[Any], _: NDArray[Any]) -> float | None:
-        both = np.ix_(*2 * [rows_N1[:, 0].astype(int)])
-        found = [gram_cka(before_NN[both], after_NN[both]) for before_NN, after_NN in made]
-        known = [value for value in found if value is not None]
-        return 1 - sum(known) / len(known) if len(known) == len(found) else None
-
-    places = np.arange(len(some))[:, None]
-    error = subsample_error(mean_drift, places, places, np.random.default_rng(0), times=SUBSAMPLES)
-    return None if error is None else error * float(np.sqrt(len(some) / n))
+    samples = Subsamples.drawn(len(some), np.random.default_rng(0), times=SUBSAMPLES)
+    drifts = np.zeros(SUBSAMPLES)
+    for one, other in zip(before, after, strict=True):
+        before_NN, after_NN = grams(one[some], other[some])
+        for number, rows in enumerate(samples.rows):
+            both = np.ix_(rows, rows)
+            found = gram_cka(before_NN[both], after_NN[both])
+            if found is None:
+                return None
+            drifts[number] += (1 - found) / len(before)
+    return samples.error(drifts) * float(np.sqrt(len(some) / n))
 
 
 def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> list[LayerMeasures]:

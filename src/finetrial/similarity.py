@@ -13,7 +13,7 @@ and not by comparing them (see `cka.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -239,18 +239,35 @@ def subsample_error(
         ValueError: as the measure, a share that keeps no row or all, or fewer than 2 times.
     """
     before_ND, after_NE = paired(before_ND, after_NE)
-    n = len(before_ND)
-    kept = round(share * n)
-    if not 0 < kept < n or times < 2:
-        raise ValueError(f"{times} subsamples of {kept} of {n} rows; at least 2 of some rows and not all")
-    values = []
-    for _ in range(times):
-        rows = np.sort(rng.choice(n, kept, replace=False))
+    samples, values = Subsamples.drawn(len(before_ND), rng, share=share, times=times), []
+    for rows in samples.rows:
         value = measure(before_ND[rows], after_NE[rows])
         if value is None:
             return None
         values.append(value)
-    return float(np.std(values, ddof=1)) * math.sqrt(kept / (n - kept))
+    return samples.error(values)
+
+
+class Subsamples(NamedTuple):
+    """Rows drawn without replacement, several times; what they say of an error is `subsample_error`'s."""
+
+    rows: Sequence[NDArray[np.int64]]
+    of: int
+
+    @classmethod
+    def drawn(
+        cls, n: int, rng: np.random.Generator, *, share: float = SUBSAMPLE_SHARE, times: int = 100
+    ) -> Subsamples:
+        """`times` subsamples of `share` of `n` rows, each in order. Raises ValueError as `subsample_error`."""
+        kept = round(share * n)
+        if not 0 < kept < n or times < 2:
+            raise ValueError(f"{times} subsamples of {kept} of {n} rows; at least 2 of some rows and not all")
+        return cls([np.sort(rng.choice(n, kept, replace=False)) for _ in range(times)], n)
+
+    def error(self, values: Sequence[float] | Array) -> float:
+        """The standard error of a value of all rows, from those of the subsamples."""
+        kept = len(self.rows[0])
+        return float(np.std(values, ddof=1)) * math.sqrt(kept / (self.of - kept))
 
 
 def _without_null_space(x_ND: Array) -> Array:

@@ -123,10 +123,10 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         scores["test"], per_example["test"] = scored.metrics, scored.per_example
     if spec.measures:
         tokens = EVALUATION_TOKENS >> folder.out_of_memory()
-        kept = keep_and_measure(
-            bench, folder, trained.accelerator.unwrap_model(trained.model), spec.measures, tokens=tokens
-        )
-        measures = kept.measures
+        whole = trained.accelerator.unwrap_model(trained.model)
+        measures = keep_and_measure(
+            bench, folder, whole, built.tokenizer, spec.measures, tokens=tokens
+        ).measures
     if spec.stage == "replicate":
         saved_bytes = _save_model(bench, folder, trained.model, built.tokenizer)
         folder.event("model saved", bytes=saved_bytes)
@@ -142,7 +142,7 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
         training=_training_facts(bench, progress, len(features), fit),
         proof=prove(bench, trained.model),
         cost=cost_of(clock, trained.model, progress, saved_bytes, peak, fit),
-        # A replicate's kept weights; a trial keeps none, so those of its last step.
+        # Those that were tested; a trial keeps none, so those of its last step.
         weights_sha256=checkpoint.weights_hash(checkpoint.trained_tensors(trained.model)),
         examples_sha256=files.sha256_file(folder.examples_file),
         input_sha256=hashes,

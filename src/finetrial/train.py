@@ -92,7 +92,7 @@ def train(
         if progress.step in evaluate_at:
             loop.judge(validation, asked)
         over = progress.stopped_early or last
-        if over and spec.stage != "replicate":
+        if over and spec.stage == "trial":
             break
         if not over:
             loop.keep_to_budget()
@@ -331,5 +331,5 @@ def _check_weights(model: Any) -> None:
 
 
 def _keeps_best(spec: RunSpec) -> bool:
-    """A trial's weights are never used again; a replicate's best are what is tested and saved."""
-    return spec.stage == "replicate" and spec.rules.keep == "best"
+    """A trial's weights are never used again; of all others the best are what is tested."""
+    return spec.stage != "trial" and spec.rules.keep == "best"

@@ -96,7 +96,8 @@ def interpolated(
     """Every share, the largest first, and a model whose body is the base's plus that share of the update.
 
     Its head is the tuned model's. It is one model throughout: use it before the next is asked for. Adapters are
-    merged into it; base and tuned stay as they are. At share 0 the body has the base's own bits.
+    merged into it; base and tuned stay as they are. At share 0 the body has the base's own bits. A model whose
+    body has not moved gives nothing.
 
     Raises:
         ModelError: the tuned model has other parameters than the base, even with its adapters merged.
@@ -108,6 +109,10 @@ def interpolated(
     body = [name for name in theirs if not in_head(name, head_names)]
     if missing := [name for name in body if name not in own]:
         raise ModelError(f"measure.interpolation: the tuned model has no {missing[0]}; leave it out")
+    if more := [name for name in own if name not in theirs and not in_head(name, head_names)]:
+        raise ModelError(f"measure.interpolation: the base has no {more[0]} that could go back; leave it out")
+    if all(torch.equal(theirs[name], own[name]) for name in body):
+        return
     at = 1.0
     for share in sorted(shares, reverse=True):
         for name in body:

@@ -48,13 +48,12 @@ class Interpolation:
         Raises:
             ModelError: the tuned model has other parameters than the base, even with its adapters merged.
         """
-        from finetrial.updates import interpolated, matrix_updates
+        from finetrial.updates import interpolated
 
-        if not any(update.update_MN.any() for update in matrix_updates(given.base, given.tuned)):
-            return {"points": [], "input_sha256": given.input_sha256}
-        points = [_point(1.0, given, given.tuned)]
-        for share, model in interpolated(given.base, given.tuned, given.head_names, [0.0, *params.shares]):
-            points.append(_point(share, given, model))
+        line = interpolated(given.base, given.tuned, given.head_names, [0.0, *params.shares])
+        points = [_point(share, given, model) for share, model in line]
+        if points:
+            points.insert(0, _point(1.0, given, given.tuned))
         return {"points": points[::-1], "input_sha256": given.input_sha256}
 
 
