@@ -17,6 +17,7 @@ from finetrial.summary import (
     AcrossTasks,
     ArmCost,
     ArmSummary,
+    AtEqualScore,
     Bootstrapped,
     ClaimResult,
     Control,
@@ -312,11 +313,20 @@ def _claim(
         "of_method": Denominator(planned=5, valid=4, absent={"diverged": 1}) if task == "sst2" else FIVE,
         "of_reference": FIVE if task == "sst2" else Denominator(planned=5, valid=4, absent={VOID: 1}),
         "on_examples": ON_EXAMPLES.get(task) if kind == "within" else None,
+        "at_equal_score": AT_EQUAL_SCORE.get(kind) if task == "sst2" else None,
         **more,
     }
     return ClaimResult.model_validate(fields)
 
 
+AT_EQUAL_SCORE = {
+    kind: AtEqualScore(
+        method=interval_of([value, value * 1.2]), reference=interval_of([value * 2, value * 2.2]),
+        difference=interval_of([-value, -value * 1.1]), shares=(1.0, 0.62), score=88.1, pairs=(0, 1),
+        run_ids=("probe.sst2.lora.000-99aabbcc", "probe.sst2.full.000-99aabbcc"),
+    )
+    for kind, value in (("drifts_less", 0.04), ("forgets_less", 0.8))
+}  # fmt: skip
 FIVE = Denominator(planned=5, valid=5, absent={})
 VOID = "void, the head did not move"
 ON_EXAMPLES = {

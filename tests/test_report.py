@@ -92,8 +92,8 @@ def test_it_writes_every_file_and_leaves_no_scratch_behind(home: Path) -> None:
     assert (folder / "report.md").exists()
     tables = sorted(path.name for path in (folder / "tables").iterdir())
     assert tables == [
-        "across.tex", "cost.tex", "drift.squad_v2.tex", "drift.sst2.tex", "effects.tex", "examples.tex",
-        "forgetting.sst2.tex", "ledger.squad_v2.tex", "ledger.sst2.tex", "scores.squad_v2.tex",
+        "across.tex", "at-equal-score.tex", "cost.tex", "drift.squad_v2.tex", "drift.sst2.tex", "effects.tex",
+        "examples.tex", "forgetting.sst2.tex", "ledger.squad_v2.tex", "ledger.sst2.tex", "scores.squad_v2.tex",
         "scores.sst2.tex", "spectrum.squad_v2.tex", "spectrum.sst2.tex", "verdicts.tex",
     ]  # fmt: skip
     assert len(list((folder / "figures").iterdir())) == 14 * 4
