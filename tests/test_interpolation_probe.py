@@ -82,7 +82,7 @@ def test_the_ends_are_scored_and_the_other_measures_are_taken_between_them():
 
     given = ProbeInput(
         base, trained(base, head), None, [], "x", head_names=(head,), others={"drift": drift},
-        score=lambda model: {"f1": float(model.get_parameter(f"{head}.bias").sum())},
+        score=lambda model: {"f1": model.get_parameter(f"{head}.bias").sum().item()},
     )  # fmt: skip
     found = INTERPOLATION.measure(given, INTERPOLATION.Params(shares=[0.5]))
     assert [point["share"] for point in found["points"]] == [0.0, 0.5, 1.0]
