@@ -47,7 +47,7 @@ search:
   space: {{epochs: 1, batch_size: {batch}, warmup_ratio: 0.0, weight_decay: 0.01}}
 measure: []
 claims: []
-run: {{threads: {threads}, checkpoint: null}}
+run: {{threads: {threads}, checkpoint: 1 h}}
 """
 FILES = {
     "sst2": ("train.jsonl", "validation.jsonl"),
