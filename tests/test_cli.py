@@ -114,7 +114,9 @@ def test_planning_imports_no_torch():
 
 
 @pytest.mark.parametrize("name", ONE_MISTAKE)
-def test_a_wrong_study_file_is_one_message_and_exit_code_1(name):
+def test_a_wrong_study_file_is_one_message_and_exit_code_1(tiny_bert, name):
+    for model in ("model", "m"):
+        Path(model).symlink_to(tiny_bert)
     sections, message = ONE_MISTAKE[name]
     Path("study.yaml").write_text(text_of(**sections))
     for verb in ("check", "plan", "run"):
@@ -187,6 +189,20 @@ def test_a_model_or_data_file_that_is_not_there_comes_at_once(tiny_bert, verb, s
     assert result.stderr.startswith(f"study.yaml has 1 problem\n  {where}: ")
     assert "Traceback" not in result.output
     assert not Path("runs").exists()
+
+
+def test_missing_files_come_in_the_same_message_as_mistaken_keys():
+    data = "{train: nowhere.jsonl, test: ./nowhere.csv}"
+    Path("study.yaml").write_text(
+        text_of(model="./nowhere", tasks=f"{{classification: {{data: {data}}}}}", search="{trails: 3}")
+    )
+    result = call("run", "study.yaml")
+    assert_refused(result)
+    lines = result.stderr.splitlines()
+    assert lines[0] == "study.yaml has 3 problems"
+    assert lines[1].startswith("  search.trails (line ")
+    assert lines[2].startswith("  model: ")
+    assert lines[3].startswith("  tasks.classification: ")
 
 
 # -- init and plan ---------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from finetrial.search import random_draw
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study
 from finetrial.summary import (
-    FROZEN_BODY,
+    FROZEN_BASELINE,
     UNTRAINED,
     ArmCost,
     ArmSummary,
@@ -147,7 +147,7 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
             baselines[UNTRAINED] = result.scores["test"]
     frozen = run_of_task(ordered, task.name, "baseline", trained=True)
     if frozen and frozen.result and void_reason(frozen) is None and "test" in frozen.result.scores:
-        baselines[FROZEN_BODY] = frozen.result.scores["test"]
+        baselines[FROZEN_BASELINE] = frozen.result.scores["test"]
     return TaskSummary(
         name=task.name,
         metric=metric.name,
@@ -366,6 +366,6 @@ def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:
     known = {
         name: scores[task.metric]
         for name, scores in task.baselines.items()
-        if name not in (UNTRAINED, FROZEN_BODY) and task.metric in scores
+        if name not in (UNTRAINED, FROZEN_BASELINE) and task.metric in scores
     }
     return max(known.items(), key=lambda item: (sign * item[1], item[0]), default=None)

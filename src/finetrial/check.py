@@ -24,7 +24,7 @@ from finetrial.schedule import Lane
 from finetrial.store import Home
 from finetrial.study import Study
 from finetrial.study_log import study_log
-from finetrial.summary import FROZEN_BODY, UNTRAINED
+from finetrial.summary import FROZEN_BASELINE, UNTRAINED
 
 PILOTS = 2
 
@@ -151,7 +151,7 @@ def _task(task: TaskSpec, found: Evidence) -> TaskCheck:
     validation[UNTRAINED] = result.scores["validation"][metric.name]
     frozen = found.frozen[task.name].result
     if frozen is not None and frozen.score is not None:
-        validation[FROZEN_BODY] = frozen.score
+        validation[FROZEN_BASELINE] = frozen.score
     return TaskCheck(
         metric=metric.name, higher_is_better=metric.higher_is_better, rows=result.split_rows, test=trivial,
         validation=validation,

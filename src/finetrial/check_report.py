@@ -9,7 +9,7 @@ from finetrial.forecast import Forecast
 from finetrial.progress import duration_text as duration
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.rehearsed import Rehearsal
-from finetrial.summary import FROZEN_BODY
+from finetrial.summary import FROZEN_BASELINE
 
 NOTHING = "-"
 
@@ -44,7 +44,7 @@ class TaskCheck(Frozen):
     @property
     def best(self) -> float:
         """Of what needs no training, on validation, where pilots are scored."""
-        scores = [score for name, score in self.validation.items() if name != FROZEN_BODY]
+        scores = [score for name, score in self.validation.items() if name != FROZEN_BASELINE]
         return max(scores) if self.higher_is_better else min(scores)
 
     def beaten_by(self, scores: Sequence[float]) -> bool:

@@ -13,7 +13,7 @@ from finetrial.records import MethodSpec, RunRecord, Setting, TaskSpec
 from finetrial.space import Choice, Dimension, Range
 from finetrial.study import Study
 from finetrial.summary import (
-    FROZEN_BODY,
+    FROZEN_BASELINE,
     ArmSummary,
     DimensionSummary,
     FailureRow,
@@ -258,7 +258,7 @@ def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
     known = {
         base: scores[task.metric]
         for base, scores in task.baselines.items()
-        if task.metric in scores and base != FROZEN_BODY
+        if task.metric in scores and base != FROZEN_BASELINE
     }
     mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
     if mean is None or mean.low is None or mean.high is None or not known:

@@ -15,7 +15,7 @@ from finetrial import files
 from finetrial import report_text as text
 from finetrial.records import Setting
 from finetrial.report import citation, escape_markdown
-from finetrial.summary import FROZEN_BODY, ArmSummary, ReplicatePoint, Summary, TaskSummary
+from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
 
 CARD = "README.md"
 LIMITS = (
@@ -88,7 +88,7 @@ def _scores(task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, place
         known = {
             name: base[metric]
             for name, base in task.baselines.items()
-            if metric in base and name != FROZEN_BODY
+            if metric in base and name != FROZEN_BASELINE
         }
         best = max(known.items(), key=lambda item: item[1] if task.higher_is_better else -item[1], default=None)
         shown = f"{text.fixed(best[1], places[metric])} ({best[0]})" if best else text.missing("not defined")

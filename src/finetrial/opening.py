@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetrial import files
-from finetrial.errors import DataError, HomeError, ModelError, Problem, StudyError
+from finetrial.errors import HomeError, StudyError
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
-from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs
+from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs, not_there
 from finetrial.store import Damaged, Home, RunFolder
 from finetrial.study import Study
 from finetrial.summary import Meta
@@ -208,27 +208,14 @@ def resolve_inputs(study: Study) -> dict[str, dict[str, str]]:
     Raises:
         StudyError: the model or data files are not there; it names all of them.
     """
-    base, problems = Path(study.base), []
-    model: dict[str, str] = {}
-    try:
-        model = model_inputs(study.model, base)
-    except (ModelError, DataError) as error:  # DataError: a variable in the path is not set
-        problems.append(Problem("model", str(error)))
-    measured: dict[str, str] = {}
-    for name, measure in study.measure.items():
-        try:
-            measured |= measure_inputs(name, measure, base)
-        except DataError as error:
-            problems.append(Problem(f"measure.{name}", str(error)))
-    inputs = {}
-    for task in study.tasks:
-        try:
-            inputs[task.name] = model | data_inputs(task, base) | measured
-        except DataError as error:
-            problems.append(Problem(f"tasks.{task.name}", str(error)))
+    base = Path(study.base)
+    problems = not_there(study.model, study.tasks, study.measure, base)
     if problems:
         raise StudyError(study.file, problems)
-    return inputs
+    shared = model_inputs(study.model, base)
+    for name, measure in study.measure.items():
+        shared |= measure_inputs(name, measure, base)
+    return {task.name: shared | data_inputs(task, base) for task in study.tasks}
 
 
 def _write(home: Home, lock: Lock) -> None:

@@ -104,14 +104,27 @@ class Collector:
         self.found: list[tuple[int, Problem]] = [(_line(problem), problem) for problem in problems]
         self.unread = {problem.where for problem in problems}  # their values stand for nothing
         self.meant: set[KeyPath] = set()  # keys that a misspelt one stands for
+        self.faulty: set[KeyPath] = set()  # key paths with a problem
 
     def add(self, path: KeyPath, message: str) -> None:
         """One problem at a key path; the line is that of the path or its nearest parent."""
+        self.faulty.add(path)
         line = next((self.lines[path[:i]] for i in range(len(path), 0, -1) if path[:i] in self.lines), 0)
         shown = ".".join(_plain(part) for part in path) or "file"
         where = f"{shown} (line {line})" if line else shown
         if where not in self.unread:
             self.found.append((line, Problem(where, message)))
+
+    def is_sound(self, *path: str | int) -> bool:
+        """Whether nothing is wrong at a key path, around it or in it, so that its value can be used.
+
+        An entry of a list is found by its number and known by its name: a fault in one is one in all of them.
+        """
+        for found in self.faulty:
+            where = found[:1] if any(isinstance(part, int) for part in found[:2]) else found
+            if path[: len(where)] == where[: len(path)]:
+                return False
+        return True
 
     @property
     def problems(self) -> list[Problem]:

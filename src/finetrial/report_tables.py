@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from finetrial import report_text as text
 from finetrial.records import Setting
-from finetrial.summary import FROZEN_BODY, ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
+from finetrial.summary import FROZEN_BASELINE, ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
 
 ICONS = {
     "supported": "✓",
@@ -160,7 +160,7 @@ def scores(summary: Summary, task: TaskSummary) -> Table:
         f"counted under Seeds. {task.metric} is the task's metric "
         f"({'higher' if task.higher_is_better else 'lower'} is better)."
     )
-    if FROZEN_BODY in task.baselines:
+    if FROZEN_BASELINE in task.baselines:
         note += " Frozen body: the head alone, at settings that were not searched, once, on the search's rows."
     base = next(iter(task.baselines.values()), {})
     if sizes := {metric: int(base[metric]) for metric in sorted(counts) if metric in base}:

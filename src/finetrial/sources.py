@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetrial import files, plugins
-from finetrial.errors import DataError, ModelError
+from finetrial.errors import DataError, ModelError, Problem
 from finetrial.paths import expand_path
 from finetrial.records import ModelSource, TaskSpec
 
@@ -122,6 +123,24 @@ def _package_folder(text: str) -> Path:
     return folder
 
 
+def not_there(
+    model: ModelSource | None, tasks: Iterable[TaskSpec], measures: Mapping[str, Mapping[str, Any]], base: Path
+) -> list[Problem]:
+    """What of a study's model and data files cannot be found; nothing is read."""
+    looks: list[tuple[str, Callable[[], object]]] = []
+    if model is not None:
+        looks.append(("model", partial(locate_model, model, base)))
+    looks += [(f"measure.{name}", partial(_measure_files, measure, base)) for name, measure in measures.items()]
+    looks += [(f"tasks.{task.name}", partial(_data_files, task, base)) for task in tasks]
+    problems = []
+    for where, look in looks:
+        try:
+            look()
+        except (ModelError, DataError) as error:  # DataError of a model: a variable in its path is not set
+            problems.append(Problem(where, str(error)))
+    return problems
+
+
 def model_inputs(source: ModelSource, base: Path) -> dict[str, str]:
     """`{"model": SHA-256}` over the names and contents of the model's files; of a Hub model its revision."""
     location = locate_model(source, base)
@@ -142,9 +161,7 @@ def data_inputs(task: TaskSpec, base: Path) -> dict[str, str]:
     Raises:
         DataError: a file is not there.
     """
-    plugin = plugins.load("tasks", task.use)
-    params = plugin.Params.model_validate(task.params)
-    return _hashes("data", task.name, plugin.files(params, base))
+    return _hashes("data", _data_files(task, base))
 
 
 def measure_inputs(name: str, measure: Mapping[str, Any], base: Path) -> dict[str, str]:
@@ -153,18 +170,33 @@ def measure_inputs(name: str, measure: Mapping[str, Any], base: Path) -> dict[st
     Raises:
         DataError: a file is not there.
     """
+    return _hashes(f"measure.{name}", _measure_files(measure, base))
+
+
+def _data_files(task: TaskSpec, base: Path) -> list[Path]:
+    plugin = plugins.load("tasks", task.use)
+    return _all_there(task.name, plugin.files(plugin.Params.model_validate(task.params), base))
+
+
+def _measure_files(measure: Mapping[str, Any], base: Path) -> list[Path]:
     plugin = plugins.load("probes", measure["use"])
     if not hasattr(plugin, "files"):
-        return {}
-    params = plugin.Params.model_validate(measure["params"])
-    return _hashes(f"measure.{name}", f"measure.{name}", plugin.files(params, base))
+        return []
+    return _all_there(measure["use"], plugin.files(plugin.Params.model_validate(measure["params"]), base))
 
 
-def _hashes(kind: str, of: str, paths: Iterable[Path]) -> dict[str, str]:
-    hashes: dict[str, str] = {}
+def _all_there(of: str, paths: Iterable[Path]) -> list[Path]:
+    """The paths, once each is seen to be a file: a plug-in of the user's may name any."""
+    paths = list(paths)
     for path in paths:
         if not path.is_file():
             raise DataError(f"{of}: the data file {path} is not there; check its path in the study file")
+    return paths
+
+
+def _hashes(kind: str, paths: Iterable[Path]) -> dict[str, str]:
+    hashes: dict[str, str] = {}
+    for path in paths:
         parts = 1
         while (key := "/".join([kind, *path.parts[-parts:]])) in hashes and parts < len(path.parts):
             parts += 1  # as much of the path as tells the files apart

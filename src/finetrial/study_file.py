@@ -1,7 +1,7 @@
 """Reading a study file: YAML in, a complete `Study` out, or every mistake in one message.
 
 Each section has one function here. Nothing is loaded beyond the plug-ins' parameter models: whether the
-model and the data exist is `finetrial check`'s question.
+model and the data are there is `opening.py`'s question, asked here only of a file that has mistakes already.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from finetrial.errors import Problem, StudyError
 from finetrial.problems import Collector, guess, nearest, show
 from finetrial.records import ClaimKind, EarlyStopping, LoopRules, MethodSpec, ModelSource
 from finetrial.secrets_guard import held_by
+from finetrial.sources import not_there
 from finetrial.strict_yaml import MAX_BYTES, parse, parse_duration, parse_size
 from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
 
@@ -61,7 +62,7 @@ def load_study(file: str | Path) -> Study:
         raise wrong(f"is not UTF-8 text ({where}); save it as UTF-8") from None
     except OSError as error:
         raise wrong(f"cannot be read: {error.strerror}; check its path and permissions") from None
-    return parse_study(text, file=str(file), base=path.resolve().parent)
+    return parse_study(text, file=str(file), base=path.resolve().parent, list_missing=True)
 
 
 def _file_hint(path: Path) -> str:
@@ -73,8 +74,11 @@ def _file_hint(path: Path) -> str:
     return "give the path of a study file; `finetrial init` writes one"
 
 
-def parse_study(text: str, *, file: str, base: Path) -> Study:
-    """As `load_study`, from text; relative paths in it are taken from `base`."""
+def parse_study(text: str, *, file: str, base: Path, list_missing: bool = False) -> Study:
+    """As `load_study`, from text; relative paths in it are taken from `base`.
+
+    `list_missing`: a text with mistakes is also told which model and data files are not there.
+    """
     value, lines, problems = parse(text)
     if value is None:
         raise StudyError(file, problems)
@@ -111,9 +115,21 @@ def parse_study(text: str, *, file: str, base: Path) -> Study:
             (),
             f"it holds the value of {held}, and a study file is copied into the study's folder; leave it out",
         )
-    if collector.problems:
-        raise StudyError(file, collector.problems)
+    problems = collector.problems
+    if problems and list_missing:  # a run would be refused for it next
+        problems += _not_there(collector, fields, base)
+    if problems:
+        raise StudyError(file, problems)
     return Study(**fields, file=file, base=str(base))
+
+
+def _not_there(collector: Collector, fields: dict[str, Any], base: Path) -> list[Problem]:
+    """What cannot be found of the model and data that are named without a mistake."""
+    model = fields.get("model") if collector.is_sound("model") else None
+    tasks = [task for task in fields.get("tasks", ()) if collector.is_sound("tasks", task.name)]
+    measure = fields.get("measure") or {}
+    measures = {name: given for name, given in measure.items() if collector.is_sound("measure", name)}
+    return not_there(model, tasks, measures, base)
 
 
 def _model(collector: Collector, value: Any) -> ModelSource | None:

@@ -177,7 +177,7 @@ class ArmSummary(Frozen):
 
 
 # Baselines that are no trivial answers: the model with a fresh head, and its head alone trained.
-UNTRAINED, FROZEN_BODY = "untrained", "frozen body"
+UNTRAINED, FROZEN_BASELINE = "untrained", "frozen body"
 
 
 class Control(Frozen):
