@@ -105,8 +105,10 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     accelerator = make_accelerator(spec.rules)
-    model, optimizer, scheduler = prepare_optimisation(accelerator, model, spec, STEPS + 1)
-    stepper = Stepper(accelerator, model, optimizer, spec.rules, how_to_step(spec))
+    model = accelerator.prepare(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, scheduler = prepare_optimisation(accelerator, trained, spec, STEPS + 1)
+    stepper = Stepper(accelerator, trained, optimizer, spec.rules, how_to_step(spec))
     model.train()
     batch = {
         key: tensor.to(accelerator.device) for key, tensor in inputs_of(shape["vocab_size"], length).items()

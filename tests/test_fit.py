@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ from finetrial.fit import MARGIN, Ladder, budget_of
 from finetrial.progress import Progress
 from finetrial.records import Fit
 from finetrial.schedule import Scheduler
+from finetrial.tables import used_rows
 from finetrial.train import train
 from finetrial.training_state import Progress as Steps
 from fragile import TROUBLE
@@ -60,6 +63,23 @@ def test_one_linear_layer_takes_what_can_be_worked_out_by_hand():
     assert step.activations >= 2 * weight  # AdamW's temporaries: the root of a moment, and that divided
 
 
+def test_a_table_of_which_few_rows_are_read_takes_their_gradient_and_moments_alone(tiny_bert, tmp_path):
+    climbed = ladder(spec := make_spec(tiny_bert, "full"), tmp_path)
+    tuned, built = climbed.bench.build_tuned()
+    features = climbed.bench.encode(climbed.bench.splits.train, built)
+    used = used_rows(tuned, features, built.tokenizer.pad_token_id, spec)
+    assert used is not None
+    rows = sorted({token for feature in features for token in feature.input_ids} | {0})
+    assert used.rows.tolist() == rows
+    table = used.table.weight
+    trained = sum(p.numel() * 4 for p in tuned.parameters()) - 4 * (table.shape[0] - len(rows)) * table.shape[1]
+    step = climbed.step(climbed.worst, checkpointing=False, split=False)
+    assert step.gradients == trained
+    assert step.optimizer == pytest.approx(2 * trained, rel=0.01)  # two moments, and the counts of steps
+    held = sum(t.numel() * t.element_size() for t in (*tuned.parameters(), *tuned.buffers()))
+    assert step.resident == step.weights == held + 4 * len(rows) * table.shape[1]
+
+
 def ladder(spec, home):
     bench = open_workbench(spec, folder_of(spec, home).home)
     shapes, built = bench.build_tuned(shapes_only=True)
@@ -82,10 +102,12 @@ def over(size):
 def test_a_step_foretold_is_what_the_tracker_of_torch_sees(model, request, tmp_path):
     spec = make_spec(request.getfixturevalue(model), "full")
     climbed = ladder(spec, tmp_path)
-    foretold = climbed.step(climbed.worst, checkpointing=False, split=False)
-    tuned, built = climbed.bench.build_tuned()
+    shapes, built = climbed.bench.build_tuned(shapes_only=True)  # not the ladder's, which trains few rows
     batch = collate(climbed.worst, built.tokenizer.pad_token_id)
-    optimizer = torch.optim.AdamW(tuned.parameters())
+    adamw = partial(torch.optim.AdamW, fused=True)
+    foretold = memory.training_step(shapes, batch, climbed.bench.task.head.loss_sum, adamw)
+    tuned, _ = climbed.bench.build_tuned()
+    optimizer = adamw(tuned.parameters())
     tuned.train()
     tracker = MemTracker()
     tracker.track_external(tuned, optimizer, *batch.values())

@@ -235,9 +235,9 @@ def test_each_tensor_is_clipped_to_its_share_of_the_limit_whatever_the_method(ti
     spec = make_spec(tiny_bert, method, rules={"clip": "per_tensor", "max_grad_norm": 2.0})
     model, _ = open_workbench(spec, folder_of(spec, tmp_path).home).build_tuned()
     accelerator = make_accelerator(spec.rules)
-    model, optimizer, _ = prepare_optimisation(accelerator, model, spec, 10)
     trained = [p for p in model.parameters() if p.requires_grad]
-    stepper = Stepper(accelerator, model, optimizer, spec.rules, Stepping())
+    optimizer, _ = prepare_optimisation(accelerator, trained, spec, 10)
+    stepper = Stepper(accelerator, trained, optimizer, spec.rules, Stepping())
     wanted, squares = {}, 0.0
     for index, parameter in enumerate(trained):
         norm = (0.1, 5.0)[index % 2]

@@ -80,7 +80,7 @@ def test_no_more_is_decayed_than_matrices(tiny_bert, tmp_path):
     spec = make_spec(tiny_bert, "full", settings={"weight_decay": 0.07})
     model, _ = open_workbench(spec, folder_of(spec, tmp_path).home).build_tuned()
     accelerator = make_accelerator(spec.rules)
-    _, optimizer, _ = prepare_optimisation(accelerator, model, spec, 10)
+    optimizer, _ = prepare_optimisation(accelerator, list(model.parameters()), spec, 10)
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {id(p): 0.07 if p.ndim > 1 else 0.0 for p in model.parameters()}
 

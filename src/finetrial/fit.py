@@ -28,6 +28,7 @@ from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
 from finetrial.records import Fit, RunSpec
+from finetrial.tables import shrink
 
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
 # for the system, the coordinator, and what a prediction does not see.
@@ -69,6 +70,7 @@ class Ladder:
         self.asked = bench.spec.how.gradient_checkpointing
         self.device = pick_device().type
         self.budget = budget_of(bench.spec.how.memory_bytes, bench.spec.how.parallel)
+        shrink(shapes, features, pad_token_id, bench.spec, self.device)
         self.held = resident_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
         lengths = [len(feature.input_ids) for feature in features]
         self.worst = [features[i] for i in heaviest(planned_batches(lengths, bench.spec), lengths)]

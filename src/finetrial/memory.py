@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_iter
 
 from finetrial.batching import model_inputs
 
+# Of a table of which few rows are trained: the parameter of a model of shapes that stands for those.
+STAND_IN = "used_rows"
+
 Inputs = Mapping[str, torch.Tensor]
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -154,6 +157,9 @@ def _forward_and_backward(model: Any, batch: Inputs, loss_of: Any, autocast: Aut
         loss = torch.stack([each.float().sum() for each in floats]).sum()
     del outputs
     loss.backward()
+    for _, stand_in in _stand_ins(model):  # no pass reaches it
+        if stand_in.grad is None:
+            stand_in.grad = torch.empty_like(stand_in)
 
 
 def _frozen_tables(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -162,8 +168,15 @@ def _frozen_tables(model: torch.nn.Module) -> list[torch.Tensor]:
     others = {
         id(p) for m in model.modules() if not isinstance(m, torch.nn.Embedding) for p in m._parameters.values()
     }
+    others |= {id(module.weight) for module, _ in _stand_ins(model)}  # written to, whatever its flag says
     found = {id(table): table for table in tables if not table.requires_grad and id(table) not in others}
     return list(found.values())
+
+
+def _stand_ins(model: torch.nn.Module) -> list[tuple[torch.nn.Embedding, torch.nn.Parameter]]:
+    """The tables of which few rows are trained, and the parameters that stand for those (`tables.py`)."""
+    found = [(m, m._parameters.get(STAND_IN)) for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return [(module, stand_in) for module, stand_in in found if stand_in is not None]
 
 
 def _without_content(model: torch.nn.Module, fakes: Any, device: str) -> list[torch.Tensor]:

@@ -55,7 +55,7 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torc
     groups = [group for group in groups if group["params"]]
     rate, stepping = float(spec.settings["learning_rate"]), how_to_step(spec)
     if stepping == Stepping():
-        return torch.optim.AdamW(groups, lr=rate)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
     return LeanAdamW(
         groups, lr=rate, rounding=stepping.rounding, quantised=stepping.state == "8bit",
         seed=stream_seed(spec.seeds.dropout, "rounding"),
@@ -63,15 +63,14 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torc
 
 
 def prepare_optimisation(
-    accelerator: Accelerator, model: Any, spec: RunSpec, planned_steps: int
-) -> tuple[Any, Any, Any]:
-    """The model and its optimiser as Accelerate wants them, and a schedule with warm-up and decay."""
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], spec)
+    accelerator: Accelerator, trained: Sequence[torch.nn.Parameter], spec: RunSpec, planned_steps: int
+) -> tuple[Any, Any]:
+    """An optimiser as Accelerate wants it, and a schedule with warm-up and decay."""
+    optimizer = make_optimizer(trained, spec)
     warmup_steps = round(float(spec.settings["warmup_ratio"]) * planned_steps)
     name = "constant_with_warmup" if spec.rules.schedule == "constant" else spec.rules.schedule
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=planned_steps)
-    model, prepared = accelerator.prepare(model, optimizer)
-    return model, prepared, scheduler
+    return accelerator.prepare(optimizer), scheduler
 
 
 def how_to_step(spec: RunSpec) -> Stepping:

@@ -63,7 +63,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     counted = lap()
     counts = spec.how.memory_bytes is not None or not ladder.surely_fits()  # or the run need not
     lap()
-    loop = _open(bench, folder, built.tokenizer, fit, learning_rate=0.0)
+    loop = _open(bench, folder, built.tokenizer, features, fit, learning_rate=0.0)
     building = lap()
     speeds = {size: _seconds_per_token(loop, features, size) for size in sorted(asked["batch_sizes"])[::-1]}
     measured, parts = peak_bytes(), loop.progress.micro_batches
@@ -116,8 +116,9 @@ def _capped(whole: Workbench, rows: int | None) -> Workbench:
 
 
 def _open(
-    bench: Workbench, folder: RunFolder, tokenizer: Any, fit: Fit, *, learning_rate: float, **settings: Setting
-) -> Loop:
+    bench: Workbench, folder: RunFolder, tokenizer: Any, features: Sequence[Feature], fit: Fit, *,
+    learning_rate: float, **settings: Setting,
+) -> Loop:  # fmt: skip
     """The arm's own loop at one learning rate that stays."""
     spec = bench.spec.model_copy(
         update={
@@ -127,7 +128,7 @@ def _open(
     )
     bench = replace(bench, spec=spec)
     model, _ = bench.build_tuned()
-    return open_loop(bench, folder, model, tokenizer, Progress(), fit, planned_steps=LEARNING_STEPS)
+    return open_loop(bench, folder, model, tokenizer, features, Progress(), fit, planned_steps=LEARNING_STEPS)
 
 
 # -- how fast --------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def _learn_by_heart(
     """Train on ten samples, at one learning rate after the other until one learns them; the last model, too."""
     samples, tries = pick_samples(features), []
     for rate in rates:
-        loop = _open(bench, folder, tokenizer, fit, learning_rate=rate, weight_decay=0.0)
+        loop = _open(bench, folder, tokenizer, samples, fit, learning_rate=rate, weight_decay=0.0)
         tries.append(_try(loop, samples, rate))
         if tries[-1].learnt:
             break

@@ -6,6 +6,7 @@ One rule for all methods of a study. Not for the update itself: torch's AdamW, o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ class Stepper:
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: Any, optimizer: Any, rules: LoopRules, stepping: Stepping
-    ) -> None:
+        self, accelerator: Accelerator, trained: Sequence[torch.nn.Parameter], optimizer: Any,
+        rules: LoopRules, stepping: Stepping,
+    ) -> None:  # fmt: skip
         if stepping.in_backward and rules.clip == "global":
             raise ValueError("a step in the backward pass needs clip: per_tensor")
         self.accelerator, self.optimizer, self.rules = accelerator, optimizer, rules
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = list(trained)
         self.in_backward, self.last_part = stepping.in_backward, True
         self.limit = rules.max_grad_norm / math.sqrt(len(self.trained))
         self.watch = _Watch(self.trained, optimizer.optimizer)
@@ -108,7 +110,7 @@ class _Watch:
     the weight and, where it has one, its compensation.
     """
 
-    def __init__(self, trained: list[torch.Tensor], optimizer: Any) -> None:
+    def __init__(self, trained: Sequence[torch.Tensor], optimizer: Any) -> None:
         self.optimizer = optimizer
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         stride = -(-sum(p.numel() for p in trained) // WATCHED_ELEMENTS)

@@ -40,6 +40,7 @@ from finetrial.plugins import Feature, metric_of
 from finetrial.records import Fit, LoopRules, RunSpec, Setting, stream_seed
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
+from finetrial.tables import UsedRows, trained_parameters, used_rows
 from finetrial.training_state import Clock, Progress, guard
 
 
@@ -76,7 +77,7 @@ def train(
     """
     spec = bench.spec
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
-    loop = open_loop(bench, folder, model, tokenizer, progress, fit, planned_steps)
+    loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     due = checkpoint.rule(spec.how, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
@@ -121,23 +122,28 @@ def make_accelerator(rules: LoopRules) -> Accelerator:
 
 
 def open_loop(
-    bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any, progress: Progress, fit: Fit,
-    planned_steps: int,
+    bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any, features: Sequence[Feature],
+    progress: Progress, fit: Fit, planned_steps: int,
 ) -> Loop:  # fmt: skip
     """The loop where the folder's newest valid checkpoint left it, or before its first step."""
     if fit.checkpointing:
         checkpoint_gradients(model)
     accelerator = make_accelerator(bench.spec.rules)
-    model, optimizer, scheduler = prepare_optimisation(accelerator, model, bench.spec, planned_steps)
+    model = accelerator.prepare(model)
+    used = used_rows(model, features, tokenizer.pad_token_id, bench.spec)
+    trained = trained_parameters(model, used)
+    optimizer, scheduler = prepare_optimisation(accelerator, trained, bench.spec, planned_steps)
     found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(bench.spec))
     if found is not None:
         progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
+        if used is not None:
+            used.read_again(progress.decay_owed)
         folder.event("resumed", step=progress.step)
     folder.keep_metrics_up_to(progress.step, unjudged=progress.unjudged)
-    stepper = Stepper(accelerator, model, optimizer, bench.spec.rules, how_to_step(bench.spec))
+    stepper = Stepper(accelerator, trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
-        Clock(progress), stepper,
+        Clock(progress), stepper, used,
     )  # fmt: skip
 
 
@@ -157,6 +163,7 @@ class Loop:
     progress: Progress
     clock: Clock
     stepper: Stepper
+    used: UsedRows | None
 
     def step(self, batch: Sequence[Feature]) -> None:
         """One optimiser step over one effective batch.
@@ -172,6 +179,8 @@ class Loop:
         loss = self._backward(batch)
         progress.gradient_norm = self.stepper.finish()
         self.stepper.lost(progress)
+        if self.used is not None:
+            progress.decay_owed = self.used.put_back(self.optimizer)
         progress.weigh(self.stepper.weight_sizes())
         progress.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -233,6 +242,8 @@ class Loop:
         bench, progress, rules = self.bench, self.progress, self.bench.spec.rules
         metric = metric_of(bench.spec.task)
         self.clock.train()
+        if self.used is not None:
+            progress.decay_owed = self.used.settle()
         progress.unjudged = True
         try:
             _check_weights(self.model)

@@ -39,6 +39,7 @@ class Progress:
     first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
     steps_above_start: int = 0
     unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
+    decay_owed: float = 1.0  # what the unused rows of the embeddings are still to be multiplied by
     updates_watched: int = 0  # of a sample of elements, at some steps: updates other than zero
     updates_lost: int = 0  # and those that left the stored weight as it was
     best_step: int | None = None

@@ -78,7 +78,11 @@ def _do(folder: RunFolder) -> int:
         numpy.random.seed(spec.seeds.data_order % 2**32)  # noqa: NPY002 - the global stream is the point
         # Warned of, not refused: an operation without a deterministic form costs bit-equality, not the run.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        from finetrial import stages
+        # Nor is memory filled that is written before it is read, which that would have.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+        from finetrial import dropout, stages
+
+        dropout.install()
 
         sys.stderr.write(f"attempt {attempt}: {stages.describe(spec, folder.path)}\n")
         folder.event(
