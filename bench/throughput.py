@@ -79,11 +79,13 @@ def prepared(task: str, method: str, home: Path) -> tuple[RunSpec, Home]:
 
 
 def ours(spec: RunSpec, home: Home) -> dict[str, Any]:
-    from finetrial import stages
+    from finetrial import worker
 
     run = home.run(spec.run_id)
     run.create(spec)
-    result = stages.run(spec, run)
+    worker.work(run)
+    result = run.result()
+    assert result is not None
     assert result.training is not None
     return {
         "seconds": result.cost.train_seconds, "inputs": result.training.examples,
