@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetrial import models, plugins
+from finetrial import files, models, plugins, prepared
 from finetrial.data import cap_rows
 from finetrial.plugins import AttachInput, Feature, Splits
 from finetrial.records import RunSpec, canonical_json
@@ -64,7 +65,16 @@ class Workbench:
         return plugin.attach(given, self.spec.settings, params), built
 
     def encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
-        return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
+        """Model inputs of some rows; kept for every other run that needs them."""
+
+        def encode() -> list[Feature]:
+            return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
+
+        spec, model = self.spec, self.spec.inputs.get("model")
+        if model is None:  # a spec that was not made by a study
+            return encode()
+        of = [_code(spec), spec.task.use, spec.task.params, spec.model.model_dump(mode="json"), model]
+        return prepared.inputs(self.home.cache, of, examples, encode)
 
 
 def open_workbench(spec: RunSpec, home: Home) -> Workbench:
@@ -76,11 +86,21 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
     base = Path(spec.how.base)
     task = plugins.load("tasks", spec.task.use)
     params = task.Params.model_validate(spec.task.params)
-    splits = task.splits(params, base)
-    if spec.rows is not None:
-        splits = Splits(cap_rows(splits.train, spec.rows), splits.validation, splits.test)
+
+    def read() -> Splits:
+        found = task.splits(params, base)
+        return replace(found, train=cap_rows(found.train, spec.rows))
+
+    data = [files.sha256_file(path) for path in task.files(params, base)]
+    of = [_code(spec), spec.task.use, spec.task.params, data, spec.rows]
+    splits = prepared.splits(home.cache, of, read) if data else read()
     location = models.prepare(spec.model, base, home.cache)
     return Workbench(spec, task, params, splits, location, home)
+
+
+def _code(spec: RunSpec) -> list[Any]:
+    """What makes rows and inputs of files, besides the study's parameters."""
+    return [version("finetrial"), version("transformers"), plugins.own_sources([spec.task.use])]
 
 
 def input_hash(features: Sequence[Feature]) -> str:
