@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from finetrial import plugins
@@ -163,6 +165,34 @@ def test_full_fine_tuning_trains_every_parameter_and_saves_what_transformers_loa
     fresh, _ = make(name, kind, None)
     assert not torch.equal(logits(fresh), expected)
     assert torch.equal(logits(plugin.load(fresh, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_lora_layer_computes_what_pefts_own_does(make, name, autocast):
+    """Outputs and all gradients, with dropout drawn alike; and what is merged, or switched off, too."""
+    found = []
+    for own in (False, True):
+        model, _ = make(name, QA, "lora")
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        assert layers
+        for layer in layers:
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05, generator=torch.manual_seed(1))
+            if own:
+                del layer.forward  # of the instance
+        model = copy.deepcopy(model).train()
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=torch.arange(4, 24).view(2, 10)).start_logits
+        logits.float().pow(2).sum().backward()
+        values = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"": logits.detach()}
+        with model.disable_adapter(), torch.no_grad():
+            values["off"] = model.eval()(input_ids=torch.arange(4, 24).view(2, 10)).start_logits
+        found.append(values)
+    assert found[0].keys() == found[1].keys()
+    for each, wanted in found[1].items():
+        apart = float((found[0][each] - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
+        assert apart < (0.15 if autocast else 1e-4), each
 
 
 @every_model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 from finetrial.plugins import AttachInput, Group
@@ -49,7 +50,11 @@ class Lora:
             ),
             modules_to_save=list(given.head_names),
         )
-        return peft.get_peft_model(given.model, config)
+        model = peft.get_peft_model(given.model, config)
+        for module in model.modules():
+            if type(module) is peft.tuners.lora.Linear and not module.lora_variant:
+                module.forward = MethodType(_forward, module)
+        return model
 
     def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
         return "adapter" if ".lora_" in parameter_name else "head"
@@ -77,6 +82,21 @@ class Lora:
         import peft
 
         return peft.PeftModel.from_pretrained(base, folder)
+
+
+def _forward(layer: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's forward of a layer with one adapter, its product added where the base layer's output lies.
+
+    The same sums, without two more passes over every output: a tenth of MiniLM's step on a CPU.
+    """
+    if args or kwargs or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return type(layer).forward(layer, values, *args, **kwargs)
+    (name,) = layer.active_adapters
+    rows = values.reshape(-1, values.shape[-1])
+    output = layer.base_layer(rows)
+    inner = layer.lora_A[name](layer.lora_dropout[name](rows)).to(output.dtype)
+    up = layer.lora_B[name].weight.t().to(output.dtype)
+    return output.addmm_(inner, up, alpha=layer.scaling[name]).view(*values.shape[:-1], -1)
 
 
 PLUGIN = Lora()
