@@ -40,6 +40,9 @@ docs: .make/dev ## the pages against the code
 gpu: ## every check that needs a GPU, with the python in PYTHON (add ARGS=--dry-run to walk it on a CPU)
 	PYTHONPATH=src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
 
+bench: .make/dev ## have the hot paths become slower than recorded? (minutes; ARGS=--record to record)
+	$(BIN)/python bench/regression.py $(ARGS)
+
 crash: .make/dev ## attack a small study at a thousand points and compare (hours; FAULTS=60 for a slice, JOBS=2)
 	$(BIN)/python bench/crash.py --faults $(or $(FAULTS),1000) --jobs $(or $(JOBS),2) --nth --output bench/results/crash.json
 

@@ -1,0 +1,46 @@
+"""`bench/regression.py` finds what has become slower, and takes no noise for it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(scope="module")
+def regression() -> ModuleType:
+    sys.path.insert(0, str(BENCH))
+    try:
+        return importlib.import_module("regression")
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+def ratios(seed, factor=1.0, noise=0.04, count=9):
+    return (factor * (1 + noise * np.random.default_rng(seed).standard_normal(count))).tolist()
+
+
+def test_a_fifth_slower_is_found_and_named(regression):
+    for seed in range(20):
+        recorded = {"data": ratios(seed), "step": ratios(seed + 100), "gone": [1.0]}
+        now = {"data": ratios(seed + 200, 1.2), "step": ratios(seed + 300), "new": [5.0]}
+        (found,) = regression.compare(recorded, now)
+        assert found.item == "data"
+        assert 0.1 < found.by < 0.35
+        assert 0 < found.low < found.by < found.high
+
+
+def test_noise_and_what_is_faster_are_no_regression(regression):
+    for seed in range(50):
+        recorded = {"data": ratios(seed), "faster": ratios(seed + 100)}
+        assert regression.compare(recorded, {"data": ratios(seed + 200), "faster": ratios(seed, 0.7)}) == []
+
+
+def test_slow_but_unsure_is_no_regression(regression):
+    assert regression.compare({"data": ratios(1, noise=0.5)}, {"data": ratios(2, 1.2, noise=0.5)}) == []
