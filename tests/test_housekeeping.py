@@ -222,3 +222,13 @@ def test_a_disk_that_is_nearly_full_stops_the_study_before_a_run(tmp_path, monke
     monkeypatch.setattr(housekeeping, "LEAST_FREE_BYTES", 10**18)
     with pytest.raises(Incomplete, match=r"free, less than.*Make room, and run the same command again"):
         housekeeping.check_room(home, None)
+
+
+def test_what_killed_workers_left_half_made_in_the_cache_goes_and_the_rest_stays(tmp_path):
+    home = Home(tmp_path)
+    for name in (".rows-1.ab12.tmp", ".inputs-2.cd34.old", "rows-1"):
+        (home.cache / name).mkdir(parents=True)
+        (home.cache / name / "file").write_text("x")
+    (home.cache / "dequantised-1.lock").write_text("")
+    housekeeping.sweep(home)
+    assert sorted(path.name for path in home.cache.iterdir()) == ["dequantised-1.lock", "rows-1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -56,7 +57,20 @@ def test_rows_come_back_as_they_were(tmp_path_factory, train, validation, test):
     assert make.times == 2  # of something else
 
 
-@pytest.mark.parametrize("odd", [{1: 2}, {"a": (1,)}, {1, 2}, float("nan"), object(), np.int64(3)])
+class Pair(NamedTuple):
+    start: int
+    end: int
+
+
+class Word(str):
+    pass
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{1: 2}, {"a": (1,)}, {1, 2}, float("nan"), object(), np.int64(3), np.float64(3), Pair(1, 2), Word("a"),
+     ([1], (2,)), "\ud800"],
+)  # fmt: skip
 def test_rows_that_would_not_come_back_are_not_kept(tmp_path, odd):
     make = Counted(Splits([{"id": "x", "odd": odd}], [{"id": "y"}], [{"id": "z"}]))
     for times in (1, 2):
@@ -100,8 +114,10 @@ def test_inputs_of_unlike_forms_are_not_kept(tmp_path):
     mixed = [*features(), *features(typed=False)]
     odd = features()
     odd[1].extra["offsets"] = [[1, 2]]
-    for made in (mixed, odd, []):
-        assert prepared.inputs(tmp_path, ["m"], [{"id": "a"}], Counted(made)) == made
+    floats = features()
+    floats[2].labels["labels"] = 0.5
+    for made in (mixed, odd, floats, []):
+        assert prepared.inputs(tmp_path, ["m"], [{"id": "a"}], Counted(made)) is made
     assert not list(tmp_path.iterdir())
 
 

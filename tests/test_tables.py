@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,9 +59,11 @@ def test_losses_and_the_whole_table_are_those_of_adamw_on_all_of_it(rows, decay,
     ours, done = torch.optim.AdamW(trained, weight_decay=decay, fused=True), []
 
     def after():
-        done.append(used.put_back(ours))
+        used.put_back(ours)
+        done.append(used.owed)
         if len(done) == settle_at:
-            assert used.settle() == 1.0
+            used.settle()
+            assert used.owed == 1.0
             assert torch.allclose(few[0].weight[some], used.parameter)
 
     found = steps(trained, ours, few, batches, rates, after)
@@ -95,9 +100,10 @@ def test_what_was_read_back_goes_on_as_if_nothing_had_been(tmp_path):
 
 def test_a_token_that_no_training_input_has_is_not_trained_unseen():
     net = model()
-    UsedRows(net[0], torch.tensor([0, 1]))
+    used = UsedRows(net[0], torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="none of its training inputs"):
         net(torch.tensor([[1, 2]])).sum().backward()
+    assert used.parameter.grad is None
 
 
 @pytest.mark.parametrize(
@@ -123,3 +129,23 @@ def test_a_table_that_is_another_modules_weight_stays_whole(tiny_llama, tmp_path
     tied = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tied.lm_head.weight = tied.get_input_embeddings().weight
     assert used_rows(tied, [Feature(input_ids=[1], row=0, labels={})], 0, spec) is None
+
+
+def test_a_table_that_is_used_in_other_ways_too_is_given_all_of_its_gradient():
+    rows, ids = torch.tensor([0, 1, 4]), torch.tensor([[1, 4]])
+    found = []
+    for few in (False, True):
+        net = model()
+        used = UsedRows(net[0], rows) if few else None
+        (net(ids).sum() + 3 * net[0].weight[1].sum()).backward()
+        found.append(used.parameter.grad if used else net[0].weight.grad[rows])
+    assert torch.allclose(*found)
+
+
+def test_a_table_goes_when_nothing_else_holds_it():
+    net = model()
+    used = UsedRows(net[0], torch.tensor([0, 1]))
+    gone = weakref.ref(net[0].weight)
+    del net, used
+    gc.collect()
+    assert gone() is None

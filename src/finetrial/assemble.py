@@ -7,8 +7,10 @@ same tensors.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from finetrial import files, models, plugins, prepared
 from finetrial.data import cap_rows
 from finetrial.plugins import AttachInput, Feature, Splits
-from finetrial.records import RunSpec, canonical_json
+from finetrial.records import RunSpec, canonical_json, short_hash
 from finetrial.sources import Location
 from finetrial.store import Home
 
@@ -33,6 +35,7 @@ class Workbench:
     splits: Splits
     location: Location
     home: Home
+    of: tuple[Any, ...]  # what makes rows of files and inputs of rows: the task, its parameters, all code
 
     @property
     def base(self) -> Path:
@@ -70,11 +73,12 @@ class Workbench:
         def encode() -> list[Feature]:
             return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
 
-        spec, model = self.spec, self.spec.inputs.get("model")
-        if model is None:  # a spec that was not made by a study
+        fast = getattr(built.tokenizer, "backend_tokenizer", None)
+        if fast is None:  # one in Python, which cannot tell all that it is made of
             return encode()
-        of = [_code(spec), spec.task.use, spec.task.params, spec.model.model_dump(mode="json"), model]
-        return prepared.inputs(self.home.cache, of, examples, encode)
+        around = [built.tokenizer.special_tokens_map, built.tokenizer.model_max_length, built.causal]
+        tokenizer = [short_hash(fast.to_str(), 64), repr(around), self.spec.model.model_dump(mode="json")]
+        return prepared.inputs(self.home.cache, [*self.of, *tokenizer], examples, encode)
 
 
 def open_workbench(spec: RunSpec, home: Home) -> Workbench:
@@ -91,16 +95,27 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
         found = task.splits(params, base)
         return replace(found, train=cap_rows(found.train, spec.rows))
 
+    of = (spec.task.use, spec.task.params, *_code(base))
     data = [files.sha256_file(path) for path in task.files(params, base)]
-    of = [_code(spec), spec.task.use, spec.task.params, data, spec.rows]
-    splits = prepared.splits(home.cache, of, read) if data else read()
+    splits = prepared.splits(home.cache, [*of, data, spec.rows], read) if data else read()
     location = models.prepare(spec.model, base, home.cache)
-    return Workbench(spec, task, params, splits, location, home)
+    return Workbench(spec, task, params, splits, location, home, of)
 
 
-def _code(spec: RunSpec) -> list[Any]:
-    """What makes rows and inputs of files, besides the study's parameters."""
-    return [version("finetrial"), version("transformers"), plugins.own_sources([spec.task.use])]
+def _code(base: Path) -> list[str]:
+    """Versions and sources of what has a part in rows and inputs: libraries, finetrial, the user's own."""
+    own = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
+    own = sorted(path for path in own if path.is_relative_to(base) and path.is_file())
+    return [version("transformers"), version("tokenizers"), _finetrial(), *map(files.sha256_file, own)]
+
+
+@cache
+def _finetrial() -> str:
+    """SHA-256 of this package's sources."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def input_hash(features: Sequence[Feature]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetrial import files
@@ -114,6 +116,20 @@ def newest(folder: Path, *, with_best: bool) -> Path | None:
             return path
         sys.stderr.write(f"the checkpoint {path.name} is passed over: {broken}\n")
     return None
+
+
+def is_of(path: Path, optimizer: Any) -> bool:
+    """Whether a checkpoint's moments are of the tensors that an optimiser steps: torch takes any for them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with safe_open(path / "state.safetensors", framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118 - it is no mapping
+            kind, _, rest = name.partition(".")
+            index, _, key = rest.partition(".")
+            if kind == "optimizer" and key == "exp_avg":
+                count = math.prod(stored.get_slice(name).get_shape())
+                if int(index) >= len(parameters) or count != parameters[int(index)].numel():
+                    return False
+    return True
 
 
 def restore(path: Path, model: Any, optimizer: Any, scheduler: Any) -> tuple[int, dict[str, Any]]:

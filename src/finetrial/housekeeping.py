@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from finetrial import files
 from finetrial.errors import HomeError, Incomplete
 from finetrial.store import Home
 
@@ -35,6 +36,13 @@ def refuse_links(home: Home) -> None:
             f"{', '.join(links)}: a link that leads out of the study's folder, and clean-up would "
             f"go through it; put what it points at in its place, or name another folder with --home"
         )
+
+
+def sweep(home: Home) -> None:
+    """Delete what killed workers have left half made in the cache; to be called before any is at work."""
+    for path in _inside(home.cache):
+        if path.name.startswith(".") and path.is_dir():
+            files.discard(path)
 
 
 def _inside(folder: Path) -> list[Path]:

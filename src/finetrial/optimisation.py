@@ -55,7 +55,8 @@ def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torc
     groups = [group for group in groups if group["params"]]
     rate, stepping = float(spec.settings["learning_rate"]), how_to_step(spec)
     if stepping == Stepping():
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
+        # The fused kernel of a CPU takes weight, gradient and moments to lie alike.
+        return torch.optim.AdamW(groups, lr=rate, fused=all(p.is_contiguous() for p in trained))
     return LeanAdamW(
         groups, lr=rate, rounding=stepping.rounding, quantised=stepping.state == "8bit",
         seed=stream_seed(spec.seeds.dropout, "rounding"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetrial import analyse, export, files, model_card, plan, plugins, report, search
 from finetrial.evidence import best_trial, trial_score
-from finetrial.housekeeping import check_room, refuse_links
+from finetrial.housekeeping import check_room, refuse_links, sweep
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
@@ -34,6 +34,7 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
     tried_again = TRIED_AGAIN | GIVEN_UP if retry_failed else TRIED_AGAIN
     with home.coordinate():
         refuse_links(home)
+        sweep(home)
         opened = open_home(study, home, inputs)
         with study_log(home.log_file, progress, "finetrial run") as logged:
             arms = [(task.name, method.name) for task, method in study.arms]

@@ -1,8 +1,8 @@
 """What all runs of a study read, prepared once: rows cut into splits, and their encoded inputs. Child side.
 
-Addressed by content: by the SHA-256 of the data files for rows, of the rows themselves for inputs, with all
-else that they are a function of. So nothing here can be stale; what is damaged, or cannot be written, is made
-anew. Rows are JSON and inputs are safetensors, memory-mapped: nothing that is read back can run code.
+Named by the content of all that they are a function of: data files, rows, tokenizer, parameters, code. Rows are
+JSON and inputs are safetensors: nothing that is read back can run code. What is damaged, cannot be written, or
+would not come back as it was, is made anew by every run; no run fails for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import json
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,28 +23,27 @@ from safetensors.torch import save_file
 
 from finetrial import files
 from finetrial.plugins import Example, Feature, Splits
-from finetrial.records import canonical_json, short_hash
+from finetrial.records import short_hash
 
 ROLES = ("train", "validation", "test")
 FORM = 1  # of what is written here
+# What a plug-in's rows, a full disk, or a folder that another process replaces, may raise.
+FAULTS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
+
+T = TypeVar("T")
 
 
 def splits(place: Path, of: Sequence[Any], make: Callable[[], Splits]) -> Splits:
     """A task's rows from `place`, or as `make` gives them, kept there for the next.
 
-    `of`: all that they are a function of, as plain JSON. Rows that do not come back as they were (a plug-in may
-    put anything in them) are not kept.
+    `of`: all that they are a function of, as plain JSON.
     """
     folder = place / f"rows-{short_hash([FORM, *of], 32)}"
-    if folder.exists() and files.damage(folder) is None:
-        try:
-            return Splits(*(_rows(folder / f"{role}.json") for role in ROLES))
-        except (OSError, ValueError, KeyError):  # gone, or of another form, this very moment
-            pass
+    found = _look(folder, lambda: Splits(*(_rows(folder / f"{role}.json") for role in ROLES)))
+    if found is not None:
+        return found
     made = make()
-    texts = {f"{role}.json": _written(getattr(made, role)) for role in ROLES}
-    if all(text is not None for text in texts.values()):
-        _keep(folder, lambda there: [(there / name).write_text(text or "") for name, text in texts.items()])
+    _keep(folder, lambda there: [_write_rows(there / f"{role}.json", getattr(made, role)) for role in ROLES])
     return made
 
 
@@ -52,20 +52,30 @@ def inputs(
 ) -> list[Feature]:
     """Encoded inputs of some rows, likewise; `of` is all but the rows that they are a function of."""
     try:
-        content = hashlib.sha256(canonical_json(list(examples)).encode()).hexdigest()
-    except (TypeError, ValueError):  # rows that are no JSON
+        folder = place / f"inputs-{short_hash([FORM, *of, _hash(examples)], 32)}"
+    except FAULTS:  # rows that are no JSON
         return make()
-    folder = place / f"inputs-{short_hash([FORM, *of, content], 32)}"
-    if folder.exists() and files.damage(folder) is None:
-        try:
-            return _read(folder / "inputs.safetensors")
-        except (OSError, ValueError, KeyError, SafetensorError):
-            pass
+    found = _look(folder, lambda: _read(folder / "inputs.safetensors"))
+    if found is not None:
+        return found
     made = make()
-    tensors = _flat(made)
-    if tensors is not None:
-        _keep(folder, lambda there: save_file(tensors, there / "inputs.safetensors"))
+    _keep(folder, lambda there: _write_inputs(there / "inputs.safetensors", made))
     return made
+
+
+def _hash(rows: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _look(folder: Path, read: Callable[[], T]) -> T | None:
+    """What a folder holds; None if it is not there, damaged, or gone this very moment."""
+    try:
+        return read() if files.damage(folder) is None else None
+    except FAULTS:
+        return None
 
 
 def _keep(folder: Path, write: Callable[[Path], Any]) -> None:
@@ -75,76 +85,78 @@ def _keep(folder: Path, write: Callable[[Path], Any]) -> None:
         temporary.mkdir(parents=True)
         write(temporary)
         files.commit_folder(temporary, folder)
-    except OSError as error:  # a full disk; or another process was first
+    except FAULTS as error:
         sys.stderr.write(f"{folder} is not kept: {error}\n")
     finally:
         files.discard(temporary)
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are alike, and all that is in them of the same types."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return bool(one == other)
+
+
 # -- rows ------------------------------------------------------------------------------------------------------
 
 
-def _written(rows: Sequence[Example]) -> str | None:
-    """Rows as JSON, with the keys whose values are tuples; None if they would not come back as they are."""
+def _write_rows(path: Path, rows: Sequence[Example]) -> None:
+    """Rows as JSON, with the keys whose values are tuples; ValueError if they would come back as others."""
     tuples = sorted(key for key, value in rows[0].items() if isinstance(value, tuple)) if rows else []
-    try:
-        text = json.dumps({"tuples": tuples, "rows": list(rows)}, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError):
-        return None
-    return text if _restored(text) == list(rows) else None
+    text = json.dumps({"tuples": tuples, "rows": list(rows)}, ensure_ascii=False, allow_nan=False)
+    path.write_text(text, encoding="utf-8")
+    if not _same(_rows(path), list(rows)):
+        raise ValueError("its rows hold more than plain JSON")
 
 
 def _rows(path: Path) -> list[Example]:
-    return _restored(path.read_text(encoding="utf-8"))
-
-
-def _restored(text: str) -> list[Example]:
-    content = json.loads(text)
+    content = json.loads(path.read_text(encoding="utf-8"))
     rows, tuples = content["rows"], content["tuples"]
-    shared: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # most rows have the same
+    shared: dict[str, tuple[Any, ...]] = {}  # most rows have the same
     for row in rows:
         for key in tuples:
-            value = tuple(row[key])
-            row[key] = shared.setdefault(value, value)
+            row[key] = shared.setdefault(repr(row[key]), tuple(row[key]))
     return rows
 
 
 # -- inputs ----------------------------------------------------------------------------------------------------
 
 
-def _flat(features: Sequence[Feature]) -> dict[str, torch.Tensor] | None:
-    """Inputs as a few flat tensors; None if they hold what has no place there, or are none."""
-    if not features:
-        return None
-    labels, extra = set(features[0].labels), set(features[0].extra)
-    typed = features[0].token_type_ids is not None
-    if any(
-        set(each.labels) != labels or set(each.extra) != extra or (each.token_type_ids is not None) != typed
-        for each in features
-    ):
-        return None
-    lengths = [len(feature.input_ids) for feature in features]
+def _write_inputs(path: Path, features: Sequence[Feature]) -> None:
+    """Inputs as a few flat tensors. ValueError if they would not come back as they are."""
+    first = features[0]
     tensors = {
-        "lengths": torch.tensor(lengths),
-        "input_ids": torch.tensor([token for feature in features for token in feature.input_ids]),
-        "row": torch.tensor([feature.row for feature in features]),
-        "content": torch.tensor([feature.content for feature in features]),
+        "lengths": _whole(len(feature.input_ids) for feature in features),
+        "input_ids": _whole(chain.from_iterable(feature.input_ids for feature in features)),
+        "row": _whole(feature.row for feature in features),
+        "content": _whole(chain.from_iterable(feature.content for feature in features)),
     }
-    tensors |= {f"label.{name}": torch.tensor([each.labels[name] for each in features]) for name in labels}
-    if typed:
-        types = [token for feature in features for token in feature.token_type_ids or ()]
-        if len(types) != sum(lengths):
-            return None
-        tensors["token_type_ids"] = torch.tensor(types)
-    for name in extra:
+    tensors |= {f"label.{name}": _whole(each.labels[name] for each in features) for name in first.labels}
+    if first.token_type_ids is not None:
+        tensors["token_type_ids"] = _whole(chain.from_iterable(each.token_type_ids or () for each in features))
+    for name in first.extra:
         arrays = [feature.extra[name] for feature in features]
-        if not all(isinstance(array, np.ndarray) and array.dtype == np.int32 for array in arrays):
-            return None
-        if len({array.shape[1:] for array in arrays}) > 1:
-            return None
         tensors[f"extra.{name}"] = torch.from_numpy(np.concatenate(arrays))
-        tensors[f"extra_lengths.{name}"] = torch.tensor([len(array) for array in arrays])
-    return tensors
+        tensors[f"extra_lengths.{name}"] = _whole(map(len, arrays))
+    save_file(tensors, path)
+    if not _same([vars(each) for each in _read(path)], [vars(each) for each in features]):
+        raise ValueError("its inputs hold more than whole numbers and arrays of one kind")
+
+
+def _whole(numbers: Iterable[int]) -> torch.Tensor:
+    """Whole numbers in the fewest bytes that hold them all."""
+    values = np.fromiter(numbers, dtype=np.int64)
+    for kind in (np.int8, np.int16, np.int32):
+        if np.iinfo(kind).min <= values.min() and values.max() <= np.iinfo(kind).max:
+            return torch.from_numpy(values.astype(kind))
+    return torch.from_numpy(values)
 
 
 def _read(path: Path) -> list[Feature]:
@@ -152,16 +164,15 @@ def _read(path: Path) -> list[Feature]:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no mapping
     ids = _cut(tensors["input_ids"], tensors["lengths"])
     types = _cut(tensors["token_type_ids"], tensors["lengths"]) if "token_type_ids" in tensors else None
-    labels = _named(tensors, "label.")
-    columns = {name: column.tolist() for name, column in labels.items()}
+    labels = {name: column.tolist() for name, column in _named(tensors, "label.").items()}
     extra = {
         name: _cut(array, tensors[f"extra_lengths.{name}"]) for name, array in _named(tensors, "extra.").items()
     }
-    rows, content = tensors["row"].tolist(), tensors["content"].tolist()
+    rows, content = tensors["row"].tolist(), tensors["content"].reshape(-1, 2).tolist()
     return [
         Feature(
             input_ids=ids[place].tolist(), row=rows[place],
-            labels={name: column[place] for name, column in columns.items()},
+            labels={name: column[place] for name, column in labels.items()},
             token_type_ids=types[place].tolist() if types is not None else None,
             content=(content[place][0], content[place][1]),
             extra={name: parts[place] for name, parts in extra.items()},
@@ -175,4 +186,4 @@ def _named(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarr
 
 
 def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    return np.split(flat, np.cumsum(lengths)[:-1])
+    return np.split(flat, np.cumsum(lengths, dtype=np.int64)[:-1])

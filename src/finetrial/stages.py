@@ -170,7 +170,7 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
 
 def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
     spec = folder.home.run(run_id).spec()
-    subject = Workbench(spec, bench.task, bench.task_params, bench.splits, bench.location, bench.home)
+    subject = replace(bench, spec=spec)
     saved = folder.home.model_folder(spec)
     broken = files.damage(saved)
     if broken is not None:

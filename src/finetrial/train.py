@@ -134,6 +134,9 @@ def open_loop(
     trained = trained_parameters(model, used)
     optimizer, scheduler = prepare_optimisation(accelerator, trained, bench.spec, planned_steps)
     found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(bench.spec))
+    if found is not None and not checkpoint.is_of(found, optimizer):
+        sys.stderr.write(f"the checkpoint {found.name} is passed over: another device or version made it\n")
+        found = None
     if found is not None:
         progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
         if used is not None:
@@ -180,7 +183,7 @@ class Loop:
         progress.gradient_norm = self.stepper.finish()
         self.stepper.lost(progress)
         if self.used is not None:
-            progress.decay_owed = self.used.put_back(self.optimizer)
+            self.used.put_back(self.optimizer)
         progress.weigh(self.stepper.weight_sizes())
         progress.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -243,7 +246,7 @@ class Loop:
         metric = metric_of(bench.spec.task)
         self.clock.train()
         if self.used is not None:
-            progress.decay_owed = self.used.settle()
+            self.used.settle()
         progress.unjudged = True
         try:
             _check_weights(self.model)
@@ -319,6 +322,7 @@ class Loop:
     def save(self) -> None:
         """A checkpoint of this step."""
         self.clock.train()
+        self.progress.decay_owed = self.used.owed if self.used is not None else 1.0
         started = time.perf_counter()
         checkpoint.save(
             self.folder.checkpoint, self.progress.step, self.model, self.optimizer, self.scheduler,
