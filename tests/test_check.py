@@ -155,10 +155,10 @@ def test_a_limit_that_a_run_would_not_keep_is_told(tiny_bert):
 
 
 def test_a_disk_that_will_not_do_is_told(tiny_bert):
-    write_study(tiny_bert, run="{engine: inline, threads: 1, disk: 25 MB}")
+    write_study(tiny_bert, run="{engine: inline, threads: 1, disk: 12 MB}")
     result = call("check", "study.yaml")
     assert result.exit_code == 1
-    assert "more than run.disk (25 MB); raise it" in said(result)
+    assert "more than run.disk (12 MB); raise it" in said(result)
 
 
 def test_a_second_check_rehearses_anew_and_keeps_the_pilots(tiny_bert):

@@ -73,6 +73,7 @@ WRITTEN = {
     "fit.json": "train", "events.jsonl": "train", "to": "evaluate", "key.json": "evaluate",
     "state.json": "save", "manifest.json": "save", "summary.json": "report", "step": "save", "best": "save",
     "seed": "result", "attempt": "result", "optimum": "export", "report": "report", "mirror": "clean-up",
+    "cache": "import",
 }  # fmt: skip
 DAY = 86400.0
 TRACKER_SECONDS = 3.0  # what a tracker may take here: a campaign has no time for what users are granted
@@ -103,10 +104,11 @@ def about(arguments: tuple) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    if path.name in WRITTEN:
+    if path.name in WRITTEN and "cache" not in path.parts:
         return path.name
     parts = (
         ("attempts", "attempt"), ("report", "report"), ("tracking", "mirror"), ("models", "seed"),
+        ("cache", "cache"),
     )  # fmt: skip
     for folder, kind in parts:
         if folder in path.parts:

@@ -41,7 +41,7 @@ def weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # not a copy
     return digest.hexdigest()
 
 
@@ -184,13 +184,13 @@ def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _load_weights(path: Path, model: Any) -> None:
-    saved = load_file(path)
+    """Tensor by tensor: a second copy of all of them would be the peak of a run's memory."""
     trained = trained_tensors(model)
-    if saved.keys() != trained.keys():
-        raise ValueError(f"{path} holds other tensors than the model trains")
-    with torch.no_grad():
+    with safe_open(path, framework="pt") as stored, torch.no_grad():
+        if set(stored.keys()) != trained.keys():
+            raise ValueError(f"{path} holds other tensors than the model trains")
         for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(stored.get_tensor(name))
 
 
 def _is_plain(value: Any) -> bool:
