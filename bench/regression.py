@@ -211,6 +211,8 @@ def main() -> int:
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["FINETRIAL_DATA"] = str(Path(os.environ.get("FINETRIAL_DATA", "../shared/data")).resolve())
+    if not given.record and not RECORDED.exists():
+        parser.error("nothing is recorded yet to compare with; run it once with --record, on an idle machine")
     item, _, share = given.slow_down.partition("=")
     with tempfile.TemporaryDirectory() as folder:
         found = dict(items(Path(folder)))

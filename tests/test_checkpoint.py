@@ -202,3 +202,21 @@ def test_nothing_in_it_can_run_code(tmp_path):
     assert found == {"manifest.json", "state.json", "state.safetensors", "weights.safetensors"}
     assert json.loads((tmp_path / "step-00000001" / "state.json").read_text())["step"] == 1
     assert files.damage(tmp_path / "step-00000001") is None
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_moments_of_other_tensors_are_told_from_an_optimiser_s_own(tmp_path, width):
+    """torch takes moments of any shape; another device steps a whole table where this one steps its rows."""
+    made = []
+    for size in (4, width):
+        net = torch.nn.Linear(size, 2)
+        optimizer = torch.optim.AdamW(net.parameters())
+        net(torch.ones(1, size)).sum().backward()
+        optimizer.step()
+        made.append((net, optimizer))
+    (net, optimizer), (_, other) = made
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    checkpoint.save(tmp_path, 1, net, optimizer, schedule, {})
+    found = checkpoint.newest(tmp_path, with_best=False)
+    assert found is not None
+    assert checkpoint.is_of(found, other) == (width == 4)

@@ -104,8 +104,9 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
 
 def _code(base: Path) -> list[str]:
     """Versions and sources of what has a part in rows and inputs: libraries, finetrial, the user's own."""
-    own = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
-    own = sorted(path for path in own if path.is_relative_to(base) and path.is_file())
+    base, installed = base.resolve(), Path(sys.prefix).resolve()  # an environment may lie beside a study file
+    found = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
+    own = sorted(p for p in found if p.is_relative_to(base) and not p.is_relative_to(installed) and p.is_file())
     return [version("transformers"), version("tokenizers"), _finetrial(), *map(files.sha256_file, own)]
 
 

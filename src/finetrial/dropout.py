@@ -1,7 +1,7 @@
 """Dropout masks on a CPU, drawn several times faster. Child side.
 
 PyTorch draws one number of the generator for each element, on one core (on Intel's processors with MKL
-otherwise): of a step of MiniLM at 190 tokens that is more than a third. Here four elements share 64 bits.
+otherwise). Here four elements share 64 bits: 1.9 ns an element where it was 5.9 (docs/log.md).
 """
 
 from __future__ import annotations

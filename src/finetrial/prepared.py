@@ -12,6 +12,7 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from finetrial import files
 from finetrial.plugins import Example, Feature, Splits
 from finetrial.records import short_hash
 
-ROLES = ("train", "validation", "test")
+ROLES = tuple(field.name for field in fields(Splits))
 FORM = 1  # of what is written here
 # What a plug-in's rows, a full disk, or a folder that another process replaces, may raise.
 FAULTS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)

@@ -1,7 +1,7 @@
 """An embedding table of which a run reads few rows: those are trained, the rest only decays. Child side.
 
-A step over a whole table costs more than the rest of a small model's, nearly all of it spent on rows that no
-text of the run has. AdamW leaves their moments at zero, so that weight decay alone changes them: here that is
+Half of a small encoder's weights are such a table, and nearly all of its rows are of words that no text of the
+run has. AdamW leaves their moments at zero, so that weight decay alone changes them: here that is
 put off until somebody reads them. What comes out is what AdamW makes of the whole table, up to rounding (by
 which AdamW loses a decay of less than 3e-8 a step, and this does not).
 """
@@ -107,7 +107,7 @@ def _few(
     """The model's table and the rows of it that are read, if those are few and can be told apart."""
     try:
         table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a model of somebody's own
+    except (AttributeError, NotImplementedError):  # it does not tell its table, which is trained whole then
         return None
     if type(table) is not torch.nn.Embedding or not table.weight.requires_grad:
         return None
