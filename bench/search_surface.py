@@ -95,7 +95,8 @@ def searched(surface: Surface, seed: int, sampler: search.Sampler) -> float:
         )
         score = surface.score(settings, seed, number)
         history.append(search.Past(number, settings, "diverged" if score is None else "done", score))
-    chosen = search.best(history, METRIC)
+    scored = [past for past in history if past.score is not None]
+    chosen = max(scored, key=lambda past: (past.score or 0.0, -past.number), default=None)
     quality = surface.quality(chosen.settings) if chosen else None
     return METRIC.worst if quality is None else quality
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from finetrial.plugins import Metric
 from finetrial.records import Outcome
-from finetrial.search import Past, best, propose
+from finetrial.search import Past, propose
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 
 pytestmark = pytest.mark.filterwarnings("error")  # Optuna warns of options that will go
@@ -293,28 +293,6 @@ def test_every_proposal_lies_in_the_space(space, seed, scores):
                     assert type(value) is (int if integer else float)
         assert json.loads(json.dumps(drawn)) == drawn
         history.append(Past(number, drawn, "diverged" if score is None else "done", score))
-
-
-# -- the best --------------------------------------------------------------------------------------------------
-
-
-def test_best_is_the_best_finished_trial_and_the_first_among_equals():
-    history = [
-        Past(3, {}, "done", 71.0),
-        Past(2, {}, "done", 72.0),
-        Past(1, {}, "done", 72.0),
-        Past(0, {}, "diverged", None),
-        Past(4, {}, None, None),
-        Past(5, {}, "done", math.nan),
-    ]
-    chosen = best(history, F1)
-    assert chosen is not None
-    assert chosen.number == 1
-    lowest = best(history, LOSS)
-    assert lowest is not None
-    assert lowest.number == 3
-    assert best(history[3:], F1) is None
-    assert best([], F1) is None
 
 
 # -- against chance --------------------------------------------------------------------------------------------

@@ -7,17 +7,19 @@ replicate without a valid score is counted and named, never averaged over and ne
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetrial import claims, descriptions, measures
+from finetrial import claims, descriptions, halving, measures
 from finetrial.evidence import (
     LEFT_WAITING,
     Arm,
     arm_of,
     best_trial,
     run_of_task,
+    trained,
     trial_score,
     void_reason,
     why_not_measured,
@@ -86,12 +88,13 @@ def summarise(
     summaries = tuple(_arm_summary(study, arm) for arm in arms)
     ledger = tuple(
         ledger_row(
-            study, arm.task, arm.method, arm.trials, arm.replicates,
+            study,
+            arm,
             [r for other in arms if other.task.name == arm.task.name for r in other.replicates],
             summary.search.dimensions,
         )
         for arm, summary in zip(arms, summaries, strict=True)
-    )  # fmt: skip
+    )
     best_possible = {name: metric.best for name, metric in metrics.items()}
     return Summary(
         study=study.study,
@@ -127,11 +130,28 @@ def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -
     if any(run_of_task(ordered, t.name, "baseline", trained=True) is None for t in study.tasks):
         return False
     return all(
-        len(arm.trials) == study.search.trials
+        _searched(study, arm)
         and (best_trial(arm.trials, arm.metric) is None or len(arm.replicates) == study.train.seeds)
         and (not study.measure or all(r.spec.number in arm.probes for r in arm.valid))
         for arm in arms
     )
+
+
+def _searched(study: Study, arm: Arm) -> bool:
+    """Whether every trial of an arm has begun, and with halving of the later ends as many as must."""
+    if len(arm.trials) < study.search.trials:
+        return False
+    reached = [
+        [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
+        for end in range(1, len(study.search.ends) + 1)
+    ]
+    mosts = halving.counts(study.search.trials, study.search.ends)
+    for end, (before, after) in enumerate(itertools.pairwise(reached), start=1):
+        scored = sum(trial_score(run) is not None for run in before)
+        least = 1 if end == len(reached) - 1 else mosts[end]  # before the last what is told apart is left out
+        if len(after) < min(scored, least):
+            return False
+    return True
 
 
 # ---- tasks and arms ------------------------------------------------------------------------------------
@@ -194,6 +214,7 @@ def _search(study: Study, arm: Arm) -> SearchSummary:
     best = best_trial(arm.trials, arm.metric)
     drawn = _drawn(study, arm)
     at_random = {r.spec.number for r in drawn}
+    ended = [r for r in drawn if r.outcome not in LEFT_WAITING]
     points = [
         TrialPoint(
             run_id=r.spec.run_id,
@@ -203,13 +224,15 @@ def _search(study: Study, arm: Arm) -> SearchSummary:
             settings=r.spec.settings,
             settings_used=r.result.settings_used if r.result else {},
             startup=r.spec.number in at_random,
+            share=1 / r.spec.rung.ends[-1] if r.spec.rung else 1.0,
         )
         for r in arm.trials
         if r.outcome
     ]
     return SearchSummary(
         trials=tuple(points),
-        curve=descriptions.tuning_curve([r for r in drawn if r.outcome not in LEFT_WAITING], arm.metric),
+        # Of what was stopped nobody knows the score that it would have had.
+        curve=None if study.search.ends else descriptions.tuning_curve(ended, arm.metric),
         best=best.spec.run_id if best else None,
         best_score=trial_score(best) if best else None,
         dimensions=_dimensions(study.spaces[arm.method.name], best),
@@ -277,7 +300,7 @@ def _void(record: RunRecord, arm: Arm) -> str | None:
 
 def _cost(arm: Arm) -> ArmCost | None:
     """Measured cost of the runs that ended; None while no replicate is done."""
-    search = [r.result.cost for r in arm.trials if r.result]
+    search = [r.result.cost for r in trained(arm.search_runs) if r.result]
     train = [r.result.cost for r in arm.replicates if r.result]
     whole = [r.result.cost for r in arm.replicates if r.result and r.outcome == "done"]
     if not whole:

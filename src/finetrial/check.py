@@ -52,7 +52,7 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> Checked:
                 story.phase("control", "probe", story.controls(), totals=dict.fromkeys(story.task_names, 1))
                 task, method = _most_demanding(story, found)
                 number = min(PILOTS, study.search.trials)
-                lane = (story.trial(task, method, index) for index in range(number))
+                lane = (story.search_of(task, method).trial(index) for index in range(number))
                 story.phase("pilot", "trial", [lane], totals={f"{task.name}/{method.name}": number})
                 found = _evidence(story, pilots=(task, method))
         checked = _told(story, found)
@@ -84,7 +84,7 @@ def _evidence(story: Story, pilots: tuple[TaskSpec, MethodSpec] | None = None) -
         baselines={task.name: home.run(story.baseline(task).run_id).record() for task in tasks},
         rehearsals={record.spec.arm: record for record in records if record.spec.stage == "check"},
         frozen={task.name: home.run(story.frozen_body(task).run_id).record() for task in tasks},
-        pilots=story.trials_of(*pilots)[:PILOTS] if pilots else (),
+        pilots=story.search_of(*pilots).runs()[:PILOTS] if pilots else (),
         controls={
             record.spec.task.name: record
             for record in records
@@ -98,7 +98,7 @@ def _most_demanding(story: Story, found: Evidence) -> tuple[TaskSpec, MethodSpec
 
     def demand(arm: tuple[TaskSpec, MethodSpec]) -> tuple[bool, int]:
         rehearsal = rehearsal_of(found.rehearsals[f"{arm[0].name}/{arm[1].name}"])
-        return bool(story.trials_of(*arm)), rehearsal.predicted_memory_bytes
+        return bool(story.search_of(*arm).runs()), rehearsal.predicted_memory_bytes
 
     return max(story.study.arms, key=demand)
 

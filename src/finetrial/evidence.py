@@ -29,7 +29,8 @@ class Arm:
     task: TaskSpec
     method: MethodSpec
     metric: Metric
-    trials: Sequence[RunRecord]
+    trials: Sequence[RunRecord]  # one a number: with halving its run to the furthest end so far
+    search_runs: Sequence[RunRecord]  # all of them
     replicates: Sequence[RunRecord]
     probes: Mapping[int, RunRecord]  # by the replicate number that is measured
     control: RunRecord | None  # the base measured against itself
@@ -41,10 +42,30 @@ class Arm:
 
 
 def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:
-    """The finished trial with the best validation score; among equals the lowest number."""
+    """The finished trial with the best validation score; among equals the lowest number.
+
+    With halving only those count that got as far as any: scores are compared at equal shares of the steps.
+    """
     sign = -1.0 if metric.higher_is_better else 1.0
-    scored = [(sign * score, r) for r in trials if (score := trial_score(r)) is not None]
-    return min(scored, key=lambda item: (item[0], item[1].spec.number), default=(0, None))[1]
+    scored = [(-_end(r), sign * score, r) for r in trials if (score := trial_score(r)) is not None]
+    return min(scored, key=lambda item: (*item[:2], item[2].spec.number), default=(0, 0, None))[2]
+
+
+def furthest(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Of every trial its run to the furthest end that has ended, or else that has begun; by number."""
+    found: dict[int, RunRecord] = {}
+    for record in sorted(runs, key=lambda r: (r.outcome not in LEFT_WAITING, _end(r))):
+        found[record.spec.number] = record
+    return [found[number] for number in sorted(found)]
+
+
+def trained(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Of every trial the run whose result counts all of its training: the furthest that has one; by number."""
+    return furthest([record for record in runs if record.result])
+
+
+def _end(record: RunRecord) -> int:
+    return record.spec.rung.number if record.spec.rung else 0
 
 
 def trial_score(record: RunRecord) -> float | None:
@@ -64,11 +85,13 @@ def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence
     replicates = [r for r in mine if r.spec.stage == "replicate"]
     reasons: dict[int, str | None] = dict.fromkeys(range(seeds), NOT_FINISHED)
     reasons |= {r.spec.number: _why_invalid(r, metric, inputs) for r in replicates}
+    search_runs = [r for r in mine if r.spec.stage == "trial"]
     return Arm(
         task=task,
         method=method,
         metric=metric,
-        trials=[r for r in mine if r.spec.stage == "trial"],
+        trials=furthest(search_runs),
+        search_runs=search_runs,
         replicates=replicates,
         probes={r.spec.number: r for r in mine if r.spec.stage == "probe"},
         control=run_of_task(records, task.name, "probe"),

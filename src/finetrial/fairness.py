@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from finetrial.evidence import ENDED_WELL, LEFT_WAITING
-from finetrial.records import MethodSpec, RunRecord, Setting, TaskSpec
+from finetrial.evidence import ENDED_WELL, LEFT_WAITING, Arm, trained
+from finetrial.records import RunRecord, Setting
 from finetrial.space import Choice, Dimension, Range
 from finetrial.study import Study
 from finetrial.summary import (
@@ -23,21 +23,17 @@ from finetrial.summary import (
 
 
 def ledger_row(
-    study: Study,
-    task: TaskSpec,
-    method: MethodSpec,
-    trials: Sequence[RunRecord],
-    replicates: Sequence[RunRecord],
-    task_replicates: Sequence[RunRecord],
-    dimensions: Sequence[DimensionSummary],
+    study: Study, arm: Arm, task_replicates: Sequence[RunRecord], dimensions: Sequence[DimensionSummary]
 ) -> LedgerRow:
     """One arm's row. `task_replicates` are those of all the task's arms, to compare their streams."""
     seeds_of: dict[int, set[str]] = {}
     for record in task_replicates:
         seeds_of.setdefault(record.spec.number, set()).add(record.spec.seeds.model_dump_json())
+    trials, replicates, searched = arm.trials, arm.replicates, trained(arm.search_runs)
+    ends = study.search.ends
     return LedgerRow(
-        task=task.name,
-        method=method.name,
+        task=arm.task.name,
+        method=arm.method.name,
         trials_planned=study.search.trials,
         trials_done=_count(trials, "done"),
         trials_diverged=_count(trials, "diverged"),
@@ -46,15 +42,18 @@ def ledger_row(
         replicates_done=_count(replicates, "done"),
         replicates_diverged=_count(replicates, "diverged"),
         replicates_failed=_failed(replicates),
-        attempts=sum(len(record.attempts) for record in (*trials, *replicates)),
-        search_steps=_trained(trials, "steps"),
-        search_tokens=_trained(trials, "tokens"),
-        search_flops=_flops(trials),
+        attempts=sum(len(record.attempts) for record in (*arm.search_runs, *replicates)),
+        search_ends=ends,
+        search_counts=tuple(_trained_to(arm.search_runs, rung) for rung in range(1, len(ends) + 1)),
+        search_tokens_whole=_tokens_whole(searched) if ends else None,
+        search_steps=_trained(searched, "steps"),
+        search_tokens=_trained(searched, "tokens"),
+        search_flops=_flops(searched),
         train_steps=_trained(replicates, "steps"),
         train_tokens=_trained(replicates, "tokens"),
         train_flops=_flops(replicates),
         train_rows=_rows(replicates, study.train.rows),
-        learning_rate_decades=decades(study.spaces[method.name].get("learning_rate")),
+        learning_rate_decades=decades(study.spaces[arm.method.name].get("learning_rate")),
         edge_flags=tuple(f"{d.name}: {d.edge}" for d in dimensions if d.edge),
         shared_streams=all(len(seeds_of[record.spec.number]) == 1 for record in replicates),
     )
@@ -290,6 +289,25 @@ def _failed(records: Sequence[RunRecord]) -> int:
 def _trained(records: Sequence[RunRecord], field: str) -> int:
     trainings = [record.result.training for record in records if record.result]
     return sum(getattr(training, field) for training in trainings if training)
+
+
+def _trained_to(runs: Sequence[RunRecord], rung: int) -> int:
+    """How many trials have a result at one end."""
+    return sum(
+        run.result is not None and run.spec.rung is not None and run.spec.rung.number == rung for run in runs
+    )
+
+
+def _tokens_whole(searched: Sequence[RunRecord]) -> int:
+    """The tokens of the same trials had none been stopped by halving; one that diverged ends where it did."""
+    whole = 0.0
+    for record in searched:
+        training = record.result.training if record.result else None
+        if training is None:
+            continue
+        stopped = record.spec.may_go_on and record.outcome == "done" and not training.stopped_early
+        whole += training.tokens * (training.planned_steps / training.steps if stopped else 1.0)
+    return round(whole)
 
 
 def _flops(records: Sequence[RunRecord]) -> float:

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from finetrial import halving
 from finetrial.records import Frozen, RunRecord, canonical_json
 from finetrial.rehearsed import Pace, Phase, Rehearsal
 from finetrial.space import Fixed, Space, spread
@@ -28,7 +29,8 @@ LEAST_CORRECTION, MOST_CORRECTION = 0.5, 2.0
 class ArmForecast(Frozen):
     """Seconds that a run of an arm takes in each phase."""
 
-    trial_seconds: float
+    trial_seconds: float  # a whole one
+    search_seconds: float  # all of them; with halving most are stopped
     replicate_seconds: float
     probe_seconds: float  # of a replicate that has a neighbour; the first has none, and takes less
 
@@ -61,8 +63,10 @@ def forecast(study: Study, found: Evidence) -> Forecast:
     for task, method in study.arms:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
+        trial = start + _training(study, space, given, given.search, correction)
         arms[name] = ArmForecast(
-            trial_seconds=start + _training(study, space, given, given.search, correction),
+            trial_seconds=trial,
+            search_seconds=_search(study, trial, start + given.search.setup_seconds),
             replicate_seconds=start
             + _training(study, space, given, given.train, correction)
             + given.test_seconds * correction
@@ -74,7 +78,7 @@ def forecast(study: Study, found: Evidence) -> Forecast:
     phases = {
         "baseline": makespan(baselines, parallel),
         "control": makespan([span(record) for record in found.controls.values()], parallel),
-        "search": makespan([study.search.trials * arm.trial_seconds for arm in arms.values()], parallel),
+        "search": makespan([arm.search_seconds for arm in arms.values()], parallel),
         "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "measure": makespan([arm.probe_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "report": REPORT_SECONDS,
@@ -83,6 +87,15 @@ def forecast(study: Study, found: Evidence) -> Forecast:
         arms=arms, phases=phases, seconds=math.fsum(phases.values()), disk_bytes=_disk_bytes(study, found),
         correction=correction,
     )  # fmt: skip
+
+
+def _search(study: Study, trial: float, setup: float) -> float:
+    """Seconds of an arm's trials, of which a whole one takes so long, `setup` of it before its first step."""
+    rules = study.search
+    if not rules.ends:
+        return rules.trials * trial
+    runs = sum(halving.counts(rules.trials, rules.ends))
+    return runs * setup + math.fsum(halving.shares(rules.trials, rules.ends)) * (trial - setup)
 
 
 def makespan(lanes: Iterable[float], places: int) -> float:
@@ -137,7 +150,8 @@ def _correction(study: Study, found: Evidence) -> float:
         given = rehearsal_of(found.rehearsals[record.spec.arm])
         space: Space = {name: Fixed(value=value) for name, value in record.spec.settings.items()}
         without = given.search.model_copy(update={"setup_seconds": 0.0})
-        foretold += _training(study, space, given, without, 1.0)
+        rung = record.spec.rung
+        foretold += _training(study, space, given, without, 1.0) / (rung.ends[-1] if rung else 1)
         took += record.result.cost.train_seconds + record.result.cost.evaluate_seconds
     ratio = took / foretold if took and foretold else 1.0
     return min(max(ratio, LEAST_CORRECTION), MOST_CORRECTION)
@@ -161,6 +175,11 @@ def _disk_bytes(study: Study, found: Evidence) -> int:
     """Models of the replicates, checkpoints of the runs at a time (old and new), records, report."""
     arms = [rehearsal_of(record) for record in found.rehearsals.values()]
     models = study.train.seeds * sum(arm.model_bytes for arm in arms)
-    checkpoints = 2 * study.run.parallel * max(arm.checkpoint_bytes for arm in arms)
-    runs = len(arms) * (study.search.trials + 2 * study.train.seeds)
+    rules = study.search
+    waiting = halving.counts(rules.trials, rules.ends)[
+        1:2
+    ]  # to go on from, once all of their arm have got so far
+    kept = 2 + sum(waiting)
+    checkpoints = kept * study.run.parallel * max(arm.checkpoint_bytes for arm in arms)
+    runs = len(arms) * (sum(halving.counts(rules.trials, rules.ends)) + 2 * study.train.seeds)
     return models + checkpoints + runs * RECORD_BYTES + REPORT_BYTES

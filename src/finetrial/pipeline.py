@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, files, model_card, plan, plugins, report, search
-from finetrial.evidence import best_trial, trial_score
+from finetrial import analyse, export, files, halving, model_card, plan, plugins, report
+from finetrial.arm_search import ArmSearch
+from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
 from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
@@ -159,7 +160,9 @@ class Story:
         study = self.study
         if stage == "baseline":
             return dict.fromkeys(plan.baseline_arms(study), 1)
-        each = study.search.trials if stage == "trial" else study.train.seeds
+        each = study.train.seeds
+        if stage == "trial":
+            each = sum(halving.counts(study.search.trials, study.search.ends))
         return {f"{task.name}/{method.name}": each for task, method in study.arms}
 
     def baselines(self) -> list[Lane]:
@@ -169,42 +172,15 @@ class Story:
 
     def trials(self) -> list[Lane]:
         """One lane per arm: each proposal depends on all trials of that arm before it, and on no other."""
-        return [self._trial_lane(task, method) for task, method in self.study.arms]
+        return [self.search_of(task, method).lane() for task, method in self.study.arms]
 
-    def _trial_lane(self, task: TaskSpec, method: MethodSpec) -> Lane:
-        for number in range(self.study.search.trials):
-            yield self.trial(task, method, number)
-
-    def trial(self, task: TaskSpec, method: MethodSpec, number: int) -> RunSpec:
-        begun = self.opened.home.find(f"trial.{task.name}.{method.name}.{number:03d}-")
-        if begun:  # its settings were proposed from a history that may have been longer or shorter
-            how = plan.how(self.study, self.opened.threads)
-            return begun[0].spec().model_copy(update={"how": how})
-        settings = search.propose(
-            [_past(record) for record in self.trials_of(task, method)],
-            self.study.spaces[method.name],
-            number=number,
-            seed=self.study.search.seed,
-            startup=self.study.search.startup_trials,
-            sampler=self.study.search.sampler,
-            metric=metric_of(task),
-        )
-        return plan.trial(self.study, task, method, number, settings, self.opened.inputs, self.opened.threads)
+    def search_of(self, task: TaskSpec, method: MethodSpec) -> ArmSearch:
+        return ArmSearch(self.study, self.opened, task, method, self.progress.note)
 
     def export_optima(self) -> None:
         """Write each arm's best trial to `best/`, where the training phase reads it."""
         for task, method in self.study.arms:
-            metric = metric_of(task)
-            records = {record.spec.number: record for record in self.trials_of(task, method)}
-            best = search.best([_past(record) for record in records.values()], metric)
-            if best is None:
-                self.opened.home.best_file(task.name, method.name).unlink(missing_ok=True)
-                self.progress.note(f"{task.name}/{method.name}: no trial has a score; nothing can be trained")
-                continue
-            found = export.optimum(
-                records[best.number], self.study.spaces[method.name], metric=metric.name, trials=len(records)
-            )
-            export.write(self.opened.home, found)
+            self.search_of(task, method).export_optimum()
 
     def replicates(self) -> list[Lane]:
         """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept."""
@@ -251,7 +227,7 @@ class Story:
     def planned(self) -> list[RunRecord]:
         """The records of exactly the runs that this study consists of, as far as they have begun."""
         specs = [spec(task) for task in self.study.tasks for spec in (self.baseline, self.frozen_body)]
-        specs += [record.spec for task, method in self.study.arms for record in self.trials_of(task, method)]
+        specs += [run.spec for task, method in self.study.arms for run in self.search_of(task, method).runs()]
         specs += [*self._replicate_specs(), *self._probe_specs()]
         folders = [self.opened.home.run(spec.run_id) for spec in specs]
         return [folder.record() for folder in folders if folder.spec_file.exists()]
@@ -271,11 +247,6 @@ class Story:
 
     def frozen_body(self, task: TaskSpec) -> RunSpec:
         return plan.frozen_body(self.study, task, self.opened.inputs, self.opened.threads)
-
-    def trials_of(self, task: TaskSpec, method: MethodSpec) -> list[RunRecord]:
-        folders = self.opened.home.find(f"trial.{task.name}.{method.name}.")
-        records = [folder.record() for folder in folders]
-        return [record for record in records if record.spec.number < self.study.search.trials]
 
     def _replicate_specs(self) -> list[RunSpec]:
         specs = []
@@ -309,7 +280,3 @@ class Story:
             specs.append(plan.probe(self.study, subject, neighbour))
             previous = subject
         return specs
-
-
-def _past(record: RunRecord) -> search.Past:
-    return search.Past(record.spec.number, record.spec.settings, record.outcome, trial_score(record))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from finetrial.records import How, LoopRules, MethodSpec, RunSpec, Seeds, Setting, TaskSpec, stream_seed
+from finetrial.records import How, LoopRules, MethodSpec, Rung, RunSpec, Seeds, Setting, TaskSpec, stream_seed
 from finetrial.space import largest, middle, smallest
 from finetrial.study import MIN_PAIRS, Study
 
@@ -107,13 +107,21 @@ def trial(
     study: Study, task: TaskSpec, method: MethodSpec, number: int, settings: Mapping[str, Setting],
     inputs: Inputs, threads: int,
 ) -> RunSpec:  # fmt: skip
-    """Phase 1: train with proposed settings on `search.rows`, score on validation."""
+    """Phase 1: train with proposed settings on `search.rows` (to the first end), score on validation."""
+    ends = study.search.ends
     return RunSpec(
         study=study.study, stage="trial", task=task, method=method, number=number, model=study.model,
-        settings=dict(settings), rows=study.search.rows, rules=_rules(study),
-        seeds=seeds(study, "trial", task.name, number), inputs=dict(inputs[task.name]),
+        settings=dict(settings), rows=study.search.rows, rung=Rung(ends=ends[:1]) if ends else None,
+        rules=_rules(study), seeds=seeds(study, "trial", task.name, number), inputs=dict(inputs[task.name]),
         how=how(study, threads),
     )  # fmt: skip
+
+
+def further(study: Study, before: RunSpec, threads: int) -> RunSpec:
+    """The same trial to the next end, going on from where its run `before` has left it."""
+    assert before.rung is not None
+    rung = Rung(ends=study.search.ends[: before.rung.number + 1], after=before.run_id)
+    return before.model_copy(update={"rung": rung, "how": how(study, threads)})
 
 
 def replicate(

@@ -68,13 +68,13 @@ class Arm:
         elif score is not None and math.isfinite(score):
             self.scores.append(score)
             sign = -1 if self.metric and not self.metric.higher_is_better else 1
-            known = self.best
-            if (
-                known is None
-                or sign * score > sign * known[0]
-                or (score == known[0] and record.spec.number < known[1].number)
-            ):
+            if self.best is None or _rank(sign, score, record.spec) > _rank(sign, *self.best):
                 self.best = (score, record.spec)
+
+
+def _rank(sign: int, score: float, spec: RunSpec) -> tuple[int, float, int]:
+    """What got further counts for more, then what scored better, then the lower number."""
+    return (spec.rung.number if spec.rung else 0, sign * score, -spec.number)
 
 
 class Progress:
@@ -262,7 +262,10 @@ def run_label(spec: RunSpec) -> str:
     """`trial_8`, `replicate_0`, `probe_0`, `baseline` (the frozen body's, too), `rehearsal`."""
     if spec.stage == "check":
         return "rehearsal"
-    return spec.stage if spec.stage == "baseline" else f"{spec.stage}_{spec.number}"
+    if spec.stage == "baseline":
+        return spec.stage
+    part = f" to 1/{spec.rung.ends[-1]}" if spec.may_go_on and spec.rung else ""
+    return f"{spec.stage}_{spec.number}{part}"
 
 
 def ended_text(record: RunRecord, arm: Arm) -> str:

@@ -156,6 +156,30 @@ class Fit(Frozen):
     proved: bool = False  # a step that was thrown away has kept to the budget
 
 
+class Rung(Frozen):
+    """How far a run takes a trial before it is compared with the arm's others: to a share of its steps.
+
+    `ends`: all such ends so far, each as what the steps are divided by; (9, 3) is a run to a third of them,
+    with an evaluation at a ninth. `after`: the same trial's run to the end before, which this one goes on from.
+    """
+
+    ends: tuple[int, ...]
+    after: str | None = None
+
+    @property
+    def number(self) -> int:
+        """1 for the first."""
+        return len(self.ends)
+
+    @property
+    def is_last(self) -> bool:
+        return self.ends[-1] == 1
+
+    def steps(self, planned_steps: int) -> tuple[int, ...]:
+        """After which steps these ends are, of so many in all; at least one step each."""
+        return tuple(max(1, -(-planned_steps // end)) for end in self.ends)
+
+
 class RunSpec(Frozen):
     """What one run does: pure data, written first. Its id is a readable name and a hash of the rest."""
 
@@ -168,6 +192,7 @@ class RunSpec(Frozen):
     model: ModelSource
     settings: dict[str, Setting] = {}
     rows: int | None = None  # training rows; None means all
+    rung: Rung | None = None  # trials of a search with halving only
     rules: LoopRules = LoopRules()
     seeds: Seeds
     inputs: dict[str, str] = {}  # SHA-256 of the model and data files, so that changed input is a new run
@@ -186,11 +211,18 @@ class RunSpec(Frozen):
         parts = [self.stage, self.task.name]
         if self.method:
             parts.append(self.method.name)
-        return ".".join([*parts, f"{self.number:03d}"])
+        rung = [f"rung{self.rung.number}"] if self.rung else []
+        return ".".join([*parts, f"{self.number:03d}", *rung])
 
     @property
     def run_id(self) -> str:
-        return f"{self.name}-{short_hash(self.model_dump(mode='json', exclude={'how'}))}"
+        later = set() if self.rung else {"rung"}  # a key that came later names no run anew that is without it
+        return f"{self.name}-{short_hash(self.model_dump(mode='json', exclude={'how', *later}))}"
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another run may go on from its last checkpoint."""
+        return self.rung is not None and not self.rung.is_last
 
 
 class GroupProof(Frozen):

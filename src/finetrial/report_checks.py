@@ -56,6 +56,20 @@ def claim_details(summary: Summary) -> Table:
     return Table("claims", "The claims in detail", columns, tuple(rows), note)
 
 
+def _counts(row: LedgerRow) -> str:
+    if not row.search_ends:
+        return "off: all to the end"
+    parts = zip(row.search_counts, row.search_ends, strict=True)
+    return ", ".join(f"{count} to {'the end' if end == 1 else f'1/{end}'}" for count, end in parts)
+
+
+def _without_halving(row: LedgerRow) -> str:
+    if row.search_tokens_whole is None:
+        return text.missing("halving is off")
+    factor = f" ({row.search_tokens_whole / row.search_tokens:.2f} times as many)" if row.search_tokens else ""
+    return f"{text.count(row.search_tokens_whole)}{factor}"
+
+
 # What the ledger lists: a title, the value's text, and whether fairness asks for equal values.
 LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
     ("trials planned", lambda r: str(r.trials_planned), True),
@@ -83,8 +97,10 @@ LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
     ),
     ("optima at a range's edge", lambda r: ", ".join(r.edge_flags) or "none", False),
     ("attempts, all runs", lambda r: str(r.attempts), False),
+    ("halving: trials trained to each part of their steps", lambda r: _counts(r), False),
     ("search: optimiser steps", lambda r: text.count(r.search_steps), False),
     ("search: tokens", lambda r: text.count(r.search_tokens), False),
+    ("search: tokens without halving", lambda r: _without_halving(r), False),
     ("search: FLOPs", lambda r: text.count(r.search_flops), False),
     ("training: optimiser steps", lambda r: text.count(r.train_steps), False),
     ("training: tokens", lambda r: text.count(r.train_tokens), False),

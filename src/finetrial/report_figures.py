@@ -153,7 +153,8 @@ def _search(summary: Summary, task: TaskSummary) -> Chart | None:
         file_name(f"{task.name}.search"),
         f"Learning rate against validation score on {task.name}",
         f"One mark a trial ({'; '.join(counts)}). Shaded: the range searched. Hollow: random start-up trials; "
-        f"filled: guided by TPE. Ring: the optimum. Crosses at the bottom: trials without a score.",
+        f"filled: guided by TPE. Ring: the optimum. Crosses at the bottom: trials without a score."
+        + (" Small: stopped by halving before the end." if any(row["share"] < 1 for row in rows) else ""),
         f"Validation {task.metric} by learning rate: {', '.join(said) or 'no trial gave a score'}.",
         rows,
         plots.search_figure(rows, metric=task.metric, methods=text.methods_of(summary)),
@@ -177,6 +178,7 @@ def _trial_rows(arm: ArmSummary) -> Rows:
                 "learning_rate": float(rate),
                 "score": trial.score,
                 "startup": trial.startup,
+                "share": trial.share,
                 "optimum": trial.run_id == arm.search.best,
                 "low": searched.low if searched else None,
                 "high": searched.high if searched else None,

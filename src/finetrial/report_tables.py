@@ -219,7 +219,9 @@ def optima(summary: Summary, task: TaskSummary) -> Table:
                 )
             )
     note = "Used: the value read back from the optimiser, the schedule or the modules during the best trial."
-    if few := [
+    if any(row.search_ends for row in summary.ledger):
+        note += " There is no tuning curve: halving has stopped most trials before their end."
+    elif few := [
         f"{arm.method} has {len(arm.search.curve.run_ids) if arm.search.curve else 0}"
         for arm in text.arms_of(summary, task.name)
         if arm.search.curve is None or len(arm.search.curve.run_ids) < text.LEAST_CURVE
@@ -272,6 +274,8 @@ def trials(summary: Summary, task: TaskSummary) -> Table:
             if trial.outcome != "done":
                 outcome = Badge("warning", text.outcome_word(trial.outcome))
             score = text.missing("no score") if trial.score is None else text.fixed(trial.score, places)
+            if trial.share < 1 and trial.outcome == "done":
+                outcome = f"stopped at 1/{round(1 / trial.share)}"
             shown = (
                 text.setting(trial.settings[n]) if n in trial.settings else text.missing("no such setting")
                 for n in names

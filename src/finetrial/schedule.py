@@ -214,7 +214,7 @@ class Scheduler:
         return True
 
     def _drop_checkpoint(self, folder: RunFolder) -> None:
-        left = folder.drop_checkpoint()
+        left = None if folder.spec().may_go_on else folder.drop_checkpoint()  # else it is for its lane to say
         if left is not None:
             self.progress.note(left)
 

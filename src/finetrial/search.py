@@ -111,13 +111,6 @@ def random_draw(space: Space, *, number: int, seed: int) -> dict[str, Setting]:
     return _settings(space, {name: _draw(searched[name], _unit(seed, number, name)) for name in searched})
 
 
-def best(history: Sequence[Past], metric: Metric) -> Past | None:
-    """The finished trial with the best score (the lowest number among equals), or None."""
-    sign = -1.0 if metric.higher_is_better else 1.0
-    scored = [past for past in history if _score(past) is not None]
-    return min(scored, key=lambda past: (sign * float(past.score or 0.0), past.number), default=None)
-
-
 def _score(past: Past) -> float | None:
     """The score of a trial that is done; a score that is not finite is none."""
     if past.outcome != "done" or past.score is None or not math.isfinite(past.score):

@@ -86,9 +86,9 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     ladder = Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
     tokens = sum(len(feature.input_ids) for feature in features)
     folder.event("encoded", inputs=len(features), tokens=tokens, validation_inputs=len(validation))
-    earlier = folder.fit()
-    fit = ladder.choose(folder.out_of_memory(), earlier=earlier)
-    if fit != earlier:
+    mine, before = folder.fit(), folder.before(spec)
+    fit = ladder.choose(folder.out_of_memory(), earlier=mine or (before.fit() if before else None))
+    if fit != mine:
         folder.write_fit(fit)
     keep_to(fit)
     folder.event("fitted", **fit.model_dump(mode="json", exclude={"schema_version"}))

@@ -181,6 +181,15 @@ class RunFolder:
         """How many parts of evaluations are kept beside the checkpoint."""
         return len(list(self.checkpoint.glob("evaluation/*/to-*")))
 
+    def before(self, spec: RunSpec) -> RunFolder | None:
+        """The run that this one goes on from, if any."""
+        return self.home.run(spec.rung.after) if spec.rung and spec.rung.after else None
+
+    def take_over_metrics(self, before: RunFolder) -> None:
+        """Begin with the metrics of the run that this one goes on from."""
+        text = before.metrics_file.read_text(encoding="utf-8") if before.metrics_file.exists() else ""
+        files.write_text(self.metrics_file, text)
+
     def drop_checkpoint(self) -> str | None:
         """Delete the checkpoints; a warning if that could not be done, which changes no result."""
         return _drop(self.checkpoint)

@@ -40,11 +40,18 @@ class SearchRules(Frozen):
     seed: int = Field(default=0, ge=0)
     sampler: Literal["tpe", "random"] = "tpe"
     startup: int | None = Field(default=None, ge=1)
+    # Only the best 1/halving of the trials go on at 1/halving^2 of their steps, and of these at 1/halving.
+    halving: int | None = Field(default=None, ge=2, le=10)
 
     @property
     def startup_trials(self) -> int:
         """Trials drawn at random before TPE is guided: a third of the budget unless stated."""
         return self.startup if self.startup is not None else max(1, -(-self.trials // 3))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """By what a trial's steps are divided where it may be stopped, the whole last; empty: nowhere."""
+        return (self.halving**2, self.halving, 1) if self.halving is not None else ()
 
 
 class TrainRules(LoopRules):
@@ -107,4 +114,6 @@ class Study(Frozen):
         """A hash of what is asked, not of where it runs; trials and seeds may be raised later."""
         data = self.model_dump(mode="json", exclude={"run", "track", "file", "base"})
         del data["search"]["trials"], data["train"]["seeds"]
+        if self.search.halving is None:  # a key that came later; without it a study is what it was
+            del data["search"]["halving"]
         return short_hash(data, 16)

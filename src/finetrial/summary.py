@@ -37,6 +37,7 @@ class TrialPoint(Frozen):
     settings: dict[str, Setting]
     settings_used: dict[str, Setting]
     startup: bool  # drawn at random, whatever the others scored; the rest TPE has guided
+    share: float = 1.0  # of its steps, up to where halving has stopped it
 
 
 class DimensionSummary(Frozen):
@@ -324,6 +325,9 @@ class LedgerRow(Frozen):
     replicates_diverged: int
     replicates_failed: int
     attempts: int
+    search_ends: tuple[int, ...] = ()  # with halving: after which parts of the steps trials are compared
+    search_counts: tuple[int, ...] = ()  # how many trials were trained to each of these ends
+    search_tokens_whole: int | None = None  # that the same trials would have taken at full length
     search_steps: int
     search_tokens: int
     search_flops: float

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -79,26 +80,29 @@ def train(
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
     loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
+    ends = spec.rung.steps(planned_steps) if spec.rung else (planned_steps,)
+    evaluate_at |= set(ends)
     due = checkpoint.rule(spec.how, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
     if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
         loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
     if progress.unjudged:  # the last attempt left within that evaluation
         loop.judge(validation, asked)
-    for indices in () if progress.stopped_early else planned_batches(lengths, spec, progress.step):
+    over = progress.stopped_early or progress.step >= ends[-1]
+    for indices in () if over else planned_batches(lengths, spec, progress.step):
         loop.step([features[i] for i in indices])
-        last = progress.step == planned_steps
+        last = progress.step == ends[-1]
         if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
             loop.record()
         if progress.step in evaluate_at:
             loop.judge(validation, asked)
         over = progress.stopped_early or last
-        if over and spec.stage == "trial":
+        if over and spec.stage == "trial" and not spec.may_go_on:
             break
         if not over:
             loop.keep_to_budget()
         leaving = asked()
-        if leaving or due(progress.step):
+        if leaving or due(progress.step) or (over and spec.may_go_on):
             loop.save()
         if leaving:
             loop.leave()
@@ -133,21 +137,32 @@ def open_loop(
     used = used_rows(model, features, tokenizer.pad_token_id, bench.spec)
     trained = trained_parameters(model, used)
     optimizer, scheduler = prepare_optimisation(accelerator, trained, bench.spec, planned_steps)
-    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(bench.spec))
-    if found is not None and not checkpoint.is_of(found, optimizer):
-        sys.stderr.write(f"the checkpoint {found.name} is passed over: another device or version made it\n")
-        found = None
+    found, before = _checkpoint_of(folder, bench.spec, optimizer), folder.before(bench.spec)
+    mine = found is not None
+    if found is None and before is not None:
+        found = _checkpoint_of(before, bench.spec, optimizer)
     if found is not None:
-        progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler))
+        progress.go_on_from(*checkpoint.restore(found, model, optimizer, scheduler), resumed=mine)
         if used is not None:
             used.read_again(progress.decay_owed)
-        folder.event("resumed", step=progress.step)
+        if before is not None and not mine:
+            folder.take_over_metrics(before)
+        folder.event("resumed" if mine else "goes on", step=progress.step)
     folder.keep_metrics_up_to(progress.step, unjudged=progress.unjudged)
     stepper = Stepper(accelerator, trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
         Clock(progress), stepper, used,
     )  # fmt: skip
+
+
+def _checkpoint_of(folder: RunFolder, spec: RunSpec, optimizer: Any) -> Path | None:
+    """The newest checkpoint in a run's folder that holds and is of these tensors."""
+    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(spec))
+    if found is not None and not checkpoint.is_of(found, optimizer):
+        sys.stderr.write(f"the checkpoint {found.name} is passed over: another device or version made it\n")
+        return None
+    return found
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,13 @@ class Progress:
     earlier_wall_seconds: float = 0.0  # of the attempts before this one, up to its checkpoint
     earlier_cpu_seconds: float = 0.0
 
-    def go_on_from(self, step: int, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint of that step holds."""
+    def go_on_from(self, step: int, state: Mapping[str, Any], *, resumed: bool = True) -> None:
+        """Take over what a checkpoint of that step holds. `resumed`: of an attempt that did not end well."""
         for each in fields(self):
             if each.name in state:  # not one that a newer version has
                 setattr(self, each.name, state[each.name])
-        self.resumed_from.append(step)
+        if resumed:
+            self.resumed_from.append(step)
         self.earlier_wall_seconds, self.earlier_cpu_seconds = self.wall_seconds, self.cpu_seconds
 
     @property

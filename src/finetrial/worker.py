@@ -104,7 +104,7 @@ def _do(folder: RunFolder) -> int:
         _say_end(folder, kind, reason)
         return 1
     _say_end(folder, result.outcome, result.reason)
-    left = folder.drop_checkpoint()
+    left = None if spec.may_go_on else folder.drop_checkpoint()
     if left is not None:
         sys.stderr.write(f"{left}\n")
     return 0

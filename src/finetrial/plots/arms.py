@@ -101,8 +101,8 @@ def _baselines(axes: Axes, arms: Sequence[Row], rows: Sequence[Row]) -> None:
 def search_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -> Figure:
     """Learning rate against validation score: range, start-up and guided trials, optimum, failures.
 
-    Rows: method, trial, outcome, learning_rate, score, startup, optimum, low, high (the range's ends); for
-    titles those of `run_title`.
+    Rows: method, trial, outcome, learning_rate, score, startup, share (of its steps), optimum, low, high (the
+    range's ends); for titles those of `run_title`.
     """
     with style():
         figure = new_figure(3.7)
@@ -121,8 +121,9 @@ def search_figure(rows: Sequence[Row], *, metric: str, methods: Sequence[str]) -
             for row in (r for r in mine if _scored(r)):
                 at = (row["learning_rate"], row["score"])
                 fill = "none" if row["startup"] else colour
+                size = 6 if row["share"] == 1 else 3.5  # stopped by halving
                 said = run_title(row, f"{metric} {significant(row['score'], 4)}")
-                mark(axes, *at, marker, colour, 6, said, markerfacecolor=fill, markeredgewidth=1.3, zorder=3)
+                mark(axes, *at, marker, colour, size, said, markerfacecolor=fill, markeredgewidth=1.3, zorder=3)
                 if row["optimum"]:
                     mark(axes, *at, "o", INK, 13, markerfacecolor="none", markeredgewidth=1.2, zorder=4)
             handles.append(key(short(method), marker, colour, colour))

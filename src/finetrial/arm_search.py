@@ -1,0 +1,113 @@
+"""Phase 1 of one arm: which trial comes next, which go on, which was the best. Its state are the folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from finetrial import export, files, halving, plan, search
+from finetrial.evidence import best_trial, furthest, trial_score
+from finetrial.opening import Opened
+from finetrial.plugins import Metric, metric_of
+from finetrial.records import MethodSpec, RunRecord, RunSpec, TaskSpec
+from finetrial.schedule import Lane
+from finetrial.study import Study
+
+
+@dataclass(frozen=True)
+class ArmSearch:
+    """The search of one arm in an opened study's folder. `note` is told what a person should know."""
+
+    study: Study
+    opened: Opened
+    task: TaskSpec
+    method: MethodSpec
+    note: Callable[[str], None]
+
+    @property
+    def metric(self) -> Metric:
+        return metric_of(self.task)
+
+    def lane(self) -> Lane:
+        """Every trial in turn; with halving to its first end, and from each end on those that are chosen."""
+        rules = self.study.search
+        for number in range(rules.trials):
+            yield self.trial(number)
+        for end, most in enumerate(halving.counts(rules.trials, rules.ends)[1:], start=1):
+            runs = {run.spec.number: run for run in self.runs(rung=end)}
+            final = end == len(rules.ends) - 1
+            standings = [self._standing(run, examples=final) for run in runs.values()]
+            chosen = halving.chosen(standings, most, self.metric, final=final)
+            self._let_go(run for number, run in runs.items() if number not in chosen)
+            for number in chosen:
+                yield plan.further(self.study, runs[number].spec, self.opened.threads)
+            self._let_go(runs[number] for number in chosen)
+
+    def trial(self, number: int) -> RunSpec:
+        """A trial's only run, or with halving its run to the first end."""
+        rules = self.study.search
+        first = 1 if rules.ends else None
+        begun = self.opened.home.find(f"{self._name}{number:03d}{'.rung1' if first else ''}-")
+        if begun:  # its settings were proposed from a history that may have been longer or shorter
+            how = plan.how(self.study, self.opened.threads)
+            return begun[0].spec().model_copy(update={"how": how})
+        runs = self.runs(rung=first)
+        if first:
+            self._let_go_of_hopeless(runs)
+        settings = search.propose(
+            [search.Past(run.spec.number, run.spec.settings, run.outcome, trial_score(run)) for run in runs],
+            self.study.spaces[self.method.name],
+            number=number,
+            seed=rules.seed,
+            startup=rules.startup_trials,
+            sampler=rules.sampler,
+            metric=self.metric,
+        )
+        return plan.trial(
+            self.study, self.task, self.method, number, settings, self.opened.inputs, self.opened.threads
+        )
+
+    def runs(self, *, rung: int | None = None) -> list[RunRecord]:
+        """Those of its runs that have begun, in order of name. `rung`: only those to that end, 1 the first."""
+        records = [folder.record() for folder in self.opened.home.find(self._name)]
+        return [
+            run
+            for run in records
+            if run.spec.number < self.study.search.trials
+            and (rung is None or (run.spec.rung is not None and run.spec.rung.number == rung))
+        ]
+
+    def export_optimum(self) -> None:
+        """Write the best trial to `best/`; nothing is left there, and it is said, if none has a score."""
+        trials = furthest(self.runs())
+        best = best_trial(trials, self.metric)
+        if best is None:
+            self.opened.home.best_file(self.task.name, self.method.name).unlink(missing_ok=True)
+            self.note(f"{self.task.name}/{self.method.name}: no trial has a score; nothing can be trained")
+            return
+        space = self.study.spaces[self.method.name]
+        export.write(self.opened.home, export.optimum(best, space, metric=self.metric.name, trials=len(trials)))
+
+    @property
+    def _name(self) -> str:
+        return f"trial.{self.task.name}.{self.method.name}."
+
+    def _standing(self, run: RunRecord, *, examples: bool = False) -> halving.Standing:
+        scores = {}
+        if examples and run.result and run.result.examples_sha256:
+            path = self.opened.home.run(run.spec.run_id).examples_file
+            scores = files.json_numbers(path, "validation", sha256=run.result.examples_sha256)
+        return halving.Standing(run.spec.number, trial_score(run), scores)
+
+    def _let_go_of_hopeless(self, runs: list[RunRecord]) -> None:
+        """Of trials that will not go on, whatever the rest scores, the checkpoints take no more room."""
+        most = halving.counts(self.study.search.trials, self.study.search.ends)[1]
+        chosen = halving.chosen([self._standing(run) for run in runs], most, self.metric, final=False)
+        self._let_go(run for run in runs if run.spec.number not in chosen)
+
+    def _let_go(self, runs: Iterable[RunRecord]) -> None:
+        """Delete the checkpoints of ended runs that no other goes on from."""
+        for run in runs:
+            left = self.opened.home.run(run.spec.run_id).drop_checkpoint() if run.outcome else None
+            if left is not None:
+                self.note(left)

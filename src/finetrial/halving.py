@@ -1,0 +1,63 @@
+"""Successive halving: which trials of an arm go on after each end; one rule for all methods. Pure functions.
+
+Synchronous (Jamieson and Talwalkar 2016, arXiv:1502.07943): all trials are compared after the same share of
+their own steps, under the schedule of all of them, so that going on trains no token twice. Nothing is read,
+written or started here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from finetrial.plugins import Metric
+from finetrial.stats import ALPHA, one_sided_t
+
+
+class Standing(NamedTuple):
+    """A trial at one end: its score there and, where they are known, its validation examples' own scores."""
+
+    number: int
+    score: float | None  # None: it diverged, failed or is void
+    examples: Mapping[str, float] = {}
+
+
+def counts(trials: int, ends: Sequence[int]) -> tuple[int, ...]:
+    """How many trials at most are trained to each end: 15 to ninths, thirds and wholes are 15, 5 and 2."""
+    found = [trials]
+    for before, end in itertools.pairwise(ends):
+        found.append(max(1, math.ceil(found[-1] * end / before)))
+    return tuple(found)
+
+
+def shares(trials: int, ends: Sequence[int]) -> tuple[float, ...]:
+    """How much each end adds at most, in whole trials: 15 to ninths, thirds, wholes are 1.67 + 1.11 + 1.33."""
+    so_far = [0.0, *(1 / end for end in ends)]
+    steps = [now - before for before, now in itertools.pairwise(so_far)]
+    return tuple(count * step for count, step in zip(counts(trials, ends), steps, strict=False))
+
+
+def chosen(standings: Sequence[Standing], most: int, metric: Metric, *, final: bool) -> list[int]:
+    """The numbers of the trials that go on, the best first; the lower number first among equals.
+
+    The best `most` of those with a score. Before the last end (`final`) only the ones that the validation
+    examples do not tell from the best: a whole trial is dear, and what is told apart here will hardly turn.
+    Earlier nothing is left out, as learning curves still cross.
+    """
+    sign = 1.0 if metric.higher_is_better else -1.0
+    scored = [s for s in standings if s.score is not None and math.isfinite(s.score)]
+    ranked = sorted(scored, key=lambda s: (-sign * (s.score or 0.0), s.number))[:most]
+    if final:
+        ranked = [s for s in ranked if not is_worse(s, ranked[0], sign)]
+    return [s.number for s in ranked]
+
+
+def is_worse(one: Standing, best: Standing, sign: float = 1.0) -> bool:
+    """Whether a trial is told from a better one by the examples that both have: paired t, one-sided, at 5 %."""
+    shared = sorted(one.examples.keys() & best.examples.keys())
+    if one.number == best.number or len(shared) < 2:
+        return False
+    test = one_sided_t([sign * (best.examples[name] - one.examples[name]) for name in shared], "greater")
+    return test.p < ALPHA if test.p is not None else test.lower > 0.0

@@ -1,0 +1,219 @@
+"""Successive halving: who goes on, and that a trial in parts is the trial in one piece."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetrial import verify
+from finetrial.halving import Standing, chosen, counts, is_worse, shares
+from finetrial.plugins import Metric
+from finetrial.records import Result, Rung, RunSpec, short_hash
+from finetrial.store import Home
+from finetrial.study import SearchRules
+from test_pipeline import run_study
+from tiny_runs import folder_of, make_spec, records, run
+
+ENDS = (9, 3, 1)
+F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
+LOSS = Metric(name="loss", higher_is_better=False, worst=math.inf, best=0.0)
+
+
+# ---- who goes on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trials", "ends", "expected"),
+    [
+        (15, (9, 3, 1), (15, 5, 2)),
+        (27, (9, 3, 1), (27, 9, 3)),
+        (10, (9, 3, 1), (10, 4, 2)),
+        (16, (4, 2, 1), (16, 8, 4)),
+        (1, (9, 3, 1), (1, 1, 1)),
+        (15, (), (15,)),
+    ],
+)
+def test_a_third_goes_on_after_every_end(trials, ends, expected):
+    assert counts(trials, ends) == expected
+
+
+def test_fifteen_trials_by_thirds_train_less_than_a_quarter_and_a_bit():
+    whole = sum(shares(15, ENDS))
+    assert whole == pytest.approx(15 / 9 + 5 * (1 / 3 - 1 / 9) + 2 * (1 - 1 / 3))
+    assert 15 / whole == pytest.approx(3.649, abs=1e-3)
+    assert SearchRules(halving=3).ends == ENDS
+    assert SearchRules().ends == ()
+
+
+def test_the_best_go_on_and_among_equals_the_first():
+    standings = [Standing(n, score) for n, score in enumerate([50.0, 71.0, None, 70.0, 71.0, math.nan])]
+    assert chosen(standings, 3, F1, final=False) == [1, 4, 3]
+    assert chosen(standings, 2, LOSS, final=False) == [0, 3]
+    assert chosen(standings[2:3], 2, F1, final=True) == []
+
+
+@given(
+    scores=st.lists(st.one_of(st.none(), st.floats(0, 100)), max_size=20),
+    most=st.integers(1, 8),
+    higher=st.booleans(),
+)
+def test_nobody_who_stays_is_better_than_one_who_goes_on(scores, most, higher):
+    metric = F1 if higher else LOSS
+    going = chosen([Standing(n, score) for n, score in enumerate(scores)], most, metric, final=False)
+    known = {n: score for n, score in enumerate(scores) if score is not None}
+    assert len(going) == min(most, len(known))
+    sign = 1 if higher else -1
+    stays = [sign * score for n, score in known.items() if n not in going]
+    assert all(sign * known[n] >= stay for n in going for stay in stays)
+
+
+def examples(values):
+    return {f"e{n}": float(value) for n, value in enumerate(values)}
+
+
+def test_before_the_last_end_only_those_go_on_that_examples_do_not_tell_from_the_best():
+    best = Standing(0, 80.0, examples([1] * 80 + [0] * 20))
+    near = Standing(1, 79.0, examples([1] * 79 + [0] * 21))
+    far = Standing(2, 60.0, examples([1] * 60 + [0] * 40))
+    assert chosen([far, near, best], 3, F1, final=True) == [0, 1]
+    assert chosen([far, near, best], 3, F1, final=False) == [0, 1, 2]
+    unknown = far._replace(examples={})
+    assert chosen([unknown, near, best], 3, F1, final=True) == [0, 1, 2]
+
+
+@given(st.integers(0, 2**32), st.integers(2, 40), st.floats(-1, 1), st.sampled_from([1.0, -1.0]))
+def test_told_apart_is_scipys_paired_test(seed, count, shift, sign):
+    rng = np.random.default_rng(seed)
+    one, best = rng.normal(size=count), rng.normal(loc=shift, size=count)
+    p = scipy.stats.ttest_rel(sign * best, sign * one, alternative="greater").pvalue
+    found = is_worse(Standing(0, 0.0, examples(one)), Standing(1, 0.0, examples(best)), sign)
+    assert found == (p < 0.05)
+
+
+# ---- in parts as in one piece ------------------------------------------------------------------------------
+
+LEARNT = ("score", "scores", "calibration", "weights_sha256", "settings_used", "input_sha256")
+
+
+def part(model: Path, ends: tuple[int, ...], after: str | None = None, **changes) -> RunSpec:
+    rung = Rung(ends=ends, after=after) if ends else None
+    return make_spec(model, stage="trial", settings={"epochs": 3, "batch_size": 4}, rung=rung, **changes)
+
+
+def learnt(result: Result) -> dict[str, object]:
+    training = result.training.model_dump(exclude={"resumed_from"})
+    return {name: getattr(result, name) for name in LEARNT} | {"training": training}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_trial_in_parts_is_the_trial_in_one_piece(tiny_bert, tmp_path, method):
+    home, alone = tmp_path / "parts", tmp_path / "alone"
+    before, spec = None, None
+    for end in range(1, 4):
+        spec = part(tiny_bert, ENDS[:end], before and before.run_id, **{"method": method})
+        result = run(spec, home)
+        before = spec
+    assert result.training.steps == result.training.planned_steps == 18
+    assert result.training.resumed_from == ()
+    whole = run(spec, alone)  # nothing to go on from: from the beginning
+    assert learnt(whole) == learnt(result)
+    assert records(spec, alone) == records(spec, home)
+    plain = run(part(tiny_bert, (), method=method), tmp_path / "plain")
+    assert plain.weights_sha256 == result.weights_sha256
+    assert plain.training.tokens == result.training.tokens
+
+
+def test_each_part_ends_at_its_share_of_the_steps_and_is_scored_there(tiny_bert, tmp_path):
+    first = part(tiny_bert, ENDS[:1])
+    result = run(first, tmp_path)
+    assert (result.training.steps, result.training.planned_steps) == (2, 18)
+    assert [r["step"] for r in records(first, tmp_path) if r["kind"] == "eval"] == [2]
+    second = part(tiny_bert, ENDS[:2], first.run_id)
+    assert run(second, tmp_path).training.steps == 6
+    assert [r["step"] for r in records(second, tmp_path) if r["kind"] == "eval"] == [2, 6]
+    assert second.name == "trial.qa.m.000.rung2"
+
+
+def test_from_a_damaged_checkpoint_the_same_comes_out(tiny_bert, tmp_path):
+    home = tmp_path / "damaged"
+    first = part(tiny_bert, ENDS[:1])
+    run(first, home)
+    (weights,) = folder_of(first, home).checkpoint.glob("step-*/weights.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    second = part(tiny_bert, ENDS[:2], first.run_id)
+    run(first, tmp_path / "whole")
+    assert learnt(run(second, home)) == learnt(run(second, tmp_path / "whole"))
+
+
+def test_a_run_without_halving_is_named_as_before(tiny_bert):
+    spec = part(tiny_bert, ())
+    stated = spec.model_dump(mode="json", exclude={"how"})
+    assert stated.pop("rung") is None
+    assert spec.run_id == f"trial.qa.m.000-{short_hash(stated)}"
+
+
+# ---- a whole study -----------------------------------------------------------------------------------------
+
+STUDY = """\
+study: halved
+model: {model}
+tasks:
+  synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
+search: {{trials: 7, halving: 3, space: {{epochs: 3, batch_size: 8}}}}
+train: {{seeds: 1}}
+run: {{threads: 1, log_steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("halved")
+    study = folder / "study.yaml"
+    study.write_text(STUDY.format(model=tiny_bert))
+    run_study(study, folder / "home")
+    return study, folder / "home"
+
+
+def test_a_halved_study_trains_what_it_says(halved):
+    _, home = halved
+    runs = [folder.record() for folder in Home(home).find("trial.")]
+    reached = [sum(run.spec.rung.number == rung for run in runs) for rung in (1, 2, 3)]
+    assert reached[:2] == [7, 3]
+    assert reached[2] in (1, 2)
+    assert not any(Home(home).run(run.spec.run_id).checkpoint.exists() for run in runs)
+    summary = json.loads((home / "analysis" / "summary.json").read_text())
+    assert summary["complete"]
+    (row,) = summary["ledger"]
+    assert row["search_counts"] == reached
+    steps = {1: 2, 2: 6, 3: 18}
+    left = [7 - 3, 3 - reached[2], reached[2]]
+    assert row["search_steps"] == sum(count * steps[rung] for rung, count in enumerate(left, start=1))
+    assert 2.5 < row["search_tokens_whole"] / row["search_tokens"] < 4
+    (arm,) = summary["arms"]
+    trials = arm["search"]["trials"]
+    assert sorted(trial["number"] for trial in trials) == list(range(7))
+    whole = {trial["run_id"]: trial["score"] for trial in trials if trial["share"] == 1}
+    assert whole[arm["search"]["best"]] == max(whole.values())
+    assert arm["search"]["curve"] is None
+    assert "stopped at 1/9" in (home / "report" / "report.md").read_text()
+
+
+def test_a_halved_study_is_rederived_from_its_folders(halved):
+    _, home = halved
+    assert not verify.verify(home).differences
+
+
+def test_a_finished_halved_study_starts_nothing_again(halved):
+    study, home = halved
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")}
+    run_study(study, home)
+    assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")} == before
