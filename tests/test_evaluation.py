@@ -15,6 +15,7 @@ from finetrial.assemble import Workbench, open_workbench
 from finetrial.engines.inline import Handle, Inline
 from finetrial.evaluation import Kept, evaluate
 from finetrial.notice import EXIT_CODE
+from finetrial.packing import Packing
 from finetrial.plugins import Scored
 from finetrial.progress import Progress
 from finetrial.records import RunRecord, RunSpec
@@ -167,7 +168,7 @@ def test_parts_of_an_evaluation_count_as_getting_further(tiny_bert, tmp_path):
     spec = make_spec(tiny_bert, None, stage="baseline", how={"checkpoint_steps": 1}, **SLOW_TEST)
     folder = folder_of(spec, tmp_path)
     finished: list[RunRecord] = []
-    Scheduler(folder.home, OneBatch(), 1, 2, Progress(), finished.append).run([iter([spec])])
+    Scheduler(folder.home, OneBatch(), Packing(1), 2, Progress(), finished.append).run([iter([spec])])
     record = finished[0]
     assert record.outcome == "done"
     assert len(record.attempts) > 2

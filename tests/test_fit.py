@@ -16,6 +16,7 @@ from finetrial.batching import collate, micro_batches, model_inputs
 from finetrial.engines.inline import Inline
 from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.fit import MARGIN, Ladder, budget_of
+from finetrial.packing import Packing
 from finetrial.progress import Progress
 from finetrial.records import Fit
 from finetrial.schedule import Scheduler
@@ -244,7 +245,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_from_its_checkpoint_with_half_as_
     spec = make_spec(tiny_bert, "full", how={"checkpoint_steps": 1})
     folder = folder_of(spec, tmp_path)
     finished = []
-    Scheduler(folder.home, Inline(), 1, 1, Progress(), finished.append).run([iter([spec])])
+    Scheduler(folder.home, Inline(), Packing(1), 1, Progress(), finished.append).run([iter([spec])])
     record = finished[0]
     assert [attempt.outcome for attempt in record.attempts] == ["out_of_memory", "done"]
     assert record.attempts[1].from_step == 4

@@ -33,6 +33,12 @@ def test_lanes_are_begun_in_order():
     assert makespan([2, 2, 3], 2) == 5
 
 
+def test_a_lane_waits_for_its_group_and_lanes_take_turns():
+    assert makespan([[[2, 3], [1]]], 2) == 4
+    assert makespan([[[2, 3], [1]]], 1) == 6
+    assert makespan([[[1, 1], [1]], [[2]]], 2) == 3  # not both of the first lane's first
+
+
 @given(st.floats(0.01, 10), st.floats(0.001, 10), st.integers(1, 64), st.integers(65, 512), st.integers(1, 512))
 def test_a_cost_per_row_and_one_per_step_are_met_between_two_paces(row, step, small, large, size):
     def took(batch_size: float) -> float:
@@ -95,9 +101,8 @@ def evidence(**changes) -> Evidence:
 
 def test_a_study_by_hand():
     """A run starts in one second. Two epochs in the mean, each 7.5 steps (10 and 5), at 1 s and 2 s."""
-    found = forecast(
-        STUDY, evidence(controls={TASK.name: record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)})
-    )
+    control = record(plan.baseline(STUDY, TASK, INPUTS, 1), 5.0, 6.0)
+    found = forecast(STUDY, evidence(controls={TASK.name: control}), 2)
     full, lora = found.arms.values()
     evaluations = 2 * 2.0
     assert full.trial_seconds == pytest.approx(1 + 5 + 2 * 7.5 + evaluations)
@@ -119,7 +124,7 @@ def test_the_pilots_correct_the_pace_of_every_arm():
     settings = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 20, "warmup_ratio": 0.0, "weight_decay": 0.0}
     spec = plan.trial(STUDY, TASK, STUDY.methods[0], 0, settings, INPUTS, 1)
     pilot = record(spec, 35.0, 36.0, cost={"train_seconds": 20.0, "evaluate_seconds": 8.0})
-    found = forecast(STUDY, evidence(pilots=[pilot]))
+    found = forecast(STUDY, evidence(pilots=[pilot]), 2)
     assert found.correction == pytest.approx(28 / 21)
     lora = found.arms[f"{TASK.name}/lora"]
     assert lora.trial_seconds == pytest.approx(1 + 5 + (2 * 15 + 2 * 2.0) * 28 / 21)
@@ -129,10 +134,10 @@ def test_a_disturbed_pilot_corrects_no_more_than_twice():
     settings = {"learning_rate": 1e-3, "epochs": 3, "batch_size": 20, "warmup_ratio": 0.0, "weight_decay": 0.0}
     spec = plan.trial(STUDY, TASK, STUDY.methods[0], 0, settings, INPUTS, 1)
     pilot = record(spec, 35.0, 36.0, cost={"train_seconds": 2000.0, "evaluate_seconds": 8.0})
-    assert forecast(STUDY, evidence(pilots=[pilot])).correction == 2.0
+    assert forecast(STUDY, evidence(pilots=[pilot]), 2).correction == 2.0
 
 
 def test_checkpoints_cost_what_they_take():
     often = STUDY.model_copy(update={"run": STUDY.run.model_copy(update={"checkpoint_seconds": 10.0})})
-    before, after = (forecast(each, evidence()).arms[f"{TASK.name}/full"] for each in (STUDY, often))
+    before, after = (forecast(each, evidence(), 2).arms[f"{TASK.name}/full"] for each in (STUDY, often))
     assert after.trial_seconds - before.trial_seconds == pytest.approx(math.floor((2 * 7.5 + 4) / 10))

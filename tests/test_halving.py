@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetrial import verify
-from finetrial.halving import Standing, chosen, counts, is_worse, shares
+from finetrial.halving import Standing, chosen, counts, is_worse, steps
 from finetrial.plugins import Metric
 from finetrial.records import Result, Rung, RunSpec, short_hash
 from finetrial.store import Home
@@ -45,9 +45,10 @@ def test_a_third_goes_on_after_every_end(trials, ends, expected):
 
 
 def test_fifteen_trials_by_thirds_train_less_than_a_quarter_and_a_bit():
-    whole = sum(shares(15, ENDS))
+    whole = sum(count * step for count, step in zip(counts(15, ENDS), steps(ENDS), strict=True))
     assert whole == pytest.approx(15 / 9 + 5 * (1 / 3 - 1 / 9) + 2 * (1 - 1 / 3))
     assert 15 / whole == pytest.approx(3.649, abs=1e-3)
+    assert steps(()) == (1.0,)
     assert SearchRules(halving=3).ends == ENDS
     assert SearchRules().ends == ()
 

@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 from finetrial import files
 from finetrial import lease as leases
 from finetrial.errors import FinetrialError, HomeError, Incomplete
+from finetrial.packing import Packing
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
 from finetrial.records import Attempt, Failure, Outcome, Result, RunRecord, RunSpec
@@ -137,7 +138,7 @@ class RunLife(RuleBasedStateMachine):
         engine = Acting(script, self.scores)
         tried_again = TRIED_AGAIN | (GIVEN_UP if retry_failed else frozenset())
         ended: list[RunRecord] = []
-        scheduler = Scheduler(self.home, engine, 1, ATTEMPTS, Progress(), ended.append, tried_again)
+        scheduler = Scheduler(self.home, engine, Packing(1), ATTEMPTS, Progress(), ended.append, tried_again)
         stopped = None
         try:
             scheduler.run([iter([SPEC])])

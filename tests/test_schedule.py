@@ -14,10 +14,11 @@ import pytest
 
 from finetrial import lease
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
+from finetrial.packing import Packing
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
-from finetrial.records import Attempt, Failure, How, RunRecord, RunSpec
-from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS, TRIED_AGAIN, Scheduler
+from finetrial.records import Attempt, Failure, Fit, How, MethodSpec, RunRecord, RunSpec
+from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS, PUT_OFF, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
 from scripted import Scripted, done, failed, make_spec
 
@@ -56,9 +57,17 @@ class Bench:
         self.programs[spec.run_id] = list(programs) or [done(spec)]
         return spec
 
-    def run(self, *lanes: Iterator[RunSpec], parallel: int = 1, attempts: int = 3, retry: bool = False) -> None:
+    def run(
+        self,
+        *lanes: Lane,
+        parallel: int = 1,
+        attempts: int = 3,
+        retry: bool = False,
+        packing: Packing | None = None,
+    ) -> None:
+        packing = packing or Packing(parallel)
         Scheduler(
-            self.home, self.engine, parallel, attempts, self.progress, self.finished.append,
+            self.home, self.engine, packing, attempts, self.progress, self.finished.append,
             TRIED_AGAIN | GIVEN_UP if retry else TRIED_AGAIN,
         ).run(list(lanes))  # fmt: skip
 
@@ -113,6 +122,91 @@ def test_a_lane_is_asked_for_its_next_run_only_when_the_last_has_ended(bench):
 
     bench.run(lane(), parallel=3)
     assert asked == [[False] * 3, [True, False, False], [True, True, False]]
+
+
+def test_runs_that_a_lane_gives_together_go_side_by_side_and_it_waits_for_all(bench):
+    meet = (
+        "import os, time\nopen('../{}-here', 'w').close()\n"
+        "while not os.path.exists('../{}-here'): time.sleep(.01)\n"
+    )
+    one, two = make_spec(1), make_spec(2)
+    bench.spec(1, meet.format(1, 2) + done(one))
+    bench.spec(2, meet.format(2, 1) + done(two))
+    last = bench.spec(3)
+    ended: list[bool] = []
+
+    def lane() -> Lane:
+        yield [one, two]
+        ended.extend(bench.home.run(spec.run_id).result() is not None for spec in (one, two))
+        yield last
+
+    bench.run(lane(), parallel=2)
+    assert ended == [True, True]
+    assert bench.outcomes(last) == ["done"]
+
+
+def test_a_lane_may_give_nothing_at_all(bench):
+    bench.run(iter([[]]), iter([]), iter([bench.spec(0)]))
+    assert len(bench.finished) == 1
+
+
+# ---- as many as memory allows -----------------------------------------------------------------------------
+
+
+def takes(spec: RunSpec, size: int, seconds: float = 0.3) -> str:
+    """A program that says what it takes, of a room of 100, notes who is there meanwhile, and is done."""
+    fit = Fit(device="cpu", budget=100, predicted=size, shared=100, evaluation_tokens=1)
+    return (
+        f"import os, time\nopen('fit.json', 'w').write({fit.model_dump_json()!r})\n"
+        f"open('../here-{spec.number}', 'w').write('{size}')\ntime.sleep({seconds})\n"
+        "there = [n for n in os.listdir('..') if n.startswith('here-')]\n"
+        "taken = sum(int(open('../' + n).read() or 0) for n in there)\n"
+        "open('../taken', 'a').write(f'{taken}\\n')\n"
+        f"{done(spec)}\nos.remove('../here-{spec.number}')"
+    )
+
+
+def packed(bench: Bench, sizes: list[int], most: int = 8) -> list[int]:
+    """What ran side by side took, at the end of each run."""
+    specs = [
+        make_spec(n, stage="trial", method=MethodSpec(name="m", use="full", params={}))
+        for n in range(len(sizes))
+    ]
+    for spec, size in zip(specs, sizes, strict=True):
+        bench.programs[spec.run_id] = [takes(spec, size)]
+    bench.run(iter([specs]), packing=Packing(most, by_memory=True))
+    assert [bench.outcomes(spec)[-1] for spec in specs] == ["done"] * len(specs)
+    return [int(line) for line in (bench.home.runs / "taken").read_text().split()]
+
+
+def test_as_many_run_at_once_as_their_memory_allows(bench):
+    taken = packed(bench, [40, 40, 40, 40, 40])
+    assert max(taken) == 80
+
+
+def test_no_more_run_at_once_than_there_are_places(bench):
+    assert max(packed(bench, [10, 10, 10, 10], most=2)) == 20
+
+
+def test_a_run_that_says_it_takes_too_much_is_put_off_and_costs_no_attempt(bench):
+    packed(bench, [30, 90, 30])
+    records = [folder.record() for folder in bench.home.find("trial.")]
+    off = [attempt for record in records for attempt in record.attempts if attempt.outcome == "cancelled"]
+    assert len(off) == 1
+    assert not off[0].counts
+    assert off[0].reason == PUT_OFF
+
+
+def test_out_of_memory_beside_others_is_tried_again_with_fewer_and_not_with_less(bench):
+    method = MethodSpec(name="m", use="full", params={})
+    one, two = (make_spec(n, stage="trial", method=method) for n in range(2))
+    bench.programs[one.run_id] = [takes(one, 10, seconds=1.0)]
+    bench.programs[two.run_id] = [failed(two, "out_of_memory", "no more"), takes(two, 10)]
+    packing = Packing(4, by_memory=True)
+    bench.run(iter([[one, two]]), packing=packing)
+    assert bench.outcomes(two) == ["cancelled", "done"]
+    assert bench.home.run(two.run_id).out_of_memory() == 0
+    assert packing.most == 1
 
 
 def test_lanes_go_side_by_side_up_to_the_limit(bench):

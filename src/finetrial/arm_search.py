@@ -29,9 +29,14 @@ class ArmSearch:
         return metric_of(self.task)
 
     def lane(self) -> Lane:
-        """Every trial in turn; with halving to its first end, and from each end on those that are chosen."""
+        """Every trial; with halving to its first end, and from each end on those that are chosen.
+
+        Those that are drawn at random depend on no other, nor do those that go on from one end.
+        """
         rules = self.study.search
-        for number in range(rules.trials):
+        at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
+        yield [self.trial(number) for number in range(at_random)]
+        for number in range(at_random, rules.trials):
             yield self.trial(number)
         for end, most in enumerate(halving.counts(rules.trials, rules.ends)[1:], start=1):
             runs = {run.spec.number: run for run in self.runs(rung=end)}
@@ -39,8 +44,7 @@ class ArmSearch:
             standings = [self._standing(run, examples=final) for run in runs.values()]
             chosen = halving.chosen(standings, most, self.metric, final=final)
             self._let_go(run for number, run in runs.items() if number not in chosen)
-            for number in chosen:
-                yield plan.further(self.study, runs[number].spec, self.opened.threads)
+            yield [plan.further(self.study, runs[number].spec, self.opened.threads) for number in chosen]
             self._let_go(runs[number] for number in chosen)
 
     def trial(self, number: int) -> RunSpec:

@@ -118,7 +118,7 @@ def _faults(found: Evidence) -> list[str]:
 def _told(story: Story, found: Evidence) -> Checked:
     study, home = story.study, story.opened.home
     faults = _faults(found)
-    foretold = None if faults else forecast(study, found)
+    foretold = None if faults else forecast(study, found, story.packing.most)
     if foretold is not None:
         faults += _no_room(home, study, foretold) + _no_time(study, foretold) + _no_pilot(found)
     tasks = {task.name: _task(task, found) for task in study.tasks}

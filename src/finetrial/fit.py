@@ -92,12 +92,14 @@ class Ladder:
             device=self.device, budget=self.budget, predicted=None, rows=how.micro_batch,
             checkpointing=bool(self.asked), checkpointing_asked=self.asked,
             evaluation_tokens=EVALUATION_TOKENS, halvings=halvings,
+            shared=budget_of(None, 1) if how.packed else None,
         )  # fmt: skip
         if earlier is not None and all(
             getattr(earlier, name) == getattr(asked, name)
             for name in ("device", "budget", "rows", "checkpointing_asked", "halvings")
         ):
             return earlier
+        count = count or how.packed
         if not count and halvings == 0 and how.memory_bytes is None and self.surely_fits():
             return asked
         found = next(itertools.islice(self.rungs(asked), halvings, None), None)

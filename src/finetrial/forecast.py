@@ -55,55 +55,87 @@ class Evidence(NamedTuple):
     controls: dict[str, RunRecord] = {}  # task
 
 
-def forecast(study: Study, found: Evidence) -> Forecast:
-    """What the whole study takes, for a machine that is as busy as it was during the check."""
+def forecast(study: Study, found: Evidence, most: int) -> Forecast:
+    """What the whole study takes, for a machine that is as busy as it was during the check.
+
+    `most`: runs that may go side by side; fewer where memory does not suffice for as many.
+    """
     start = statistics.median(_start_seconds(record) for record in _all(found))
     correction = _correction(study, found)
-    arms = {}
+    arms, searches = {}, []
     for task, method in study.arms:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
         trial = start + _training(study, space, given, given.search, correction)
+        searches.append(_search(study, trial, start + given.search.setup_seconds))
         arms[name] = ArmForecast(
             trial_seconds=trial,
-            search_seconds=_search(study, trial, start + given.search.setup_seconds),
+            search_seconds=math.fsum(map(math.fsum, searches[-1])),
             replicate_seconds=start
             + _training(study, space, given, given.train, correction)
             + given.test_seconds * correction
             + given.save_seconds,
             probe_seconds=start + given.probe_seconds if study.measure else 0.0,
         )
-    parallel, seeds = study.run.parallel, study.train.seeds
+    parallel, seeds = _side_by_side(study, found, most), study.train.seeds
     baselines = [span(record) for found_of in (found.baselines, found.frozen) for record in found_of.values()]
     phases = {
         "baseline": makespan(baselines, parallel),
         "control": makespan([span(record) for record in found.controls.values()], parallel),
-        "search": makespan([arm.search_seconds for arm in arms.values()], parallel),
+        "search": makespan(searches, parallel),
         "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "measure": makespan([arm.probe_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "report": REPORT_SECONDS,
     }
     return Forecast(
-        arms=arms, phases=phases, seconds=math.fsum(phases.values()), disk_bytes=_disk_bytes(study, found),
-        correction=correction,
+        arms=arms, phases=phases, seconds=math.fsum(phases.values()),
+        disk_bytes=_disk_bytes(study, found, parallel), correction=correction,
     )  # fmt: skip
 
 
-def _search(study: Study, trial: float, setup: float) -> float:
-    """Seconds of an arm's trials, of which a whole one takes so long, `setup` of it before its first step."""
+def _search(study: Study, trial: float, setup: float) -> list[list[float]]:
+    """Seconds of an arm's trials, in groups that go one after the other.
+
+    A whole trial takes `trial`, of which `setup` before its first step.
+    """
     rules = study.search
-    if not rules.ends:
-        return rules.trials * trial
-    runs = sum(halving.counts(rules.trials, rules.ends))
-    return runs * setup + math.fsum(halving.shares(rules.trials, rules.ends)) * (trial - setup)
+    counts, steps = halving.counts(rules.trials, rules.ends), halving.steps(rules.ends)
+    first, *later = [setup + step * (trial - setup) for step in steps]
+    at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
+    groups = [[first] * at_random, *([first] for _ in range(rules.trials - at_random))]
+    return groups + [[seconds] * count for count, seconds in zip(counts[1:], later, strict=True)]
 
 
-def makespan(lanes: Iterable[float], places: int) -> float:
-    """Seconds until the last lane has ended, each begun in order as soon as a place is free."""
-    free = [0.0] * max(1, places)
-    for seconds in lanes:
-        heapq.heappush(free, heapq.heappop(free) + seconds)
-    return max(free)
+def _side_by_side(study: Study, found: Evidence, most: int) -> int:
+    """How many runs go on at a time: as many as there are places, or as memory suffices for."""
+    if study.run.parallel != "auto":
+        return most
+    arms = [rehearsal_of(record) for record in found.rehearsals.values()]
+    room = min(arm.budget_bytes for arm in arms) // max(arm.predicted_memory_bytes for arm in arms)
+    return max(1, min(most, room))
+
+
+def makespan(lanes: Iterable[float | Sequence[Sequence[float]]], places: int) -> float:
+    """Seconds until the last lane has ended, each begun in order as soon as a place is free.
+
+    A lane is one run, or groups of runs: the next group begins when the last has ended.
+    """
+    queues = [[[lane]] if isinstance(lane, int | float) else [list(group) for group in lane] for lane in lanes]
+    under_way, now = [0] * len(queues), 0.0
+    going: list[tuple[float, int]] = []  # end, lane
+    while any(queues) or going:
+        for index, groups in enumerate(queues):
+            while groups and not groups[0] and not under_way[index]:
+                groups.pop(0)
+        ready = [index for index, groups in enumerate(queues) if groups and groups[0]]
+        if ready and len(going) < max(1, places):
+            index = min(ready, key=under_way.__getitem__)  # of the lane with the fewest
+            heapq.heappush(going, (now + queues[index][0].pop(0), index))
+            under_way[index] += 1
+        elif going:
+            now, index = heapq.heappop(going)
+            under_way[index] -= 1
+    return now
 
 
 def epoch_seconds(paces: Sequence[Pace], batch_size: float) -> float:
@@ -171,7 +203,7 @@ def _all(found: Evidence) -> list[RunRecord]:
     return [record for group in groups for record in group if record.result]
 
 
-def _disk_bytes(study: Study, found: Evidence) -> int:
+def _disk_bytes(study: Study, found: Evidence, most: int) -> int:
     """Models of the replicates, checkpoints of the runs at a time (old and new), records, report."""
     arms = [rehearsal_of(record) for record in found.rehearsals.values()]
     models = study.train.seeds * sum(arm.model_bytes for arm in arms)
@@ -180,6 +212,6 @@ def _disk_bytes(study: Study, found: Evidence) -> int:
         1:2
     ]  # to go on from, once all of their arm have got so far
     kept = 2 + sum(waiting)
-    checkpoints = kept * study.run.parallel * max(arm.checkpoint_bytes for arm in arms)
+    checkpoints = kept * most * max(arm.checkpoint_bytes for arm in arms)
     runs = len(arms) * (sum(halving.counts(rules.trials, rules.ends)) + 2 * study.train.seeds)
     return models + checkpoints + runs * RECORD_BYTES + REPORT_BYTES

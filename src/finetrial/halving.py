@@ -32,11 +32,10 @@ def counts(trials: int, ends: Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def shares(trials: int, ends: Sequence[int]) -> tuple[float, ...]:
-    """How much each end adds at most, in whole trials: 15 to ninths, thirds, wholes are 1.67 + 1.11 + 1.33."""
-    so_far = [0.0, *(1 / end for end in ends)]
-    steps = [now - before for before, now in itertools.pairwise(so_far)]
-    return tuple(count * step for count, step in zip(counts(trials, ends), steps, strict=False))
+def steps(ends: Sequence[int]) -> tuple[float, ...]:
+    """How much of a whole trial each end adds: ninths, thirds and wholes 1/9, 2/9 and 2/3; without ends 1."""
+    so_far = [0.0, *(1 / end for end in ends or (1,))]
+    return tuple(now - before for before, now in itertools.pairwise(so_far))
 
 
 def chosen(standings: Sequence[Standing], most: int, metric: Metric, *, final: bool) -> list[int]:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from finetrial import files
 from finetrial.errors import HomeError, StudyError
+from finetrial.packing import Packing
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs, not_there
@@ -95,6 +96,17 @@ class Opened:
         )
 
 
+def cores() -> int:
+    """Processor cores of this machine."""
+    return os.cpu_count() or 1
+
+
+def packing_of(study: Study, threads: int) -> Packing:
+    """How many runs may go side by side here, each with so many threads."""
+    parallel = study.run.parallel
+    return Packing(max(1, cores() // threads), by_memory=True) if parallel == "auto" else Packing(parallel)
+
+
 def versions() -> dict[str, str]:
     """The versions of what computes, read without importing it."""
     found = {"python": platform.python_version()}
@@ -118,7 +130,9 @@ def open_home(
         HomeError: the folder belongs to another study, or an input has changed since it was first used.
     """
     notes = _model_notes(study)
-    threads = study.run.threads or max(1, (os.cpu_count() or 1) // study.run.parallel)
+    threads = study.run.threads or (
+        1 if study.run.parallel == "auto" else max(1, cores() // study.run.parallel)
+    )
     lock = read_lock(home) if home.lock_file.exists() else None
     if lock is not None and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):
         # After `finetrial check`, or a first run that was refused: the file was mended, and nothing is lost.

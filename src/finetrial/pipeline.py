@@ -11,7 +11,7 @@ from finetrial import analyse, export, files, halving, model_card, plan, plugins
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
-from finetrial.opening import Opened, open_home, read_lock, resolve_inputs
+from finetrial.opening import Opened, open_home, packing_of, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
 from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, Stage, TaskSpec
@@ -119,6 +119,7 @@ class Story:
 
     def __post_init__(self) -> None:
         # One for all phases: a tracker that fails is warned of once.
+        self.packing = packing_of(self.study, self.opened.threads)  # it learns what runs take
         self.mirror = Mirror(self.opened.home, self.study.track, self.progress.note)
         for note in self.opened.notes:
             self.progress.note(note)
@@ -146,7 +147,7 @@ class Story:
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
         Scheduler(
-            home, engine, study.run.parallel, study.run.attempts, self.progress, self.mirror, self.tried_again,
+            home, engine, self.packing, study.run.attempts, self.progress, self.mirror, self.tried_again,
             partial(check_room, home, study.run.disk_bytes),
         ).run(lanes)  # fmt: skip
 

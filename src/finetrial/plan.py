@@ -85,7 +85,8 @@ def how(study: Study, threads: int) -> How:
         micro_batch=run.micro_batch,
         memory_bytes=run.memory_bytes,
         gradient_checkpointing=run.gradient_checkpointing,
-        parallel=run.parallel,
+        parallel=1 if run.parallel == "auto" else run.parallel,
+        packed=run.parallel == "auto",
         log_steps=run.log_steps,
     )
 

@@ -135,7 +135,8 @@ class How(Frozen):
     micro_batch: int | None = None  # rows, at most; memory may ask for fewer
     memory_bytes: int | None = None  # the budget of this run's process (its GPU's memory where it has one)
     gradient_checkpointing: bool | None = None  # None: only where it does not fit otherwise
-    parallel: int = 1  # runs that share the machine's memory
+    parallel: int = 1  # runs that share the machine's memory, in equal parts
+    packed: bool = False  # or as each takes; it says beforehand how much that is
     log_steps: int = 10
 
 
@@ -146,6 +147,7 @@ class Fit(Frozen):
     device: str  # cpu or cuda
     budget: int  # bytes: of the process, or on its GPU
     predicted: int | None  # bytes: the peak of training, likewise; None: so far below that it was not counted
+    shared: int | None = None  # bytes that all runs at a time share, if they are packed
     tokens: int | None = None  # most of a micro-batch, padding included; None: as many as there are
     rows: int | None = None  # most rows of a micro-batch, as the study asks
     checkpointing: bool = False  # activations are computed twice instead of kept

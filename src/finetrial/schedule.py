@@ -1,7 +1,8 @@
 """Run specs to finished folders: claim, start, watch, resume, give up. Parent side; knows no phase.
 
-A lane is a generator of specs that are done one after the other: it is asked for the next one only when the
-last has ended for good, so what it proposes may depend on what came out. Several lanes go side by side.
+A lane is a generator of specs, or of several at once that do not depend on one another: it is asked for more
+only when all that it gave have ended for good, so what it proposes may depend on what came out. What goes side
+by side, of one lane and of several, is `packing.py`'s to say.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from finetrial import lease as leases
 from finetrial import processes
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
+from finetrial.packing import Packing
 from finetrial.plugins import Engine, Exit
 from finetrial.progress import Progress
 from finetrial.records import Attempt, Failure, Outcome, RunRecord, RunSpec
 from finetrial.store import Home, RunFolder
 
-Lane = Iterator[RunSpec]
+Lane = Iterator[RunSpec | Sequence[RunSpec]]
 
 POLL_SECONDS = 0.05
 RENEW_SECONDS = 10.0
@@ -37,14 +39,36 @@ RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
 # A run that ran out of memory goes on with half as much at once, so many times at most.
 MOST_HALVINGS = 12
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
+PUT_OFF = "put off: the runs beside it leave it too little memory"
+BESIDE = "not alone, so it is tried again with fewer beside it"
 COORDINATOR_ENDED = "its coordinator ended before it"
+
+
+@dataclass
+class Queue:
+    """A lane under way: what it gave and is not begun, and how many runs of it go on."""
+
+    lane: Lane
+    ready: list[RunSpec] = field(default_factory=list)
+    under_way: int = 0
+    over: bool = False
+
+    def next(self) -> RunSpec | None:
+        """What may be begun next; nothing while that depends on what goes on."""
+        while not self.ready and not self.under_way and not self.over:
+            given = next(self.lane, None)
+            if given is None:
+                self.over = True
+            else:
+                self.ready = [given] if isinstance(given, RunSpec) else list(given)
+        return self.ready[0] if self.ready else None
 
 
 @dataclass
 class Running:
     """A run in progress: its folder, its process, who holds it, and until when it may take."""
 
-    lane: Lane
+    queue: Queue
     spec: RunSpec
     folder: RunFolder
     handle: Any
@@ -58,11 +82,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Drives lanes of runs on one engine, at most `parallel` at a time."""
+    """Drives lanes of runs on one engine, as many at a time as `packing` says."""
 
     home: Home
     engine: Engine
-    parallel: int
+    packing: Packing
     attempts: int
     progress: Progress
     on_finished: Callable[[RunRecord], None]
@@ -77,40 +101,60 @@ class Scheduler:
             FinetrialError: a run was refused: what the study names is not there.
             Incomplete: a person stopped it; running again goes on from here.
         """
-        waiting, running = list(lanes), []
+        queues, running = [Queue(lane) for lane in lanes], []
         try:
-            while waiting or running:
-                while waiting and len(running) < self.parallel:
-                    self._advance(waiting.pop(0), running)
+            while self._fill(queues, running) or running:
                 for run in list(running):
                     ended = self._watch(run)
                     if ended is None:
                         continue
                     running.remove(run)
-                    if self._settle(run, ended):
-                        waiting.insert(0, run.lane)
+                    if self._settle(run, ended, beside=len(running)):
+                        run.queue.under_way -= 1
                     else:
-                        running.append(self._start(run.lane, run.spec, run.folder))
+                        running.append(self._start(run.queue, run.spec, run.folder))
+                self._make_room(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             raise Incomplete("stopped; everything finished is kept: run the same command to go on") from None
         finally:
             self._cancel(running)  # none, unless something was raised
 
-    def _advance(self, lane: Lane, running: list[Running]) -> None:
-        """Start the lane's next unfinished run, if it has one."""
-        for spec in lane:
+    def _fill(self, queues: Sequence[Queue], running: list[Running]) -> bool:
+        """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
+        while waiting := [queue for queue in queues if queue.next() is not None]:
+            queue = min(waiting, key=lambda queue: queue.under_way)  # the first among equals
+            spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
             failure = folder.failure()
             ended = failure and not failure.goes_on and failure.kind not in self.tried_again
             if folder.result() is not None or ended:
                 self._tidy_up(folder)
                 self.on_finished(folder.record())
+                queue.ready.pop(0)
                 continue
+            if not self.packing.may_start(spec, [run.folder for run in running]):
+                break
             self.check_room()
             folder.create(spec)
-            running.append(self._start(lane, spec, folder))
+            running.append(self._start(queue, spec, folder))
+            queue.ready.pop(0)
+            queue.under_way += 1
+        return any(not queue.over for queue in queues)
+
+    def _make_room(self, running: list[Running]) -> None:
+        """Put off the newest run where what all of them say they take is more than there is."""
+        if not self.packing.too_many([run.folder for run in running]):
             return
+        run = running.pop()
+        self.engine.stop(run.handle, GRACE_SECONDS)
+        if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
+            self._settle(run, Exit(None, "cancelled", None), beside=len(running))
+        else:
+            self._close(run.folder, run.attempt, "cancelled", None, PUT_OFF, counts=False)
+            leases.release(run.folder.lease_file, run.lease)
+            run.queue.ready.insert(0, run.spec)
+        run.queue.under_way -= 1
 
     def _tidy_up(self, folder: RunFolder) -> None:
         """Do for an ended run what its worker or its coordinator did not live to do."""
@@ -124,7 +168,7 @@ class Scheduler:
             elif attempt.outcome is None and failure is not None and failure.attempt == attempt.number:
                 self._close(folder, attempt, failure.kind, None, COORDINATOR_ENDED)
 
-    def _start(self, lane: Lane, spec: RunSpec, folder: RunFolder) -> Running:
+    def _start(self, queue: Queue, spec: RunSpec, folder: RunFolder) -> Running:
         lease = leases.claim(folder.lease_file)
         if lease is None:
             raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
@@ -158,7 +202,7 @@ class Scheduler:
         clock = time.monotonic()
         deadline = clock + limit if limit is not None else None
         return Running(
-            lane, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills, kept
+            queue, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills, kept
         )  # fmt: skip
 
     def _watch(self, run: Running) -> Exit | None:
@@ -178,9 +222,21 @@ class Scheduler:
         self.progress.tick(run.spec, run.folder.last_metrics())
         return None
 
-    def _settle(self, run: Running, ended: Exit) -> bool:
-        """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
+    def _settle(self, run: Running, ended: Exit, *, beside: int) -> bool:
+        """Record how an attempt ended; True if that ends the run, False if it is to be resumed.
+
+        `beside`: how many others went on meanwhile.
+        """
+        self.packing.ended(run.folder)
         outcome, reason, final = self._outcome(run, ended)
+        if outcome == "out_of_memory" and not final and self.packing.back_off(beside):
+            run.folder.failure_file.unlink(missing_ok=True)
+            self._close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
+            leases.release(run.folder.lease_file, run.lease)
+            self.progress.note(
+                f"{run.spec.run_id}: {reason}, beside {beside} others; from now on fewer at once"
+            )
+            return False
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
         further = run.folder.checkpoint_step() > run.attempt.from_step
         further = (further or run.folder.kept_outputs() > run.kept_outputs) and outcome != "timed_out"

@@ -7,7 +7,7 @@ for deciding what runs (`plan.py`).
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -75,7 +75,7 @@ class RunRules(Frozen):
     """Where and how; not part of the study's identity."""
 
     engine: str = "local"
-    parallel: int = Field(default=1, ge=1, le=256)
+    parallel: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 1
     threads: int | None = Field(default=None, ge=1, le=1024)
     memory_bytes: int | None = Field(default=None, gt=0)
     disk_bytes: int | None = Field(default=None, gt=0)

@@ -1,0 +1,83 @@
+"""How many runs go side by side: a fixed number, or as many as cores and memory allow. Parent side.
+
+With `parallel: auto` a run starts as soon as a core is free and what it takes fits beside what the others take.
+A run says what it takes before its model is loaded (`fit.json`); until the first of an arm has said so, nothing
+else is started. One that turns out to take too much is put off, and if memory runs out all the same,
+fewer go side by side from then on. Which runs are side by side changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetrial.records import RunSpec
+from finetrial.store import RunFolder
+
+# A run's peak, once measured, foretells the next one's of its kind, give or take.
+SPREAD = 1.1
+
+
+@dataclass
+class Packing:
+    """`most`: runs at a time. `by_memory`: fewer where memory does not suffice for as many."""
+
+    most: int
+    by_memory: bool = False
+    known: dict[str, int] = field(default_factory=dict)  # kind of run -> bytes that the largest so far takes
+    said: dict[Path, int] = field(default_factory=dict)  # run's folder -> bytes that it says it takes
+    room: int | None = None  # bytes that all runs share, once a run has said it
+
+    def may_start(self, spec: RunSpec, running: Sequence[RunFolder]) -> bool:
+        """Whether a run may begin beside these."""
+        if not running:
+            return True
+        if len(running) >= self.most:
+            return False
+        if not self.by_memory:
+            return True
+        taken = [self.taken(folder) for folder in running]
+        need = self.known.get(kind_of(spec))
+        if need is None or self.room is None:  # one that trains will say it soon; but only one at a time
+            return None not in taken and spec.method is not None and spec.stage in ("trial", "replicate")
+        return None not in taken and sum(filter(None, taken)) + need <= self.room
+
+    def too_many(self, running: Sequence[RunFolder]) -> bool:
+        """Whether these take more than there is, by what they say."""
+        if not self.by_memory or len(running) < 2:
+            return False
+        taken = [size for folder in running if (size := self.taken(folder)) is not None]
+        return self.room is not None and sum(taken) > self.room
+
+    def taken(self, folder: RunFolder) -> int | None:
+        """Bytes that a run takes: foretold by itself, or as others of its kind; None: not known yet."""
+        if folder.path in self.said:
+            return self.said[folder.path]
+        kind, fit = kind_of(folder.spec()), folder.fit()
+        if fit is None or fit.predicted is None:
+            return self.known.get(kind)
+        self.room = fit.shared if fit.shared is not None else self.room
+        self.said[folder.path] = fit.predicted
+        self.known[kind] = max(self.known.get(kind, 0), fit.predicted)
+        return fit.predicted
+
+    def ended(self, folder: RunFolder) -> None:
+        """Learn from a run that has ended what its kind takes."""
+        self.said.pop(folder.path, None)  # another attempt says it anew
+        result = folder.result() if self.by_memory else None
+        if result is not None:
+            kind, peak = kind_of(folder.spec()), int(SPREAD * result.cost.peak_memory_bytes)
+            self.known[kind] = max(self.known.get(kind, 0), peak)
+
+    def back_off(self, beside: int) -> bool:
+        """Memory ran out for a run beside so many others: whether fewer at once may help."""
+        if not self.by_memory or beside == 0:
+            return False
+        self.most = beside
+        return True
+
+
+def kind_of(spec: RunSpec) -> str:
+    """Runs of one kind take about as much memory: stage and arm."""
+    return f"{spec.stage} {spec.arm}"
