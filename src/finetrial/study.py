@@ -29,6 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ENTRY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+MOST_PARALLEL = 256
 MIN_PAIRS = 4  # of replicates: with three or fewer the report describes and gives no verdict
 
 
@@ -75,7 +76,7 @@ class RunRules(Frozen):
     """Where and how; not part of the study's identity."""
 
     engine: str = "local"
-    parallel: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = 1
+    parallel: Annotated[int, Field(ge=1, le=MOST_PARALLEL)] | Literal["auto"] = 1
     threads: int | None = Field(default=None, ge=1, le=1024)
     memory_bytes: int | None = Field(default=None, gt=0)
     disk_bytes: int | None = Field(default=None, gt=0)

@@ -18,7 +18,7 @@ from finetrial.records import ClaimKind, EarlyStopping, LoopRules, MethodSpec, M
 from finetrial.secrets_guard import held_by
 from finetrial.sources import not_there
 from finetrial.strict_yaml import MAX_BYTES, parse, parse_duration, parse_size
-from finetrial.study import Claim, RunRules, SearchRules, Study, TrainRules
+from finetrial.study import MOST_PARALLEL, Claim, RunRules, SearchRules, Study, TrainRules
 
 SECTIONS = ("study", "model", "tasks", "methods", "search", "train", "measure", "claims", "run", "track")
 REQUIRED = ("study", "model", "tasks", "methods")
@@ -283,11 +283,20 @@ def _checkpoint(value: Any) -> tuple[float | None, int | None]:
         raise ValueError(f"{error}, or 100 steps") from None
 
 
+def _parallel(value: Any) -> int | str:
+    if value == "auto" or (
+        isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_PARALLEL
+    ):
+        return value
+    raise ValueError(f"{show(value)} is not a number of runs; write 1 to {MOST_PARALLEL}, or auto")
+
+
 def _run(collector: Collector, value: Any) -> RunRules | None:
     keys = ("engine", "parallel", "threads", "memory", "disk", "trial_limit", "attempts", "checkpoint",
             "micro_batch", "gradient_checkpointing", "log_steps", "keep_models")  # fmt: skip
     converters: dict[str, Callable[[Any], Any]] = {
         "memory": parse_size, "disk": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,
+        "parallel": _parallel,
     }  # fmt: skip
     given = _section(collector, "run", value, keys, converters)
     if given is None:
