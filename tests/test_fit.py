@@ -21,7 +21,7 @@ from finetrial.progress import Progress
 from finetrial.records import Fit
 from finetrial.schedule import Scheduler
 from finetrial.tables import used_rows
-from finetrial.train import train
+from finetrial.train import alone, train
 from finetrial.training_state import Progress as Steps
 from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run, unmeasured
@@ -265,5 +265,5 @@ def test_a_run_over_its_budget_ends_and_leaves_a_checkpoint(tiny_bert, tmp_path)
     model, _ = bench.build_tuned()
     fit = asked(free).model_copy(update={"budget": 1_000_000, "predicted": 1})
     with pytest.raises(OutOfMemory, match=r"it took \d+ MB of the 1 MB"):
-        train(bench, folder, model, built.tokenizer, features, features, Steps(), fit)
+        alone(train(bench, folder, model, built.tokenizer, features, features, Steps(), fit))
     assert folder.checkpoint_step() == 1

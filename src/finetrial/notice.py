@@ -15,25 +15,30 @@ from contextlib import contextmanager
 EXIT_CODE = 128 + signal.SIGTERM
 
 
+class _Notice:
+    """The handler; one for all runs of a process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
 @contextmanager
 def termination_notice() -> Iterator[Callable[[], bool]]:
-    """Hold SIGTERM back; the function given says whether one has come.
+    """Hold SIGTERM back; the function given says whether one has come. Within another, it is the same notice.
 
     Nothing is held back where somebody else handles the signal (the inline engine's coordinator) or where
     Python allows no handlers (outside the main thread).
     """
-    asked = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-
-    in_main = threading.current_thread() is threading.main_thread()
-    mine = in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    before = signal.getsignal(signal.SIGTERM)
+    notice = before if isinstance(before, _Notice) else _Notice()
+    mine = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
     if mine:
-        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGTERM, notice)
     try:
-        yield lambda: asked
+        yield lambda: notice.asked
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -27,7 +27,7 @@ from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Setting
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.store import RunFolder
-from finetrial.train import Loop, open_loop
+from finetrial.train import Loop, alone, open_loop
 from finetrial.training_state import Progress
 
 SAMPLES = 10
@@ -147,7 +147,7 @@ def _seconds_per_token(loop: Loop, features: Sequence[Feature], size: int) -> fl
     The heaviest goes first and is not timed: it is the peak of memory, and warms up what has to be.
     """
     batches = _batches(loop.bench.spec, features, size)
-    loop.step(max(batches, key=lambda batch: len(batch) * _longest(batch) ** 2))
+    alone(loop.step(max(batches, key=lambda batch: len(batch) * _longest(batch) ** 2)))
     ordered = sorted(batches, key=lambda batch: _padded(loop.fit, batch))
     count = min(TIMED_BATCHES, len(ordered))
     places = [int((index + 0.5) / count * len(ordered)) for index in range(count)]
@@ -157,7 +157,7 @@ def _seconds_per_token(loop: Loop, features: Sequence[Feature], size: int) -> fl
         if done >= FEWEST_TIMED and seconds > TIMED_SECONDS:
             break
         lap()
-        loop.step(ordered[place])
+        alone(loop.step(ordered[place]))
         seconds += lap()
         tokens += _padded(loop.fit, ordered[place])
     return seconds / tokens
@@ -258,7 +258,7 @@ def _try(loop: Loop, samples: Sequence[Feature], rate: float) -> Try:
     progress, diverged = loop.progress, None
     try:
         while progress.step < LEARNING_STEPS and not _over(progress):
-            loop.step(samples)
+            alone(loop.step(samples))
     except Diverged as error:
         diverged = error.reason
     loss = progress.last_loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
 from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
-from finetrial.train import make_accelerator, train
+from finetrial.train import Turn, alone, make_accelerator, train
 from finetrial.training_state import Progress
 
 # In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
@@ -30,10 +31,9 @@ OWNER = "finetrial-run.txt"
 
 def run(spec: RunSpec, folder: RunFolder) -> Result:
     """Do what a spec says and give its result; resumes by itself from what the folder holds."""
-    stages = {
-        "baseline": _training if spec.method else _baseline, "check": rehearse, "trial": _training,
-        "replicate": _training, "probe": _probe,
-    }  # fmt: skip
+    if spec.stage in ("trial", "replicate") or (spec.stage == "baseline" and spec.method):
+        return alone(training(spec, folder))
+    stages = {"baseline": _baseline, "check": rehearse, "probe": _probe}
     return stages[spec.stage](spec, folder)
 
 
@@ -75,9 +75,9 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     )
 
 
-def _training(spec: RunSpec, folder: RunFolder) -> Result:
+def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]:
     """Train and score on validation: a trial. A replicate also scores on test and keeps its model; the frozen
-    body scores on test and is measured at once."""
+    body scores on test and is measured at once. Every step waits for its gradients."""
     clock, progress = Clock(), Progress()
     bench = open_workbench(spec, folder.home)
     shapes, built = bench.build_tuned(shapes_only=True)
@@ -97,7 +97,9 @@ def _training(spec: RunSpec, folder: RunFolder) -> Result:
     scored = None
     try:
         with termination_notice() as asked:
-            trained = train(bench, folder, model, built.tokenizer, features, validation, progress, fit, asked)
+            trained = yield from train(
+                bench, folder, model, built.tokenizer, features, validation, progress, fit, asked
+            )
             peak = peak_bytes()  # of training: what comes after holds a second model
             folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
             if spec.stage != "trial":

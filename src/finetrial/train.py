@@ -12,10 +12,10 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -44,6 +44,8 @@ from finetrial.store import RunFolder
 from finetrial.tables import UsedRows, trained_parameters, used_rows
 from finetrial.training_state import Clock, Progress, guard
 
+T = TypeVar("T")
+
 
 @dataclass
 class Trained:
@@ -52,6 +54,32 @@ class Trained:
     model: Any
     accelerator: Accelerator
     settings_used: dict[str, Setting]
+
+
+class Turn(NamedTuple):
+    """A step that waits for its gradients: of this loop's model, of the mean loss over this batch."""
+
+    loop: Loop
+    batch: Sequence[Feature]
+
+
+def alone(training: Generator[Turn, float, T]) -> T:
+    """Do a training by itself. What it gives."""
+    try:
+        turn = next(training)
+        while True:
+            turn = follow(training, turn)
+    except StopIteration as ended:
+        return ended.value
+
+
+def follow(training: Generator[Turn, float, Any], turn: Turn) -> Turn:
+    """Take a step's gradients from its own model; the training's next turn."""
+    try:
+        loss = turn.loop.backward(turn.batch)
+    except BaseException as error:  # noqa: BLE001 - it is the training's to handle, and comes back if it is not
+        return training.throw(error)
+    return training.send(loss)
 
 
 def train(
@@ -64,8 +92,10 @@ def train(
     progress: Progress,
     fit: Fit,
     asked: Callable[[], bool] = lambda: False,
-) -> Trained:
+) -> Generator[Turn, float, Trained]:
     """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
+
+    Every step waits for its gradients and is sent its loss (see `alone`, `stacking.py`).
 
     `progress` is kept up to date, so that it tells how far a run came that diverged. `asked`: whether the
     process was told to end.
@@ -90,7 +120,7 @@ def train(
         loop.judge(validation, asked)
     over = progress.stopped_early or progress.step >= ends[-1]
     for indices in () if over else planned_batches(lengths, spec, progress.step):
-        loop.step([features[i] for i in indices])
+        yield from loop.step([features[i] for i in indices])
         last = progress.step == ends[-1]
         if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
             loop.record()
@@ -183,7 +213,7 @@ class Loop:
     stepper: Stepper
     used: UsedRows | None
 
-    def step(self, batch: Sequence[Feature]) -> None:
+    def step(self, batch: Sequence[Feature]) -> Generator[Turn, float, None]:
         """One optimiser step over one effective batch.
 
         Raises:
@@ -194,7 +224,8 @@ class Loop:
         if not progress.first_weight_sizes:
             progress.first_weight_sizes = self.stepper.weight_sizes()
         self.stepper.look(progress.step, self.planned_steps)
-        loss = self._backward(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = yield Turn(self, batch)
         progress.gradient_norm = self.stepper.finish()
         self.stepper.lost(progress)
         if self.used is not None:
@@ -218,18 +249,16 @@ class Loop:
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
         progress.last_loss = loss
 
-    def _backward(self, batch: Sequence[Feature]) -> float:
+    def backward(self, batch: Sequence[Feature]) -> float:
         """Gradients of an effective batch's mean loss, and that loss."""
-        spec, progress = self.bench.spec, self.progress
+        progress = self.progress
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         parts = split(self.fit, batch)
         progress.micro_batches = max(progress.micro_batches, len(parts))
         for index, part in enumerate(parts):
             tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
-            # Dropout is a function of (replicate, step): no method's use of random numbers shifts another's.
-            torch.manual_seed(stream_seed(spec.seeds.dropout, progress.step, index))
+            torch.manual_seed(self.dropout_seed(index))
             outputs = self.model(**model_inputs(tensors))
             loss = self.bench.task.head.loss_sum(outputs, tensors) / len(batch)
             self.stepper.last_part = index == len(parts) - 1
@@ -237,6 +266,10 @@ class Loop:
             total += float(loss.detach())
             progress.padded_tokens += tensors["input_ids"].numel()
         return total
+
+    def dropout_seed(self, part: int) -> int:
+        """Dropout is a function of (replicate, step): no method's use of random numbers shifts another's."""
+        return stream_seed(self.bench.spec.seeds.dropout, self.progress.step, part)
 
     def record(self) -> None:
         """A line of metrics: the mean loss since the last one, and the last step's gradient norm and rate."""
@@ -313,7 +346,8 @@ class Loop:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        loss = self._backward(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(batch)
         norm = self.stepper.finish()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(0, f"before the first step, the loss is {loss} and the gradient norm {norm}")

@@ -1,0 +1,126 @@
+"""Stacked trainings equal their solo runs, and one that ends or diverges leaves the others as they were."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetrial import stacking, stages
+from finetrial.files import json_lines
+from finetrial.records import Result, RunSpec
+from finetrial.store import Home
+from tiny_runs import folder_of, make_spec, run
+
+LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-4, 1e-3
+
+
+def eight(model: Path, **how: Any) -> list[RunSpec]:
+    """Different ranks, rates, sizes, lengths, dropout and streams."""
+    return [
+        make_spec(
+            model,
+            "lora",
+            number=n,
+            settings={
+                "rank": (2, 4, 8, 16)[n % 4],
+                "learning_rate": 1e-3 * (n + 1),
+                "batch_size": (4, 8)[n % 2],
+                "epochs": (1, 2)[n // 4],
+                "dropout": (0.0, 0.1)[n // 2 % 2],
+            },
+            seeds={"data_order": n, "head": 10 + n, "adapter": 20 + n, "dropout": 30 + n},
+            how={"log_steps": 1, **({"micro_batch": 3} if n == 5 else {}), **how},
+        )
+        for n in range(8)
+    ]
+
+
+def together(specs: Sequence[RunSpec], home: Path) -> list[Result]:
+    results = stacking.together([stages.training(spec, folder_of(spec, home)) for spec in specs])
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def losses(spec: RunSpec, home: Path) -> list[float]:
+    return [r["loss"] for r in json_lines(folder_of(spec, home).metrics_file) if r["kind"] == "train"]
+
+
+def weights(spec: RunSpec, home: Path) -> dict[str, torch.Tensor]:
+    return load_file(Home(home).model_folder(spec) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["tiny_bert", "tiny_llama"])
+def test_eight_stacked_trainings_equal_their_solo_runs(request, tmp_path, kind):
+    specs = eight(request.getfixturevalue(kind))
+    results = together(specs, tmp_path / "stacked")
+    for spec, stacked in zip(specs, results, strict=True):
+        alone = run(spec, tmp_path / "alone")
+        mine, theirs = losses(spec, tmp_path / "stacked"), losses(spec, tmp_path / "alone")
+        assert len(mine) == stacked.training.steps == alone.training.steps
+        assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+        found, wanted = weights(spec, tmp_path / "stacked"), weights(spec, tmp_path / "alone")
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=WEIGHTS_TOLERANCE, atol=1e-5)
+        assert stacked.settings_used == alone.settings_used
+        assert stacked.training.tokens == alone.training.tokens
+        assert stacked.training.micro_batches == alone.training.micro_batches
+        assert stacked.input_sha256 == alone.input_sha256
+        assert stacked.score == pytest.approx(alone.score, abs=1e-6)
+
+
+def test_passes_are_really_made_together(tiny_bert, tmp_path, monkeypatch):
+    from finetrial.train import Loop
+
+    def never(*_: Any) -> float:
+        raise AssertionError("a step was made alone")
+
+    monkeypatch.setattr(Loop, "backward", never)
+    together(eight(tiny_bert)[:3], tmp_path)
+
+
+def test_one_that_diverges_leaves_without_touching_the_others(tiny_bert, tmp_path):
+    good = eight(tiny_bert)[:3]
+    bad = make_spec(tiny_bert, "lora", number=9, settings={"learning_rate": 1e30}, how={"log_steps": 1})
+    found = together([good[0], bad, *good[1:]], tmp_path / "with")
+    assert found[1].outcome == "diverged"
+    without = together(good, tmp_path / "without")
+    for spec, one, other in zip(good, [found[0], *found[2:]], without, strict=True):
+        assert one.outcome == "done"
+        assert all(map(math.isfinite, losses(spec, tmp_path / "with")))
+        assert losses(spec, tmp_path / "with") == pytest.approx(losses(spec, tmp_path / "without"), rel=1e-5)
+        assert one.score == other.score
+
+
+def test_what_cannot_be_stacked_is_trained_beside_the_stack(tiny_bert, tmp_path):
+    full = make_spec(tiny_bert, "full", number=7)
+    specs = [full, *eight(tiny_bert)[:2]]
+    results = together(specs, tmp_path / "mixed")
+    assert results[0].weights_sha256 == run(full, tmp_path / "alone").weights_sha256
+
+
+def test_a_stacked_training_is_resumed_alone_from_its_own_checkpoint(tiny_bert, tmp_path):
+    specs = eight(tiny_bert, checkpoint_steps=2)[:2]
+    trainings = [stages.training(spec, folder_of(spec, tmp_path / "cut")) for spec in specs]
+    turns = [next(training) for training in trainings]
+    stack = stacking.Stack([turn.loop for turn in turns])
+    for _ in range(3):
+        found = stack.backward([turn.batch for turn in turns])
+        turns = [training.send(loss) for training, loss in zip(trainings, found, strict=True)]
+    for training in trainings:
+        training.close()
+    for spec in specs:
+        assert folder_of(spec, tmp_path / "cut").checkpoint_step() == 2
+        resumed, alone = run(spec, tmp_path / "cut"), run(spec, tmp_path / "alone")
+        assert resumed.training.resumed_from == (2,)
+        assert losses(spec, tmp_path / "cut") == pytest.approx(losses(spec, tmp_path / "alone"), rel=1e-4)
+        assert json.loads(resumed.model_dump_json())["score"] == pytest.approx(alone.score, abs=1e-6)
