@@ -293,8 +293,11 @@ def share_base(of: Any, model: Any) -> None:
             model.get_submodule(above)._parameters[leaf] = known[name]
 
 
-def together(trainings: Sequence[Generator[Turn, float, T]]) -> list[T | BaseException]:
-    """Do several trainings at once; what each of them gives, or what ended it."""
+def together(
+    trainings: Sequence[Generator[Turn, float, T]],
+    on_end: Callable[[int, T | BaseException], None] = lambda index, end: None,
+) -> list[T | BaseException]:
+    """Do several trainings at once; what each of them gives, or what ended it, which is also told at once."""
     ends: dict[int, T | BaseException] = {}
     turns: dict[int, Turn] = {}
 
@@ -305,6 +308,8 @@ def together(trainings: Sequence[Generator[Turn, float, T]]) -> list[T | BaseExc
             ends[index] = ended.value
         except BaseException as error:  # noqa: BLE001 - of this training alone; whoever asked deals with it
             ends[index] = error
+        if index in ends:
+            on_end(index, ends[index])
 
     first: Loop | None = None
     for index, training in enumerate(trainings):

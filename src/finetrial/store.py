@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +49,7 @@ class RunFolder:
         self.result_file = path / "result.json"
         self.failure_file = path / "failure.json"
         self.lock_file = path / "worker.lock"
+        self.stack_file = path / "stack.json"
 
     @property
     def home(self) -> Home:
@@ -127,6 +128,18 @@ class RunFolder:
 
     def write_fit(self, fit: Fit) -> None:
         _write(self.fit_file, fit)
+
+    def stacked_with(self) -> list[RunFolder]:
+        """The runs that this run's process does as well, besides it."""
+        names = json.loads(self.stack_file.read_text()) if self.stack_file.exists() else []
+        return [self.home.run(name) for name in names]
+
+    def stack_with(self, others: Sequence[RunFolder]) -> None:
+        """Have this run's process do others as well; none ends that."""
+        if others:
+            files.write_json(self.stack_file, [folder.path.name for folder in others])
+        else:
+            self.stack_file.unlink(missing_ok=True)
 
     def event(self, event: str, **facts: Any) -> None:
         """Append to the run's structured log: what its process did, with the time (UTC)."""

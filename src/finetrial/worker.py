@@ -6,6 +6,7 @@ Exit code 0 when a result was written, 1 when a failure was; anything else is a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
@@ -13,12 +14,14 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from finetrial import plugins
 from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, disk_fault
 from finetrial.lease import FileLock
-from finetrial.records import Failure, Outcome
+from finetrial.records import Failure, Outcome, Result, RunSpec
 from finetrial.secrets_guard import hidden_output
 from finetrial.store import RunFolder
 
@@ -51,63 +54,113 @@ def work(folder: RunFolder) -> int:
 
 
 def _work(folder: RunFolder) -> int:
-    lock = FileLock(folder.lock_file)
-    holder = lock.acquire(wait_seconds=10.0)
-    if holder is not None:
-        sys.stderr.write(f"another process ({holder}) is still working in {folder.path}\n")
-        return 1
-    try:
-        return _do(folder)
-    finally:
-        lock.release()
+    with contextlib.ExitStack() as held:
+        folders = [folder, *folder.stacked_with()]
+        for each in folders:
+            lock = FileLock(each.lock_file)
+            holder = lock.acquire(wait_seconds=10.0)
+            if holder is not None:
+                sys.stderr.write(f"another process ({holder}) is still working in {each.path}\n")
+                return 1
+            held.callback(lock.release)
+        waiting = [each for each in folders if not each.result_file.exists()]
+        if len(waiting) == 1:
+            return _do(waiting[0])
+        return _do_together(waiting) if waiting else 0
 
 
 def _do(folder: RunFolder) -> int:
+    """One run."""
     spec = folder.spec()
-    if folder.result_file.exists():
-        return 0
-    attempt = max((a.number for a in folder.attempt_records()), default=1)
-    plugins.make_importable(Path(spec.how.base))
     try:
-        import numpy
-        import torch
-
-        torch.set_num_threads(spec.how.threads)
-        # Nothing here draws from these; a plug-in may, and then the same in every process that does this run.
-        random.seed(spec.seeds.data_order)
-        numpy.random.seed(spec.seeds.data_order % 2**32)  # noqa: NPY002 - the global stream is the point
-        # Warned of, not refused: an operation without a deterministic form costs bit-equality, not the run.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Nor is memory filled that is written before it is read, which that would have.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
-        from finetrial import dropout, stages
-
-        dropout.install()
-
-        sys.stderr.write(f"attempt {attempt}: {stages.describe(spec, folder.path)}\n")
-        folder.event(
-            "begins", attempt=attempt, pid=os.getpid(), host=socket.gethostname(), settings=spec.settings
-        )
-        result = stages.run(spec, folder)
-        folder.write_result(result)
+        stages = _prepare(spec)
+        _say_begin(folder, spec)
+        outcome: Result | BaseException = stages.run(spec, folder)
     except Exception as error:  # noqa: BLE001 - the one place: whatever happened becomes a typed failure
+        outcome = error
+    return _conclude(folder, spec, outcome)
+
+
+def _do_together(folders: Sequence[RunFolder]) -> int:
+    """Several trainings at once; each is concluded when it ends. The highest of their exit codes."""
+    specs, codes = [folder.spec() for folder in folders], [0]
+
+    def conclude(index: int, outcome: Result | BaseException) -> None:
+        codes.append(_conclude(folders[index], specs[index], outcome))
+
+    try:
+        stages = _prepare(specs[0])
+        from finetrial import stacking
+
+        for folder, spec in zip(folders, specs, strict=True):
+            _say_begin(folder, spec)
+        trainings = [stages.training(spec, folder) for folder, spec in zip(folders, specs, strict=True)]
+    except Exception as error:  # noqa: BLE001 - likewise
+        for index in range(len(folders)):
+            conclude(index, error)
+    else:
+        stacking.together(trainings, conclude)
+    return max(codes)
+
+
+def _prepare(spec: RunSpec) -> ModuleType:
+    """Make this process what every run's is; the module that knows the stages."""
+    plugins.make_importable(Path(spec.how.base))
+    import numpy
+    import torch
+
+    torch.set_num_threads(spec.how.threads)
+    # Nothing here draws from these; a plug-in may, and then the same in every process that does this run.
+    random.seed(spec.seeds.data_order)
+    numpy.random.seed(spec.seeds.data_order % 2**32)  # noqa: NPY002 - the global stream is the point
+    # Warned of, not refused: an operation without a deterministic form costs bit-equality, not the run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nor is memory filled that is written before it is read, which that would have.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
+    from finetrial import dropout, stages
+
+    dropout.install()
+    return stages
+
+
+def _conclude(folder: RunFolder, spec: RunSpec, outcome: Result | BaseException) -> int:
+    """Write what came out, or why nothing did; the exit code."""
+    if isinstance(outcome, SystemExit):  # told to end: a checkpoint is there
+        return outcome.code if isinstance(outcome.code, int) else 1
+    try:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        folder.write_result(outcome)
+    except Exception as error:  # noqa: BLE001 - likewise
         kind, reason = classify(error)
         if kind in ("bug", "out_of_memory"):
             traceback.print_exc()
         else:
             sys.stderr.write(f"{kind}: {reason}\n")
         failure = Failure(
-            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=attempt,
+            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=_attempt(folder),
             final=isinstance(error, DoesNotFit),
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
         return 1
-    _say_end(folder, result.outcome, result.reason)
+    _say_end(folder, outcome.outcome, outcome.reason)
     left = None if spec.may_go_on else folder.drop_checkpoint()
     if left is not None:
         sys.stderr.write(f"{left}\n")
     return 0
+
+
+def _attempt(folder: RunFolder) -> int:
+    return max((a.number for a in folder.attempt_records()), default=1)
+
+
+def _say_begin(folder: RunFolder, spec: RunSpec) -> None:
+    from finetrial import stages
+
+    attempt = _attempt(folder)
+    sys.stderr.write(f"attempt {attempt}: {stages.describe(spec, folder.path)}\n")
+    folder.event("begins", attempt=attempt, pid=os.getpid(), host=socket.gethostname(), settings=spec.settings)
 
 
 def _say_end(folder: RunFolder, outcome: Outcome, reason: str | None) -> None:
