@@ -104,7 +104,9 @@ def cores() -> int:
 def packing_of(study: Study, threads: int) -> Packing:
     """How many runs may go side by side here, each with so many threads."""
     parallel = study.run.parallel
-    return Packing(max(1, cores() // threads), by_memory=True) if parallel == "auto" else Packing(parallel)
+    if parallel == "auto":
+        return Packing(max(1, cores() // threads), by_memory=True, stack=study.run.stack)
+    return Packing(parallel, stack=study.run.stack)
 
 
 def versions() -> dict[str, str]:

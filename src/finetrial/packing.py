@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetrial.plugins import load
 from finetrial.records import RunSpec
 from finetrial.store import RunFolder
 
@@ -21,10 +22,14 @@ SPREAD = 1.1
 
 @dataclass
 class Packing:
-    """`most`: runs at a time. `by_memory`: fewer where memory does not suffice for as many."""
+    """`most`: processes at a time. `by_memory`: fewer where memory does not suffice for as many.
+
+    `stack`: runs of one process, where a method's trainings can be stacked.
+    """
 
     most: int
     by_memory: bool = False
+    stack: int = 1
     known: dict[str, int] = field(default_factory=dict)  # kind of run -> bytes that the largest so far takes
     said: dict[Path, int] = field(default_factory=dict)  # run's folder -> bytes that it says it takes
     room: int | None = None  # bytes that all runs share, once a run has said it
@@ -76,6 +81,13 @@ class Packing:
             return False
         self.most = beside
         return True
+
+
+def stacks(spec: RunSpec) -> bool:
+    """Whether a run can be trained together with others of its arm."""
+    if spec.method is None or spec.stage not in ("trial", "replicate"):
+        return False
+    return bool(getattr(load("methods", spec.method.use), "stacks", False))
 
 
 def kind_of(spec: RunSpec) -> str:

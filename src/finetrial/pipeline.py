@@ -188,7 +188,8 @@ class Story:
         specs = self._replicate_specs()
         for note in self.opened.home.set_aside_without_model(self._to_be_measured(specs)):
             self.progress.note(note)
-        return [iter([spec]) for spec in specs]
+        arms = dict.fromkeys(spec.arm for spec in specs)
+        return [iter([[spec for spec in specs if spec.arm == arm]]) for arm in arms]
 
     def _to_be_measured(self, replicates: list[RunSpec]) -> list[RunSpec]:
         """The replicates whose models probes still need: those not measured yet, and the ones before them."""

@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from finetrial import lease as leases
 from finetrial import processes
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
-from finetrial.packing import Packing
+from finetrial.packing import Packing, stacks
 from finetrial.plugins import Engine, Exit
 from finetrial.progress import Progress
-from finetrial.records import Attempt, Failure, Outcome, RunRecord, RunSpec
+from finetrial.records import Failure, Outcome, RunRecord, RunSpec
 from finetrial.store import Home, RunFolder
-
-Lane = Iterator[RunSpec | Sequence[RunSpec]]
+from finetrial.under_way import (
+    COORDINATOR_ENDED,
+    RENEW_SECONDS,
+    Lane,
+    Process,
+    Queue,
+    Running,
+    claim,
+    close,
+    launch,
+    release,
+)
 
 POLL_SECONDS = 0.05
-RENEW_SECONDS = 10.0
 # From SIGTERM to SIGKILL: what a preempted machine commonly grants.
 GRACE_SECONDS = 10.0
 # Failures that a later `finetrial run` tries again: the cause lies outside the run and may be gone.
@@ -41,43 +48,6 @@ MOST_HALVINGS = 12
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 PUT_OFF = "put off: the runs beside it leave it too little memory"
 BESIDE = "not alone, so it is tried again with fewer beside it"
-COORDINATOR_ENDED = "its coordinator ended before it"
-
-
-@dataclass
-class Queue:
-    """A lane under way: what it gave and is not begun, and how many runs of it go on."""
-
-    lane: Lane
-    ready: list[RunSpec] = field(default_factory=list)
-    under_way: int = 0
-    over: bool = False
-
-    def next(self) -> RunSpec | None:
-        """What may be begun next; nothing while that depends on what goes on."""
-        while not self.ready and not self.under_way and not self.over:
-            given = next(self.lane, None)
-            if given is None:
-                self.over = True
-            else:
-                self.ready = [given] if isinstance(given, RunSpec) else list(given)
-        return self.ready[0] if self.ready else None
-
-
-@dataclass
-class Running:
-    """A run in progress: its folder, its process, who holds it, and until when it may take."""
-
-    queue: Queue
-    spec: RunSpec
-    folder: RunFolder
-    handle: Any
-    lease: leases.Lease
-    attempt: Attempt
-    deadline: float | None
-    renew_at: float
-    memory_kills: int  # that the system had made before it
-    kept_outputs: int  # parts of evaluations that it began with
 
 
 @dataclass(frozen=True)
@@ -112,7 +82,7 @@ class Scheduler:
                     if self._settle(run, ended, beside=len(running)):
                         run.queue.under_way -= 1
                     else:
-                        running.append(self._start(run.queue, run.spec, run.folder))
+                        running += self._start(run.queue, [run.spec])
                 self._make_room(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
@@ -126,9 +96,7 @@ class Scheduler:
             queue = min(waiting, key=lambda queue: queue.under_way)  # the first among equals
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
-            failure = folder.failure()
-            ended = failure and not failure.goes_on and failure.kind not in self.tried_again
-            if folder.result() is not None or ended:
+            if self._has_ended(folder):
                 self._tidy_up(folder)
                 self.on_finished(folder.record())
                 queue.ready.pop(0)
@@ -136,25 +104,68 @@ class Scheduler:
             if not self.packing.may_start(spec, [run.folder for run in running]):
                 break
             self.check_room()
-            folder.create(spec)
-            running.append(self._start(queue, spec, folder))
-            queue.ready.pop(0)
-            queue.under_way += 1
+            specs = self._stack(queue)
+            running += self._start(queue, specs)
+            queue.ready = [waiting for waiting in queue.ready if waiting not in specs]
+            queue.under_way += len(specs)
         return any(not queue.over for queue in queues)
 
+    def _has_ended(self, folder: RunFolder) -> bool:
+        """Whether a run has ended for good, as far as this command goes."""
+        failure = folder.failure()
+        ended = failure is not None and not failure.goes_on and failure.kind not in self.tried_again
+        return folder.result() is not None or ended
+
+    def _stack(self, queue: Queue) -> list[RunSpec]:
+        """The queue's first run, and those that are trained together with it."""
+        first, *others = queue.ready
+        if self.packing.stack == 1 or not stacks(first):
+            return [first]
+        alike = [
+            spec for spec in others if spec.arm == first.arm and not self._has_ended(self.home.run(spec.run_id))
+        ]
+        found = [first, *alike[: self.packing.stack - 1]]
+        # They share what one of them would have had.
+        share = {"parallel": first.how.parallel * len(found)}
+        return [spec.model_copy(update={"how": spec.how.model_copy(update=share)}) for spec in found]
+
+    def _start(self, queue: Queue, specs: Sequence[RunSpec]) -> list[Running]:
+        """Start runs in one process, the first one's."""
+        process = Process(self.engine)
+        runs: list[Running] = []
+        try:
+            for spec in specs:
+                folder = self.home.run(spec.run_id)
+                folder.create(spec)
+                runs.append(claim(queue, spec, folder, process))
+            runs[0].folder.stack_with([run.folder for run in runs[1:]])
+            launch(runs)
+        except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
+            process.stop(GRACE_SECONDS)
+            for run in runs:
+                release(run, "cancelled", "interrupted while it was started")
+            raise
+        for run in runs:
+            if run.attempt.number == 1:
+                self.progress.started(run.spec)
+        return runs
+
     def _make_room(self, running: list[Running]) -> None:
-        """Put off the newest run where what all of them say they take is more than there is."""
+        """Put off the newest process where what all of them say they take is more than there is."""
+        if len({id(run.process) for run in running}) < 2:
+            return
         if not self.packing.too_many([run.folder for run in running]):
             return
-        run = running.pop()
-        self.engine.stop(run.handle, GRACE_SECONDS)
-        if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
-            self._settle(run, Exit(None, "cancelled", None), beside=len(running))
-        else:
-            self._close(run.folder, run.attempt, "cancelled", None, PUT_OFF, counts=False)
-            leases.release(run.folder.lease_file, run.lease)
-            run.queue.ready.insert(0, run.spec)
-        run.queue.under_way -= 1
+        newest = running[-1].process
+        newest.stop(GRACE_SECONDS)
+        for run in [run for run in running if run.process is newest]:
+            running.remove(run)
+            run.queue.under_way -= 1
+            if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
+                self._settle(run, Exit(None, outcome="cancelled"), beside=len(running))
+            else:
+                release(run, "cancelled", PUT_OFF, counts=False)
+                run.queue.ready.insert(0, run.spec)
 
     def _tidy_up(self, folder: RunFolder) -> None:
         """Do for an ended run what its worker or its coordinator did not live to do."""
@@ -164,55 +175,18 @@ class Scheduler:
             self._drop_checkpoint(folder)  # a failed run's is what `--retry-failed` goes on from
         for attempt in folder.attempt_records():
             if attempt.outcome is None and result is not None:
-                self._close(folder, attempt, result.outcome, None, COORDINATOR_ENDED)
+                close(folder, attempt, result.outcome, None, COORDINATOR_ENDED)
             elif attempt.outcome is None and failure is not None and failure.attempt == attempt.number:
-                self._close(folder, attempt, failure.kind, None, COORDINATOR_ENDED)
-
-    def _start(self, queue: Queue, spec: RunSpec, folder: RunFolder) -> Running:
-        lease = leases.claim(folder.lease_file)
-        if lease is None:
-            raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
-        folder.failure_file.unlink(missing_ok=True)
-        past = folder.attempt_records()
-        for attempt in past:
-            if attempt.outcome is None:  # whoever started it did not live to see its end
-                self._close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
-        number = max((attempt.number for attempt in past), default=0) + 1
-        now = time.time()
-        attempt = Attempt(
-            number=number, host=socket.gethostname(), pid=0, started_at=now, from_step=folder.checkpoint_step()
-        )
-        handle, kills, kept = None, processes.memory_kills(), folder.kept_outputs()
-        try:
-            folder.write_attempt(attempt)
-            handle = self.engine.start(folder.path, spec)
-            attempt = attempt.model_copy(update={"pid": handle.pid})
-            folder.write_attempt(attempt)
-        except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
-            if handle is not None:
-                self.engine.stop(handle, GRACE_SECONDS)
-            leases.release(folder.lease_file, lease)
-            result = folder.result()  # it may have got there first
-            outcome = result.outcome if result else "cancelled"
-            self._close(folder, attempt, outcome, None, "interrupted while it was started")
-            raise
-        if number == 1:
-            self.progress.started(spec)
-        limit = spec.how.limit_seconds
-        clock = time.monotonic()
-        deadline = clock + limit if limit is not None else None
-        return Running(
-            queue, spec, folder, handle, lease, attempt, deadline, clock + RENEW_SECONDS, kills, kept
-        )  # fmt: skip
+                close(folder, attempt, failure.kind, None, COORDINATOR_ENDED)
 
     def _watch(self, run: Running) -> Exit | None:
         """How a run ended, or None while it goes on; one over its time limit is ended here."""
         now = time.monotonic()
-        ended = self.engine.poll(run.handle)
+        ended = run.ended()
         if ended is not None:
             return ended
         if run.deadline is not None and now > run.deadline:
-            self.engine.stop(run.handle, GRACE_SECONDS)
+            run.process.stop(GRACE_SECONDS)
             limit = run.spec.how.limit_seconds or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
         if now >= run.renew_at:
@@ -231,7 +205,7 @@ class Scheduler:
         outcome, reason, final = self._outcome(run, ended)
         if outcome == "out_of_memory" and not final and self.packing.back_off(beside):
             run.folder.failure_file.unlink(missing_ok=True)
-            self._close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
+            close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
             leases.release(run.folder.lease_file, run.lease)
             self.progress.note(
                 f"{run.spec.run_id}: {reason}, beside {beside} others; from now on fewer at once"
@@ -247,7 +221,7 @@ class Scheduler:
             gave_up, further = final or halved >= MOST_HALVINGS, True
         else:
             gave_up = outcome in RESUMED and count >= self.attempts
-        self._close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
+        close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
         leases.release(run.folder.lease_file, run.lease)
         if outcome in RESUMED or outcome == "out_of_memory":
             if not gave_up:
@@ -292,17 +266,6 @@ class Scheduler:
         return "crashed", ended.reason or "it ended without a result", False
 
     @staticmethod
-    def _close(
-        folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None, *,
-        counts: bool = True, gave_up: bool = False,
-    ) -> None:  # fmt: skip
-        if any(a.number == attempt.number and a.outcome for a in folder.attempt_records()):
-            return  # ended before, by a coordinator that took the run over
-        ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
-        ended |= {"counts": counts, "gave_up": gave_up}
-        folder.write_attempt(attempt.model_copy(update=ended))
-
-    @staticmethod
     def _stop_on_fault(record: RunRecord) -> None:
         failure = record.failure
         if failure is None or failure.kind not in ("bug", "refused"):
@@ -318,9 +281,6 @@ class Scheduler:
     def _cancel(self, running: Sequence[Running]) -> None:
         for run in running:
             with contextlib.suppress(OSError):
-                self.engine.stop(run.handle, GRACE_SECONDS)
+                run.process.stop(GRACE_SECONDS)
         for run in running:
-            result = run.folder.result()  # it may have got there first
-            outcome = result.outcome if result else "cancelled"
-            self._close(run.folder, run.attempt, outcome, None, "stopped with its coordinator")
-            leases.release(run.folder.lease_file, run.lease)
+            release(run, "cancelled", "stopped with its coordinator")

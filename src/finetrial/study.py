@@ -77,6 +77,7 @@ class RunRules(Frozen):
 
     engine: str = "local"
     parallel: Annotated[int, Field(ge=1, le=MOST_PARALLEL)] | Literal["auto"] = 1
+    stack: int = Field(default=1, ge=1, le=64)
     threads: int | None = Field(default=None, ge=1, le=1024)
     memory_bytes: int | None = Field(default=None, gt=0)
     disk_bytes: int | None = Field(default=None, gt=0)

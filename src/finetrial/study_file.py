@@ -292,7 +292,7 @@ def _parallel(value: Any) -> int | str:
 
 
 def _run(collector: Collector, value: Any) -> RunRules | None:
-    keys = ("engine", "parallel", "threads", "memory", "disk", "trial_limit", "attempts", "checkpoint",
+    keys = ("engine", "parallel", "stack", "threads", "memory", "disk", "trial_limit", "attempts", "checkpoint",
             "micro_batch", "gradient_checkpointing", "log_steps", "keep_models")  # fmt: skip
     converters: dict[str, Callable[[Any], Any]] = {
         "memory": parse_size, "disk": parse_size, "trial_limit": parse_duration, "checkpoint": _checkpoint,

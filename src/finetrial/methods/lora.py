@@ -28,6 +28,7 @@ class Lora:
     """Inserts adapters with PEFT; what it saves loads with `PeftModel.from_pretrained`."""
 
     Params = Params
+    stacks = True  # see stacking.py
     space: Space = {
         "learning_rate": Range(low=5e-5, high=5e-3, log=True),
         "rank": Choice(choices=(4, 8, 16, 32)),

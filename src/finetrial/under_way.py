@@ -1,0 +1,150 @@
+"""A run under way: its lane, its process, who holds it, and the record of this attempt at it. Parent side.
+
+What becomes of it when it has ended is `schedule.py`'s.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetrial import lease as leases
+from finetrial import processes
+from finetrial.errors import Incomplete
+from finetrial.plugins import Engine, Exit
+from finetrial.records import Attempt, Outcome, RunSpec
+from finetrial.store import RunFolder
+
+Lane = Iterator[RunSpec | Sequence[RunSpec]]
+
+RENEW_SECONDS = 10.0
+# Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
+COORDINATOR_ENDED = "its coordinator ended before it"
+
+
+@dataclass
+class Queue:
+    """A lane under way: what it gave and is not begun, and how many runs of it go on."""
+
+    lane: Lane
+    ready: list[RunSpec] = field(default_factory=list)
+    under_way: int = 0
+    over: bool = False
+
+    def next(self) -> RunSpec | None:
+        """What may be begun next; nothing while that depends on what goes on."""
+        while not self.ready and not self.under_way and not self.over:
+            given = next(self.lane, None)
+            if given is None:
+                self.over = True
+            else:
+                self.ready = [given] if isinstance(given, RunSpec) else list(given)
+        return self.ready[0] if self.ready else None
+
+
+@dataclass
+class Process:
+    """An engine's process, of one run or of several that are stacked; stopped once, its end seen once."""
+
+    engine: Engine
+    handle: Any = None  # None: not started
+    exit: Exit | None = None
+
+    def poll(self) -> Exit | None:
+        if self.exit is None and self.handle is not None:
+            self.exit = self.engine.poll(self.handle)
+        return self.exit
+
+    def stop(self, grace_seconds: float) -> None:
+        if self.handle is not None and self.poll() is None:
+            self.engine.stop(self.handle, grace_seconds)
+            self.exit = Exit(None, outcome="crashed", reason="the process that it shared was stopped")
+
+
+@dataclass
+class Running:
+    """A run in progress: its folder, its process, who holds it, and until when it may take."""
+
+    queue: Queue
+    spec: RunSpec
+    folder: RunFolder
+    process: Process
+    lease: leases.Lease
+    attempt: Attempt
+    deadline: float | None
+    renew_at: float
+    memory_kills: int  # that the system had made before it
+    kept_outputs: int  # parts of evaluations that it began with
+    stacked: bool = False
+
+    def ended(self) -> Exit | None:
+        """How it ended, or None while it goes on. One that is stacked ends before its process does."""
+        ended = self.process.poll()
+        if ended is None and self.stacked:
+            failed = self.folder.failure() if self.folder.failure_file.exists() else None
+            if self.folder.result_file.exists() or (failed and failed.attempt == self.attempt.number):
+                return Exit(0)
+        return ended
+
+
+def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> Running:
+    """Take a run, and record that another attempt begins.
+
+    Raises:
+        Incomplete: somebody else works on it.
+    """
+    lease = leases.claim(folder.lease_file)
+    if lease is None:
+        raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
+    folder.failure_file.unlink(missing_ok=True)
+    past = folder.attempt_records()
+    for attempt in past:
+        if attempt.outcome is None:  # whoever started it did not live to see its end
+            close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
+    attempt = Attempt(
+        number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
+        started_at=time.time(), from_step=folder.checkpoint_step(),
+    )  # fmt: skip
+    clock, limit = time.monotonic(), spec.how.limit_seconds
+    run = Running(
+        queue, spec, folder, process, lease, attempt, clock + limit if limit is not None else None,
+        clock + RENEW_SECONDS, processes.memory_kills(), folder.kept_outputs(),
+    )  # fmt: skip
+    try:
+        folder.write_attempt(attempt)
+    except BaseException:
+        leases.release(folder.lease_file, lease)
+        raise
+    return run
+
+
+def launch(runs: Sequence[Running]) -> None:
+    """Start the process of claimed runs."""
+    process, first = runs[0].process, runs[0]
+    process.handle = process.engine.start(first.folder.path, first.spec)
+    for run in runs:
+        run.stacked = len(runs) > 1
+        run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
+        run.folder.write_attempt(run.attempt)
+
+
+def release(run: Running, outcome: Outcome, reason: str, *, counts: bool = True) -> None:
+    """Let go of a run that nobody works on any more; if it has a result all the same, that is how it ended."""
+    result = run.folder.result()
+    close(run.folder, run.attempt, result.outcome if result else outcome, None, reason, counts=counts)
+    leases.release(run.folder.lease_file, run.lease)
+
+
+def close(
+    folder: RunFolder, attempt: Attempt, outcome: Outcome, code: int | None, reason: str | None, *,
+    counts: bool = True, gave_up: bool = False,
+) -> None:  # fmt: skip
+    """Record how an attempt ended."""
+    if any(a.number == attempt.number and a.outcome for a in folder.attempt_records()):
+        return  # ended before, by a coordinator that took the run over
+    ended = {"ended_at": time.time(), "outcome": outcome, "exit_code": code, "reason": reason}
+    ended |= {"counts": counts, "gave_up": gave_up}
+    folder.write_attempt(attempt.model_copy(update=ended))
