@@ -189,7 +189,7 @@ def test_no_more_run_at_once_than_there_are_places(bench):
 
 
 def test_a_run_that_says_it_takes_too_much_is_put_off_and_costs_no_attempt(bench):
-    packed(bench, [30, 90, 30])
+    packed(bench, [30, 90])
     records = [folder.record() for folder in bench.home.find("trial.")]
     off = [attempt for record in records for attempt in record.attempts if attempt.outcome == "cancelled"]
     assert len(off) == 1

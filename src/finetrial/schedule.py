@@ -92,8 +92,11 @@ class Scheduler:
 
     def _fill(self, queues: Sequence[Queue], running: list[Running]) -> bool:
         """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
-        while waiting := [queue for queue in queues if queue.next() is not None]:
-            queue = min(waiting, key=lambda queue: queue.under_way)  # the first among equals
+        while True:
+            by_need = sorted(queues, key=lambda queue: queue.under_way)  # the first among equals
+            queue = next((queue for queue in by_need if queue.next() is not None), None)
+            if queue is None:
+                break
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
             if self._has_ended(folder):
