@@ -59,6 +59,8 @@ class Groups(list[Group]):
         """Do something to each group's own values, from its own stream; 0 beyond their length."""
         found = []
         for index, group in enumerate(self):
+            if not group.length:  # it has no rows in this part
+                continue
             with self.drawing(group):
                 own = what(index, group.of(values))
             missing = values.shape[1] - own.shape[1] if own.ndim > 2 else 0
@@ -149,7 +151,7 @@ def _attention(
     if not dropout:
         return alone(module, query, key, value, attention_mask, dropout=0.0, **options)
     whole, found = query.shape[2], []
-    for group in GROUPS:
+    for group in (group for group in GROUPS if group.length):
         cut = (group.rows, slice(None), slice(group.length))
         mask = attention_mask
         if mask is not None:
