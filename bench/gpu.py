@@ -5,8 +5,9 @@
 
 Builds a random model of TinyLlama's shape (nothing is downloaded), runs finetrial's own worker stages on it
 and compares with what must hold: the loss on the GPU equals the CPU's on the same inputs, bf16 autocast stays
-close to fp32, a resumed run has the same weights, an adapter that has not trained drifts by exactly 0. Then
-the peak memory of lean full fine-tuning, beside mixed-precision AdamW's and LoRA's (`gpu_memory.py`).
+close to fp32, a resumed run has the same weights, an adapter that has not trained drifts by exactly 0. Then the
+peak memory of lean full fine-tuning, beside mixed-precision AdamW's and LoRA's (`gpu_memory.py`), and how many
+LoRA trials an hour takes stacked and one after the other (`gpu_many.py`).
 Prints a table and writes it as JSON, named after the device. Not a benchmark of methods: times are one run's.
 """
 
@@ -36,6 +37,7 @@ from finetrial.records import How, LoopRules, MethodSpec, ModelSource, RunSpec, 
 from finetrial.represent import layer_drift
 from finetrial.sources import locate_model
 from finetrial.store import Home
+from gpu_many import many_runs
 from gpu_memory import memory_runs
 
 TINYLLAMA = {
@@ -171,6 +173,8 @@ def main() -> int:
             "device equals CPU, untrained drift is 0": device_equals_cpu(model, root, rows),
             "resumed equals undisturbed": resumed_equals_undisturbed(model, root, rows),
         }
+        many, found = many_runs(model, root / "many", dry_run=arguments.dry_run)
+        checks |= found
     memory, found = memory_runs(TINY if arguments.dry_run else TINYLLAMA, dry_run=arguments.dry_run)
     checks |= found
     for method in SETTINGS:
@@ -179,7 +183,7 @@ def main() -> int:
         checks[f"{method}: bf16 ends within 10 % of fp32's loss"] = {"passed": close, "losses": [fp32, bf16]}
     report = {
         "device": device, "dry_run": arguments.dry_run, "torch": torch.__version__,
-        "runs": runs, "memory": memory, "checks": checks,
+        "runs": runs, "many": many, "memory": memory, "checks": checks,
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("-dry-run" if arguments.dry_run else "")
@@ -191,6 +195,9 @@ def main() -> int:
             f"{label:<12}{row['steps']:>6}{row['tokens_per_second']:>10.0f}{row['peak_memory_gb']:>9.2f}"
             f"{row['first_loss']:>12.4f}{row['last_loss']:>11.4f}"
         )
+    print(f"{'LoRA trials':<26}{'per hour':>9}{'peak GB':>9}")
+    for label, row in many.items():
+        print(f"{label:<26}{row['trials_per_hour']:>9.0f}{row['peak_memory_gb']:>9.2f}")
     print(f"{'memory':<26}{'foretold':>9}{'peak GB':>9}{'s/step':>8}{'first loss':>12}{'last loss':>11}")
     for label, row in memory.items():
         print(

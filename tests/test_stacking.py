@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetrial import stacking, stages
 from finetrial.files import json_lines
-from finetrial.records import Result, RunSpec
+from finetrial.records import Outcome, Result, RunSpec
 from finetrial.store import Home
 from test_pipeline import run_study, start, wait_for_running
 from tiny_runs import folder_of, make_spec, run
@@ -46,11 +46,11 @@ def eight(model: Path, **how: Any) -> list[RunSpec]:
 
 
 def together(specs: Sequence[RunSpec], home: Path) -> list[Result]:
-    results = stacking.together([stages.training(spec, folder_of(spec, home)) for spec in specs])
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+    ends = stacking.together([stages.training(spec, folder_of(spec, home)) for spec in specs])
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
+    return [end for end in ends if isinstance(end, Result)]
 
 
 def losses(spec: RunSpec, home: Path) -> list[float]:
@@ -146,7 +146,7 @@ run: {{threads: 1, log_steps: 1, checkpoint: 3 steps, stack: {stack}}}
 """
 
 
-def outcome(home: Path) -> dict[str, tuple[list[str | None], float | None]]:
+def outcome(home: Path) -> dict[str, tuple[list[Outcome | None], float | None]]:
     found = {}
     for folder in Home(home).find(""):
         record = folder.record()

@@ -263,6 +263,7 @@ class Training(Frozen):
     micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
     micro_batches: int = 1  # most that an effective batch was split into
     gradient_checkpointing: bool = False
+    stacked: int = 1  # trainings that its process did together, this one among them; they share its times
 
 
 class Cost(Frozen):

@@ -86,6 +86,8 @@ def _do_together(folders: Sequence[RunFolder]) -> int:
     specs, codes = [folder.spec() for folder in folders], [0]
 
     def conclude(index: int, outcome: Result | BaseException) -> None:
+        if isinstance(outcome, Result):
+            outcome = shared(outcome, len(folders))
         codes.append(_conclude(folders[index], specs[index], outcome))
 
     try:
@@ -101,6 +103,15 @@ def _do_together(folders: Sequence[RunFolder]) -> int:
     else:
         stacking.together(trainings, conclude)
     return max(codes)
+
+
+def shared(result: Result, runs: int) -> Result:
+    """The result of one of so many runs that were done together: it cost its share of their time."""
+    cost, training = result.cost, result.training
+    times = ("wall_seconds", "train_seconds", "evaluate_seconds", "cpu_seconds")
+    cost = cost.model_copy(update={name: round(getattr(cost, name) / runs, 3) for name in times})
+    training = training.model_copy(update={"stacked": runs}) if training else None
+    return result.model_copy(update={"cost": cost, "training": training})
 
 
 def _prepare(spec: RunSpec) -> ModuleType:
