@@ -38,7 +38,7 @@ from finetrial.batching import collate, epoch_batches, model_inputs
 from finetrial.fit import Fit
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature
-from finetrial.train import open_loop
+from finetrial.train import alone, open_loop
 from finetrial.training_state import Progress
 
 RECORDED = Path(__file__).parent / "results" / "regression.json"
@@ -169,7 +169,7 @@ def _steps(bench: Workbench, home: Any) -> tuple[Work, Work]:
     run.create(bench.spec)
     fit = Fit(device="cpu", budget=1 << 40, predicted=None, evaluation_tokens=8192)
     loop = open_loop(bench, run, model, built.tokenizer, features, Progress(), fit, planned_steps=10_000)
-    return lambda: [loop.step(batch) for batch in batches], _plain(bench, batches)
+    return lambda: [alone(loop.step(batch)) for batch in batches], _plain(bench, batches)
 
 
 def _plain(bench: Workbench, batches: list[list[Feature]]) -> Work:
