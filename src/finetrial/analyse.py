@@ -139,8 +139,8 @@ def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -
 
 def _searched(study: Study, arm: Arm) -> bool:
     """Whether every trial of an arm has begun, and with halving of the later ends as many as must."""
-    if len(arm.trials) < study.search.trials:
-        return False
+    if len(arm.trials) < study.search.trials:  # a search that has ended early has been followed by replicates
+        return study.search.early_stop and bool(arm.replicates)
     reached = [
         [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
         for end in range(1, len(study.search.ends) + 1)

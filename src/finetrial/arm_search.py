@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from finetrial import export, files, halving, plan, search
+from finetrial import export, files, halving, plan, search, settling
 from finetrial.evidence import best_trial, furthest, trial_score
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
@@ -37,6 +37,8 @@ class ArmSearch:
         at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
         yield [self.trial(number) for number in range(at_random)]
         for number in range(at_random, rules.trials):
+            if rules.early_stop and self._settled(number):
+                break
             yield self.trial(number)
         for end, most in enumerate(halving.counts(rules.trials, rules.ends)[1:], start=1):
             runs = {run.spec.number: run for run in self.runs(rung=end)}
@@ -47,14 +49,32 @@ class ArmSearch:
             yield [plan.further(self.study, runs[number].spec, self.opened.threads) for number in chosen]
             self._let_go(runs[number] for number in chosen)
 
+    def _settled(self, number: int) -> bool:
+        """Whether the search ends before trial `number`; one that has begun is gone on with."""
+        if self._begun(number):
+            return False
+        runs = self.runs(rung=1 if self.study.search.ends else None)
+        standings = [self._standing(run, examples=True) for run in runs]
+        if not settling.settled(standings, self.study.search.trials, self.metric):
+            return False
+        self.note(
+            f"{self.task.name}/{self.method.name}: more trials would gain less than noise; {number} are enough"
+        )
+        return True
+
+    def _begun(self, number: int) -> RunSpec | None:
+        """A trial's spec, if it has one: its only run's, or with halving its first one's."""
+        first = ".rung1" if self.study.search.ends else ""
+        found = self.opened.home.find(f"{self._name}{number:03d}{first}-")
+        return found[0].spec() if found else None
+
     def trial(self, number: int) -> RunSpec:
         """A trial's only run, or with halving its run to the first end."""
         rules = self.study.search
         first = 1 if rules.ends else None
-        begun = self.opened.home.find(f"{self._name}{number:03d}{'.rung1' if first else ''}-")
+        begun = self._begun(number)
         if begun:  # its settings were proposed from a history that may have been longer or shorter
-            how = plan.how(self.study, self.opened.threads)
-            return begun[0].spec().model_copy(update={"how": how})
+            return begun.model_copy(update={"how": plan.how(self.study, self.opened.threads)})
         runs = self.runs(rung=first)
         if first:
             self._let_go_of_hopeless(runs)

@@ -41,6 +41,7 @@ class SearchRules(Frozen):
     seed: int = Field(default=0, ge=0)
     sampler: Literal["tpe", "random"] = "tpe"
     startup: int | None = Field(default=None, ge=1)
+    early_stop: bool = False  # once more trials are expected to gain less than the noise of the scores
     # Only the best 1/halving of the trials go on at 1/halving^2 of their steps, and of these at 1/halving.
     halving: int | None = Field(default=None, ge=2, le=10)
 
@@ -118,4 +119,6 @@ class Study(Frozen):
         del data["search"]["trials"], data["train"]["seeds"]
         if self.search.halving is None:  # a key that came later; without it a study is what it was
             del data["search"]["halving"]
+        if not self.search.early_stop:
+            del data["search"]["early_stop"]
         return short_hash(data, 16)

@@ -182,7 +182,7 @@ def _section(
 
 
 def _search(collector: Collector, value: Any) -> SearchRules | None:
-    keys = ("trials", "rows", "seed", "sampler", "startup", "halving", "space")
+    keys = ("trials", "rows", "seed", "sampler", "startup", "halving", "early_stop", "space")
     given = _section(collector, "search", value, keys, {"rows": _rows})
     if given is None:
         return None

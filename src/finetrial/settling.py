@@ -1,0 +1,55 @@
+"""Whether a search is over early: more trials can be expected to gain less than the scores' noise. Pure.
+
+`search: {early_stop: true}`; the same rule for every method. Nothing is read or started here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from finetrial.halving import Standing
+from finetrial.plugins import Metric
+from finetrial.stats import mean_interval
+
+
+def expected_gain(scores: Sequence[float], planned: int, *, higher_is_better: bool = True) -> float:
+    """How much the best of all `planned` trials is expected to beat the best of these.
+
+    By the spacings of the best third, as of an exponential tail (Renyi 1953): the i-th best lies above the next
+    by scale / i in the mean, and the best of N above the best of n by scale x (1/(n+1) + ... + 1/N). Tails that
+    end, as those of a bounded score, gain less, so it errs towards going on.
+
+    Raises:
+        ValueError: fewer than two scores.
+    """
+    if len(scores) < 2:
+        raise ValueError(f"{len(scores)} score tells of no spacing")
+    ordered = sorted(scores if higher_is_better else [-score for score in scores], reverse=True)
+    top = max(1, math.ceil(len(ordered) / 3))
+    scale = math.fsum(ordered[:top]) / top - ordered[min(top, len(ordered) - 1)]
+    return scale * math.fsum(1 / n for n in range(len(ordered) + 1, planned + 1))
+
+
+def noise(standings: Sequence[Standing], metric: Metric) -> float | None:
+    """The standard error of the two best's difference, over the validation examples that both have."""
+    sign = -1.0 if metric.higher_is_better else 1.0
+    scored = [standing for standing in standings if standing.score is not None]
+    ranked = sorted(scored, key=lambda each: (sign * (each.score or 0.0), each.number))[:2]
+    if len(ranked) < 2:
+        return None
+    first, second = ranked
+    shared = sorted(first.examples.keys() & second.examples.keys())
+    if len(shared) < 2:
+        return None
+    sd = mean_interval([first.examples[name] - second.examples[name] for name in shared]).sd
+    return (sd or 0.0) / math.sqrt(len(shared))
+
+
+def settled(standings: Sequence[Standing], planned: int, metric: Metric) -> bool:
+    """Whether the rest of the planned trials is not worth making; never where the noise is not known."""
+    scores = [standing.score for standing in standings if standing.score is not None]
+    error = noise(standings, metric)
+    if error is None or len(scores) < 2:
+        return False
+    return expected_gain(scores, planned, higher_is_better=metric.higher_is_better) < error

@@ -1,0 +1,96 @@
+"""When a search has settled: the gain that is left, the noise, and a study that stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetrial.halving import Standing
+from finetrial.plugins import Metric
+from finetrial.settling import expected_gain, noise, settled
+from test_pipeline import run_study
+
+F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
+LOSS = Metric(name="loss", higher_is_better=False, worst=math.inf, best=0.0)
+
+
+def test_the_gain_by_hand():
+    """Best third of six: 10 and 8 over 6; scale 3; two more trials: 1/7 + 1/8."""
+    assert expected_gain([1, 2, 5, 6, 8, 10], 8) == pytest.approx(3 * (1 / 7 + 1 / 8))
+    assert expected_gain([-1, -2, -5, -6, -8, -10], 8, higher_is_better=False) == pytest.approx(
+        3 * (1 / 7 + 1 / 8)
+    )
+    assert expected_gain([1, 2, 3], 3) == 0
+    with pytest.raises(ValueError, match="spacing"):
+        expected_gain([1], 3)
+
+
+def test_for_an_exponential_tail_the_gain_is_right_in_the_mean():
+    rng = np.random.default_rng(0)
+    draws = rng.exponential(2.0, size=(4000, 15))
+    foretold = np.mean([expected_gain(row[:9], 15) for row in draws])
+    found = np.mean(draws.max(axis=1) - draws[:, :9].max(axis=1))
+    assert foretold == pytest.approx(found, rel=0.06)  # four standard errors
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=30), st.integers(0, 30))
+def test_a_gain_is_never_negative_and_grows_with_what_is_planned(scores, more):
+    n = len(scores)
+    assert 0 <= expected_gain(scores, n + more) <= expected_gain(scores, n + more + 1)
+
+
+def standing(number: int, score: float | None, right: list[int]) -> Standing:
+    return Standing(number, score, {f"e{i}": 100.0 * value for i, value in enumerate(right)})
+
+
+def test_noise_is_of_the_two_best():
+    best = standing(0, 75.0, [1, 1, 1, 0])
+    second = standing(1, 50.0, [1, 1, 0, 0])
+    worst = standing(2, 25.0, [0, 0, 0, 1])
+    differences = [0.0, 0.0, 100.0, 0.0]
+    assert noise([worst, second, best], F1) == pytest.approx(np.std(differences, ddof=1) / 2)
+    assert noise([worst, second, best], LOSS) == pytest.approx(np.std([-100.0, -100.0, 0.0, 100.0], ddof=1) / 2)
+    assert noise([best, Standing(1, None)], F1) is None
+    assert noise([best, Standing(1, 50.0)], F1) is None
+
+
+def test_a_search_has_settled_where_the_gain_is_below_the_noise():
+    close = [standing(n, 60.0 - n / 100, [1, 0, 1, 1, 0, n % 2]) for n in range(6)]
+    apart = [standing(n, 60.0 - 10 * n, [1, 0, 1, 1, 0, n % 2]) for n in range(6)]
+    assert settled(close, 15, F1)
+    assert not settled([one._replace(examples={}) for one in close], 15, F1)
+    assert settled(apart, 6, F1)  # nothing is left
+    assert not settled(apart[:1], 15, F1)
+
+
+STUDY = """\
+study: settled
+model: {model}
+tasks:
+  synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-4, high: 1.1e-4}}}}}}
+search: {{trials: 12, startup: 3, early_stop: true, space: {{epochs: 1, batch_size: 8}}}}
+train: {{seeds: 1}}
+run: {{threads: 1, log_steps: 1}}
+"""
+
+
+def test_a_study_that_has_settled_stops_and_is_complete(tiny_bert: Path, tmp_path: Path):
+    study = tmp_path / "study.yaml"
+    study.write_text(STUDY.format(model=tiny_bert))
+    done = run_study(study, tmp_path / "home")
+    summary = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
+    assert summary["complete"]
+    (row,) = summary["ledger"]
+    assert 3 <= row["trials_done"] < 12
+    assert "more trials would gain less than noise" in done.stdout + done.stderr
+    run_study(study, tmp_path / "home")
+    again = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
+    assert again["ledger"] == summary["ledger"]
