@@ -31,6 +31,7 @@ from finetrial.plugins import Metric, metric_of
 from finetrial.records import Setting, stream_seed
 from finetrial.space import Choice, Range, Space
 from finetrial.store import Home
+from finetrial.study import SearchRules
 from finetrial.study_file import parse_study
 
 STUDY = """\
@@ -56,7 +57,8 @@ claims: []
 run: {{threads: 1, checkpoint: 1 h}}
 """
 TRIALS = 15
-ENDS = (9, 3, 1)
+RULES = SearchRules(trials=TRIALS, halving=3)
+ENDS = RULES.ends
 
 
 class Curve(NamedTuple):
@@ -190,7 +192,7 @@ def whole(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int
 def halved(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
     going = proposed(curves, 0, shown, space, seed, metric)
     tokens = sum(curves[index].tokens[0] for index in going)
-    for end, most in enumerate(halving.counts(TRIALS, ENDS)[1:], start=1):
+    for end, most in enumerate(RULES.counts[1:], start=1):
         standings = [standing(n, curves[index], end - 1, shown) for n, index in enumerate(going)]
         chosen = halving.chosen(standings, most, metric, final=end == len(ENDS) - 1)
         going = [going[n] for n in chosen]

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetrial import verify
-from finetrial.halving import Standing, chosen, counts, is_worse, steps
+from finetrial.halving import Standing, chosen, is_worse, steps
 from finetrial.plugins import Metric
-from finetrial.records import Result, Rung, RunSpec, short_hash
+from finetrial.records import EarlyStopping, Result, Rung, RunSpec, short_hash
 from finetrial.store import Home
 from finetrial.study import SearchRules
-from test_pipeline import run_study
+from fragile import TROUBLE
+from test_pipeline import FINETRIAL, run_study, start, wait_for_running, without_measured
 from tiny_runs import folder_of, make_spec, records, run
 
 ENDS = (9, 3, 1)
@@ -30,22 +37,23 @@ LOSS = Metric(name="loss", higher_is_better=False, worst=math.inf, best=0.0)
 
 
 @pytest.mark.parametrize(
-    ("trials", "ends", "expected"),
+    ("trials", "by", "expected"),
     [
-        (15, (9, 3, 1), (15, 5, 2)),
-        (27, (9, 3, 1), (27, 9, 3)),
-        (10, (9, 3, 1), (10, 4, 2)),
-        (16, (4, 2, 1), (16, 8, 4)),
-        (1, (9, 3, 1), (1, 1, 1)),
-        (15, (), (15,)),
+        (15, 3, (15, 5, 2)),
+        (27, 3, (27, 9, 3)),
+        (10, 3, (10, 4, 2)),
+        (16, 2, (16, 8, 4)),
+        (1, 3, (1, 1, 1)),
+        (15, None, (15,)),
     ],
 )
-def test_a_third_goes_on_after_every_end(trials, ends, expected):
-    assert counts(trials, ends) == expected
+def test_a_third_goes_on_after_every_end(trials, by, expected):
+    assert SearchRules(trials=trials, halving=by).counts == expected
 
 
 def test_fifteen_trials_by_thirds_train_less_than_a_quarter_and_a_bit():
-    whole = sum(count * step for count, step in zip(counts(15, ENDS), steps(ENDS), strict=True))
+    counts = SearchRules(trials=15, halving=3).counts
+    whole = sum(count * step for count, step in zip(counts, steps(ENDS), strict=True))
     assert whole == pytest.approx(15 / 9 + 5 * (1 / 3 - 1 / 9) + 2 * (1 - 1 / 3))
     assert 15 / whole == pytest.approx(3.649, abs=1e-3)
     assert steps(()) == (1.0,)
@@ -105,7 +113,8 @@ LEARNT = ("score", "scores", "calibration", "weights_sha256", "settings_used", "
 
 def part(model: Path, ends: tuple[int, ...], after: str | None = None, **changes) -> RunSpec:
     rung = Rung(ends=ends, after=after) if ends else None
-    return make_spec(model, stage="trial", settings={"epochs": 3, "batch_size": 4}, rung=rung, **changes)
+    settings = {"epochs": 3, "batch_size": 4, **changes.pop("settings", {})}
+    return make_spec(model, stage="trial", settings=settings, rung=rung, **changes)
 
 
 def learnt(result: Result) -> dict[str, object]:
@@ -141,6 +150,26 @@ def test_each_part_ends_at_its_share_of_the_steps_and_is_scored_there(tiny_bert,
     assert run(second, tmp_path).training.steps == 6
     assert [r["step"] for r in records(second, tmp_path) if r["kind"] == "eval"] == [2, 6]
     assert second.name == "trial.qa.m.000.rung2"
+
+
+def test_ends_that_fall_together_leave_what_the_next_goes_on_from(tiny_bert, tmp_path):
+    """Two steps in all: the first two ends are the last step."""
+    two = {"settings": {"epochs": 1, "batch_size": 12}}
+    first = part(tiny_bert, ENDS[:1], **two)
+    assert run(first, tmp_path).training.steps == 2
+    second = part(tiny_bert, ENDS[:2], first.run_id, **two)
+    assert run(second, tmp_path).training.steps == 2
+    assert list(folder_of(second, tmp_path).checkpoint.glob("step-*"))
+
+
+def test_evaluations_at_ends_do_not_count_for_early_stopping(tiny_bert, tmp_path):
+    """One a step would end it at once; of the regular ones the second is the first without a gain."""
+    TROUBLE.reset(scores=[50.0, 40.0, 30.0, 20.0, 10.0])
+    rules = {"early_stopping": EarlyStopping(patience=1), "evaluations_per_epoch": 1}
+    result = run(part(tiny_bert, ENDS, rules=rules), tmp_path)
+    TROUBLE.reset()
+    assert result.training.steps == 6  # at 2 an end alone; at 6 the first epoch's
+    assert result.training.stopped_early
 
 
 def test_from_a_damaged_checkpoint_the_same_comes_out(tiny_bert, tmp_path):
@@ -219,3 +248,48 @@ def test_a_finished_halved_study_starts_nothing_again(halved):
     before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")}
     run_study(study, home)
     assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.json")} == before
+
+
+@pytest.mark.parametrize("victim", ["child", "parent"])
+def test_killed_between_its_ends_a_halved_study_comes_out_the_same(halved, tmp_path, victim):
+    study, finished = halved
+    home = tmp_path / "killed"
+    process = start(study, home)
+    pid = wait_for_running(home, "trial.synthetic_qa.full.", process)
+    while not Home(home).find("trial.") or not any(".rung2" in f.path.name for f in Home(home).find("trial.")):
+        time.sleep(0.05)
+        assert process.poll() is None, process.stdout.read()
+    for folder in Home(home).find("trial."):
+        pid = max([a.pid for a in folder.attempt_records() if a.outcome is None and a.pid], default=pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid if victim == "parent" else pid, signal.SIGKILL)
+    process.wait(timeout=600)
+    run_study(study, home)
+    first, second = (json.loads((of / "analysis" / "summary.json").read_text()) for of in (finished, home))
+    for summary in (first, second):
+        for row in summary["ledger"]:
+            row.pop("attempts")
+    assert without_measured(first) == without_measured(second)
+    assert not any(folder.checkpoint.exists() for folder in Home(home).find("trial."))
+
+
+def test_more_trials_later_are_compared_with_those_that_there_were(halved, tmp_path):
+    study, finished = halved
+    home, more = tmp_path / "more", tmp_path / "more.yaml"
+    shutil.copytree(finished, home)
+    more.write_text(study.read_text().replace("trials: 7", "trials: 10"))
+    run_study(more, home)
+    summary = json.loads((home / "analysis" / "summary.json").read_text())
+    assert summary["complete"]
+    assert summary["ledger"][0]["search_counts"][0] == 10
+    assert summary["ledger"][0]["search_counts"][1] >= 4
+
+
+def test_status_knows_how_many_runs_there_are(halved):
+    _, home = halved
+    done = subprocess.run(
+        [*FINETRIAL, "status", str(home), "--json"], capture_output=True, text=True, check=True
+    )
+    (row,) = [row for row in json.loads(done.stdout)["stages"] if row["stage"] == "trial"]
+    assert row["planned"] == 7 + 3 + 1
+    assert row["runs"]["done"] <= row["planned"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from finetrial import stacking, stages
 from finetrial.files import json_lines
+from finetrial.notice import termination_notice
 from finetrial.records import Outcome, Result, RunSpec
 from finetrial.store import Home
 from test_pipeline import run_study, start, wait_for_running
@@ -84,7 +85,7 @@ def test_eight_stacked_trainings_equal_their_solo_runs(request, tmp_path, kind):
 
 
 def test_passes_are_really_made_together(tiny_bert, tmp_path, monkeypatch):
-    from finetrial.train import Loop
+    from finetrial.loop import Loop
 
     def never(*_: Any) -> float:
         raise AssertionError("a step was made alone")
@@ -142,7 +143,7 @@ methods:
   lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
 search: {{trials: 4, sampler: random, space: {{epochs: 2, batch_size: 8}}}}
 train: {{seeds: 2}}
-run: {{threads: 1, log_steps: 1, checkpoint: 3 steps, stack: {stack}}}
+run: {{threads: 1, log_steps: 1, checkpoint: 3 steps, stack: {stack}, parallel: {parallel}}}
 """
 
 
@@ -158,27 +159,43 @@ def outcome(home: Path) -> dict[str, tuple[list[Outcome | None], float | None]]:
     return found
 
 
-def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_path):
+@pytest.mark.parametrize(("stack", "parallel", "processes"), [("4", "1", 1), ("2", "2", 2), ("3", "auto", 2)])
+def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_path, stack, parallel, processes):
     homes = []
-    for stack in (1, 4):
-        study = tmp_path / f"study{stack}.yaml"
-        study.write_text(STUDY.format(model=tiny_bert, stack=stack))
-        homes.append(tmp_path / f"home{stack}")
+    for given in ((1, 1), (stack, parallel)):
+        study = tmp_path / f"study{len(homes)}.yaml"
+        study.write_text(STUDY.format(model=tiny_bert, stack=given[0], parallel=given[1]))
+        homes.append(tmp_path / f"home{len(homes)}")
         run_study(study, homes[-1])
     alone, stacked = map(outcome, homes)
     assert stacked.keys() == alone.keys()
     for run_id, (attempts, score) in stacked.items():
-        assert attempts == ["done"]
+        assert [attempt for attempt in attempts if attempt != "cancelled"] == ["done"]
         assert score == pytest.approx(alone[run_id][1], abs=1e-6)
-    pids = {a.pid for folder in Home(homes[1]).find("trial.") for a in folder.attempt_records()}
-    assert len(pids) == 1
+    records = [folder.record() for folder in Home(homes[1]).find("trial.")]
+    assert len({record.attempts[-1].pid for record in records}) == processes
+    charged = sum(record.result.cost.wall_seconds for record in records)
+    begun, ended = (
+        min(r.attempts[-1].started_at for r in records),
+        max(r.attempts[-1].ended_at for r in records),
+    )
+    assert charged <= (ended - begun) * processes * 1.05
 
 
 def test_a_process_that_is_killed_costs_each_of_its_runs_one_attempt_and_nothing_else(tiny_bert, tmp_path):
     study, home = tmp_path / "study.yaml", tmp_path / "home"
-    study.write_text(STUDY.format(model=tiny_bert, stack=4).replace("epochs: 2", "epochs: 30"))
+    study.write_text(STUDY.format(model=tiny_bert, stack=4, parallel=1).replace("epochs: 2", "epochs: 30"))
     process = start(study, home)
     os.kill(wait_for_running(home, "trial.", process), signal.SIGKILL)
     assert process.wait(timeout=600) == 0, process.stdout.read()
     for run_id, (attempts, _) in outcome(home).items():
         assert attempts == (["crashed", "done"] if run_id.startswith("trial.") else ["done"])
+
+
+def test_a_notice_within_another_is_the_same_and_leaves_it_standing():
+    with termination_notice() as outer:
+        with termination_notice() as inner:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outer()
+        assert inner()

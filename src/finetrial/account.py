@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from importlib.metadata import version
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from finetrial import plugins
 from finetrial.assemble import Workbench, pick_device
+from finetrial.fair_time import FAIR
 from finetrial.fit import peak_bytes
 from finetrial.records import Cost, Fit, RunSpec
 from finetrial.training_state import Progress
@@ -22,11 +22,12 @@ class Clock:
     """Time since an attempt at a run began."""
 
     def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall, self.cpu = FAIR.now()
 
     def passed(self) -> tuple[float, float]:
         """(Wall, CPU) seconds so far."""
-        return time.perf_counter() - self.wall, time.process_time() - self.cpu
+        wall, cpu = FAIR.now()
+        return wall - self.wall, cpu - self.cpu
 
 
 def cost_of(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetrial import claims, descriptions, halving, measures
+from finetrial import claims, descriptions, measures
 from finetrial.evidence import (
     LEFT_WAITING,
     Arm,
@@ -145,7 +145,7 @@ def _searched(study: Study, arm: Arm) -> bool:
         [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
         for end in range(1, len(study.search.ends) + 1)
     ]
-    mosts = halving.counts(study.search.trials, study.search.ends)
+    mosts = study.search.counts
     for end, (before, after) in enumerate(itertools.pairwise(reached), start=1):
         scored = sum(trial_score(run) is not None for run in before)
         least = 1 if end == len(reached) - 1 else mosts[end]  # before the last what is told apart is left out

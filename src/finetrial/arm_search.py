@@ -40,7 +40,7 @@ class ArmSearch:
             if rules.early_stop and self._settled(number):
                 break
             yield self.trial(number)
-        for end, most in enumerate(halving.counts(rules.trials, rules.ends)[1:], start=1):
+        for end, most in enumerate(rules.counts[1:], start=1):
             runs = {run.spec.number: run for run in self.runs(rung=end)}
             final = end == len(rules.ends) - 1
             standings = [self._standing(run, examples=final) for run in runs.values()]
@@ -53,7 +53,7 @@ class ArmSearch:
         """Whether the search ends before trial `number`; one that has begun is gone on with."""
         if self._begun(number):
             return False
-        runs = self.runs(rung=1 if self.study.search.ends else None)
+        runs = self.first_runs()
         standings = [self._standing(run, examples=True) for run in runs]
         if not settling.settled(standings, self.study.search.trials, self.metric):
             return False
@@ -71,13 +71,10 @@ class ArmSearch:
     def trial(self, number: int) -> RunSpec:
         """A trial's only run, or with halving its run to the first end."""
         rules = self.study.search
-        first = 1 if rules.ends else None
         begun = self._begun(number)
         if begun:  # its settings were proposed from a history that may have been longer or shorter
             return begun.model_copy(update={"how": plan.how(self.study, self.opened.threads)})
-        runs = self.runs(rung=first)
-        if first:
-            self._let_go_of_hopeless(runs)
+        runs = self.first_runs()
         settings = search.propose(
             [search.Past(run.spec.number, run.spec.settings, run.outcome, trial_score(run)) for run in runs],
             self.study.spaces[self.method.name],
@@ -101,6 +98,10 @@ class ArmSearch:
             and (rung is None or (run.spec.rung is not None and run.spec.rung.number == rung))
         ]
 
+    def first_runs(self) -> list[RunRecord]:
+        """Its trials' only runs, or with halving those to the first end: one a trial."""
+        return self.runs(rung=1 if self.study.search.ends else None)
+
     def export_optimum(self) -> None:
         """Write the best trial to `best/`; nothing is left there, and it is said, if none has a score."""
         trials = furthest(self.runs())
@@ -123,15 +124,16 @@ class ArmSearch:
             scores = files.json_numbers(path, "validation", sha256=run.result.examples_sha256)
         return halving.Standing(run.spec.number, trial_score(run), scores)
 
-    def _let_go_of_hopeless(self, runs: list[RunRecord]) -> None:
+    def let_go_of_hopeless(self) -> None:
         """Of trials that will not go on, whatever the rest scores, the checkpoints take no more room."""
-        most = halving.counts(self.study.search.trials, self.study.search.ends)[1]
+        runs = self.first_runs()
+        most = self.study.search.counts[1]
         chosen = halving.chosen([self._standing(run) for run in runs], most, self.metric, final=False)
         self._let_go(run for run in runs if run.spec.number not in chosen)
 
     def _let_go(self, runs: Iterable[RunRecord]) -> None:
-        """Delete the checkpoints of ended runs that no other goes on from."""
+        """Delete the checkpoints of runs that are done and that no other goes on from."""
         for run in runs:
-            left = self.opened.home.run(run.spec.run_id).drop_checkpoint() if run.outcome else None
+            left = self.opened.home.run(run.spec.run_id).drop_checkpoint() if run.result else None
             if left is not None:
                 self.note(left)

@@ -84,7 +84,7 @@ def _evidence(story: Story, pilots: tuple[TaskSpec, MethodSpec] | None = None) -
         baselines={task.name: home.run(story.baseline(task).run_id).record() for task in tasks},
         rehearsals={record.spec.arm: record for record in records if record.spec.stage == "check"},
         frozen={task.name: home.run(story.frozen_body(task).run_id).record() for task in tasks},
-        pilots=story.search_of(*pilots).runs()[:PILOTS] if pilots else (),
+        pilots=story.search_of(*pilots).first_runs()[:PILOTS] if pilots else (),
         controls={
             record.spec.task.name: record
             for record in records

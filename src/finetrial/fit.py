@@ -46,6 +46,7 @@ LARGE_BLOCK_BYTES = 65_536
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
 COARSE = 8
+_held_before: int | None = None
 # A prediction this close to the budget is proved by a step that is thrown away.
 PROVED_SHARE = 0.7
 
@@ -71,7 +72,8 @@ class Ladder:
         self.device = pick_device().type
         self.budget = budget_of(bench.spec.how.memory_bytes, bench.spec.how.parallel)
         shrink(shapes, features, pad_token_id, bench.spec, self.device)
-        self.held = resident_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
+        self.stacked, self.frozen = bench.spec.how.stacked, _frozen_bytes(shapes)
+        self.held = process_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
         lengths = [len(feature.input_ids) for feature in features]
         self.worst = [features[i] for i in heaviest(planned_batches(lengths, bench.spec), lengths)]
         self.longest = max(features, key=lambda feature: len(feature.input_ids))
@@ -92,13 +94,18 @@ class Ladder:
             device=self.device, budget=self.budget, predicted=None, rows=how.micro_batch,
             checkpointing=bool(self.asked), checkpointing_asked=self.asked,
             evaluation_tokens=EVALUATION_TOKENS, halvings=halvings,
-            shared=budget_of(None, 1) if how.packed else None,
+            shared=budget_of(None, 1) if how.packed else None, stacked=self.stacked,
         )  # fmt: skip
-        if earlier is not None and all(
-            getattr(earlier, name) == getattr(asked, name)
-            for name in ("device", "budget", "rows", "checkpointing_asked", "halvings")
+        counted = earlier is not None and (earlier.predicted is not None or not how.packed)
+        if (
+            earlier is not None
+            and counted
+            and all(
+                getattr(earlier, name) == getattr(asked, name)
+                for name in ("device", "budget", "rows", "checkpointing_asked", "halvings", "stacked")
+            )
         ):
-            return earlier
+            return earlier.model_copy(update={"shared": asked.shared})
         count = count or how.packed
         if not count and halvings == 0 and how.memory_bytes is None and self.surely_fits():
             return asked
@@ -140,7 +147,8 @@ class Ladder:
         evaluation = self.evaluation(self.judged)
         predicted = self.total(step, evaluation)
         if predicted <= self.most:
-            tight = self.device == "cpu" and ROOMY * predicted > self.budget
+            # Beside others there is no more room than what is foretold.
+            tight = self.device == "cpu" and (self.spec.how.packed or ROOMY * predicted > self.budget)
             return asked.model_copy(update={"predicted": predicted, "tight": tight})
         one, two = (
             self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
@@ -178,7 +186,7 @@ class Ladder:
         most = max(_padded(self.worst), _padded(self.judged))
         per_token = outputs + heads * layers * len(self.longest.input_ids)
         parameters = sum(parameter.numel() for parameter in self.shapes.parameters())
-        return self.held + 4 * (6 * parameters + COARSE * most * per_token) < self.most
+        return self.held + 4 * self.stacked * (6 * parameters + COARSE * most * per_token) < self.most
 
     def step(self, part: Sequence[Feature], *, checkpointing: bool, split: bool) -> memory.Step:
         """Bytes of a training step whose largest micro-batch is that."""
@@ -198,9 +206,16 @@ class Ladder:
         return torch.autocast(self.device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     def total(self, step: memory.Step, evaluation: int = 0) -> int:
-        """Bytes at the peak of training."""
-        activations = max(step.activations, evaluation)
-        return self.held + step.resident + step.gradients + step.optimizer + activations
+        """Bytes at the peak of the process. Trainings that are stacked share the frozen base; while another is
+        built, two of it are there."""
+        own = step.resident + step.gradients + step.optimizer + max(step.activations, evaluation)
+        if self.stacked == 1:
+            return self.held + own
+        return self.held + 2 * self.frozen + self.stacked * (own - self.frozen)
+
+
+def _frozen_bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
 
 
 def optimizer_without_values(spec: RunSpec, trained: list[torch.nn.Parameter]) -> Any:
@@ -241,6 +256,17 @@ def _limits_of_group() -> Iterator[int]:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             yield int(Path(file).read_text())
+
+
+def process_bytes() -> int:
+    """What this process holds before it does any training; of several at once, before the first."""
+    return resident_bytes() if _held_before is None else _held_before
+
+
+def remember_process_bytes(among: int) -> None:
+    """Several trainings are to begin here: what is held now is what each of them begins with."""
+    global _held_before
+    _held_before = resident_bytes() if among > 1 else None
 
 
 def resident_bytes() -> int:

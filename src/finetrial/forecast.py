@@ -67,7 +67,8 @@ def forecast(study: Study, found: Evidence, most: int) -> Forecast:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
         trial = start + _training(study, space, given, given.search, correction)
-        searches.append(_search(study, trial, start + given.search.setup_seconds))
+        evaluation = given.validation_seconds * correction
+        searches.append(_search(study, trial, start + given.search.setup_seconds, evaluation))
         arms[name] = ArmForecast(
             trial_seconds=trial,
             search_seconds=math.fsum(map(math.fsum, searches[-1])),
@@ -93,17 +94,21 @@ def forecast(study: Study, found: Evidence, most: int) -> Forecast:
     )  # fmt: skip
 
 
-def _search(study: Study, trial: float, setup: float) -> list[list[float]]:
+def _search(study: Study, trial: float, setup: float, evaluation: float) -> list[list[float]]:
     """Seconds of an arm's trials, in groups that go one after the other.
 
-    A whole trial takes `trial`, of which `setup` before its first step.
+    A whole trial takes `trial`, of which `setup` before its first step; an evaluation takes `evaluation`, and
+    with halving there is one more at every end but the last.
     """
     rules = study.search
-    counts, steps = halving.counts(rules.trials, rules.ends), halving.steps(rules.ends)
-    first, *later = [setup + step * (trial - setup) for step in steps]
+    extra = [evaluation] * (len(rules.ends) - 1) + [0.0]
+    each = [
+        setup + step * (trial - setup) + more
+        for step, more in zip(halving.steps(rules.ends), extra, strict=True)
+    ]
     at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
-    groups = [[first] * at_random, *([first] for _ in range(rules.trials - at_random))]
-    return groups + [[seconds] * count for count, seconds in zip(counts[1:], later, strict=True)]
+    groups = [[each[0]] * at_random, *([each[0]] for _ in range(rules.trials - at_random))]
+    return groups + [[seconds] * count for count, seconds in zip(rules.counts[1:], each[1:], strict=True)]
 
 
 def _side_by_side(study: Study, found: Evidence, most: int) -> int:
@@ -182,8 +187,9 @@ def _correction(study: Study, found: Evidence) -> float:
         given = rehearsal_of(found.rehearsals[record.spec.arm])
         space: Space = {name: Fixed(value=value) for name, value in record.spec.settings.items()}
         without = given.search.model_copy(update={"setup_seconds": 0.0})
+        whole = _training(study, space, given, without, 1.0)
         rung = record.spec.rung
-        foretold += _training(study, space, given, without, 1.0) / (rung.ends[-1] if rung else 1)
+        foretold += whole / rung.ends[-1] + given.validation_seconds if rung else whole
         took += record.result.cost.train_seconds + record.result.cost.evaluate_seconds
     ratio = took / foretold if took and foretold else 1.0
     return min(max(ratio, LEAST_CORRECTION), MOST_CORRECTION)
@@ -208,10 +214,7 @@ def _disk_bytes(study: Study, found: Evidence, most: int) -> int:
     arms = [rehearsal_of(record) for record in found.rehearsals.values()]
     models = study.train.seeds * sum(arm.model_bytes for arm in arms)
     rules = study.search
-    waiting = halving.counts(rules.trials, rules.ends)[
-        1:2
-    ]  # to go on from, once all of their arm have got so far
-    kept = 2 + sum(waiting)
-    checkpoints = kept * most * max(arm.checkpoint_bytes for arm in arms)
-    runs = len(arms) * (sum(halving.counts(rules.trials, rules.ends)) + 2 * study.train.seeds)
+    waiting = sum(rules.counts[1:2])  # of every arm, to go on from
+    checkpoints = (2 * most + waiting * len(arms)) * max(arm.checkpoint_bytes for arm in arms)
+    runs = len(arms) * (sum(rules.counts) + 2 * study.train.seeds)
     return models + checkpoints + runs * RECORD_BYTES + REPORT_BYTES

@@ -24,14 +24,6 @@ class Standing(NamedTuple):
     examples: Mapping[str, float] = {}
 
 
-def counts(trials: int, ends: Sequence[int]) -> tuple[int, ...]:
-    """How many trials at most are trained to each end: 15 to ninths, thirds and wholes are 15, 5 and 2."""
-    found = [trials]
-    for before, end in itertools.pairwise(ends):
-        found.append(max(1, math.ceil(found[-1] * end / before)))
-    return tuple(found)
-
-
 def steps(ends: Sequence[int]) -> tuple[float, ...]:
     """How much of a whole trial each end adds: ninths, thirds and wholes 1/9, 2/9 and 2/3; without ends 1."""
     so_far = [0.0, *(1 / end for end in ends or (1,))]

@@ -97,7 +97,9 @@ class Opened:
 
 
 def cores() -> int:
-    """Processor cores of this machine."""
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 

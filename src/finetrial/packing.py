@@ -18,6 +18,8 @@ from finetrial.store import RunFolder
 
 # A run's peak, once measured, foretells the next one's of its kind, give or take.
 SPREAD = 1.1
+# Of a process on a GPU, what its context and libraries take besides what it allocates.
+CONTEXT_BYTES = 600_000_000
 
 
 @dataclass
@@ -34,8 +36,8 @@ class Packing:
     said: dict[Path, int] = field(default_factory=dict)  # run's folder -> bytes that it says it takes
     room: int | None = None  # bytes that all runs share, once a run has said it
 
-    def may_start(self, spec: RunSpec, running: Sequence[RunFolder]) -> bool:
-        """Whether a run may begin beside these."""
+    def may_start(self, specs: Sequence[RunSpec], running: Sequence[RunFolder]) -> bool:
+        """Whether a process of these runs may begin beside those, each told by the folder of its first run."""
         if not running:
             return True
         if len(running) >= self.most:
@@ -43,43 +45,56 @@ class Packing:
         if not self.by_memory:
             return True
         taken = [self.taken(folder) for folder in running]
-        need = self.known.get(kind_of(spec))
+        need = self.known.get(kind_of(specs[0]))
         if need is None or self.room is None:  # one that trains will say it soon; but only one at a time
-            return None not in taken and spec.method is not None and spec.stage in ("trial", "replicate")
+            return (
+                None not in taken and specs[0].method is not None and specs[0].stage in ("trial", "replicate")
+            )
         return None not in taken and sum(filter(None, taken)) + need <= self.room
 
     def too_many(self, running: Sequence[RunFolder]) -> bool:
-        """Whether these take more than there is, by what they say."""
+        """Whether these processes take more than there is, by what they say."""
         if not self.by_memory or len(running) < 2:
             return False
         taken = [size for folder in running if (size := self.taken(folder)) is not None]
         return self.room is not None and sum(taken) > self.room
 
     def taken(self, folder: RunFolder) -> int | None:
-        """Bytes that a run takes: foretold by itself, or as others of its kind; None: not known yet."""
+        """Bytes that a process takes: foretold by itself, or as others of its kind; None: not known yet."""
         if folder.path in self.said:
             return self.said[folder.path]
-        kind, fit = kind_of(folder.spec()), folder.fit()
-        if fit is None or fit.predicted is None:
+        kind, said = kind_of(folder.spec()), self._foretold(folder)
+        if said is None:
             return self.known.get(kind)
-        self.room = fit.shared if fit.shared is not None else self.room
-        self.said[folder.path] = fit.predicted
-        self.known[kind] = max(self.known.get(kind, 0), fit.predicted)
-        return fit.predicted
+        self.said[folder.path] = said
+        self.known[kind] = max(self.known.get(kind, 0), said)
+        return said
 
     def ended(self, folder: RunFolder) -> None:
-        """Learn from a run that has ended what its kind takes."""
+        """Learn from a run that has ended what its kind takes, and how much there is."""
         self.said.pop(folder.path, None)  # another attempt says it anew
         result = folder.result() if self.by_memory else None
         if result is not None:
-            kind, peak = kind_of(folder.spec()), int(SPREAD * result.cost.peak_memory_bytes)
+            self._foretold(folder)
+            context = 0 if result.cost.device.startswith("cpu") else CONTEXT_BYTES
+            kind, peak = kind_of(folder.spec()), int(SPREAD * result.cost.peak_memory_bytes) + context
             self.known[kind] = max(self.known.get(kind, 0), peak)
 
+    def _foretold(self, folder: RunFolder) -> int | None:
+        fit = folder.fit()
+        if fit is None or fit.predicted is None:
+            return None
+        self.room = fit.shared if fit.shared is not None else self.room
+        return fit.predicted + (CONTEXT_BYTES if fit.device == "cuda" else 0)
+
     def back_off(self, beside: int) -> bool:
-        """Memory ran out for a run beside so many others: whether fewer at once may help."""
-        if not self.by_memory or beside == 0:
+        """Memory ran out for a process beside so many others: whether fewer at once may help.
+
+        It may until there is one at a time: so often at most, as the limit falls every time.
+        """
+        if not self.by_memory or beside == 0 or self.most == 1:
             return False
-        self.most = beside
+        self.most = max(1, min(self.most - 1, beside))
         return True
 
 
@@ -91,5 +106,5 @@ def stacks(spec: RunSpec) -> bool:
 
 
 def kind_of(spec: RunSpec) -> str:
-    """Runs of one kind take about as much memory: stage and arm."""
-    return f"{spec.stage} {spec.arm}"
+    """Processes of one kind take about as much memory: stage, arm, and how many runs there are in one."""
+    return f"{spec.stage} {spec.arm} x{spec.how.stacked}"

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, files, halving, model_card, plan, plugins, report
+from finetrial import analyse, export, files, model_card, plan, plugins, report
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
@@ -129,7 +129,10 @@ class Story:
         """A study that this process coordinates, in its opened folder: damaged runs are set aside."""
         for note in opened.home.set_aside_damaged():
             progress.note(note)
-        return cls(opened.study, opened, progress, **options)
+        story = cls(opened.study, opened, progress, **options)
+        for record in story.planned() if story.packing.by_memory else ():
+            story.packing.ended(opened.home.run(record.spec.run_id))
+        return story
 
     def phase(
         self, name: str, stage: Stage, lanes: list[Lane], *, totals: dict[str, int] | None = None
@@ -147,9 +150,15 @@ class Story:
         self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
         Scheduler(
-            home, engine, self.packing, study.run.attempts, self.progress, self.mirror, self.tried_again,
+            home, engine, self.packing, study.run.attempts, self.progress, self._finished, self.tried_again,
             partial(check_room, home, study.run.disk_bytes),
         ).run(lanes)  # fmt: skip
+
+    def _finished(self, record: RunRecord) -> None:
+        """A run has ended for good, in this command or before."""
+        self.mirror(record)
+        if record.spec.rung is not None and record.spec.rung.number == 1 and record.spec.method is not None:
+            self.search_of(record.spec.task, record.spec.method).let_go_of_hopeless()
 
     @property
     def task_names(self) -> list[str]:
@@ -163,7 +172,7 @@ class Story:
             return dict.fromkeys(plan.baseline_arms(study), 1)
         each = study.train.seeds
         if stage == "trial":
-            each = sum(halving.counts(study.search.trials, study.search.ends))
+            each = sum(study.search.counts)
         return {f"{task.name}/{method.name}": each for task, method in study.arms}
 
     def baselines(self) -> list[Lane]:

@@ -27,7 +27,7 @@ class PlannedArm(NamedTuple):
 
     task: str
     method: str
-    trials: int
+    trials: int  # with halving a run for every end that a trial gets to, at most
     replicates: int
     probes: int
 
@@ -36,7 +36,7 @@ def overview(study: Study) -> list[PlannedArm]:
     """The runs of every arm; each task has its baselines and a control probe besides."""
     probes = study.train.seeds if study.measure else 0
     return [
-        PlannedArm(task.name, method.name, study.search.trials, study.train.seeds, probes)
+        PlannedArm(task.name, method.name, sum(study.search.counts), study.train.seeds, probes)
         for task, method in study.arms
     ]
 

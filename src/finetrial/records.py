@@ -135,7 +135,8 @@ class How(Frozen):
     micro_batch: int | None = None  # rows, at most; memory may ask for fewer
     memory_bytes: int | None = None  # the budget of this run's process (its GPU's memory where it has one)
     gradient_checkpointing: bool | None = None  # None: only where it does not fit otherwise
-    parallel: int = 1  # runs that share the machine's memory, in equal parts
+    parallel: int = 1  # processes that share the machine's memory, in equal parts
+    stacked: int = 1  # trainings that its process does together
     packed: bool = False  # or as each takes; it says beforehand how much that is
     log_steps: int = 10
 
@@ -147,7 +148,8 @@ class Fit(Frozen):
     device: str  # cpu or cuda
     budget: int  # bytes: of the process, or on its GPU
     predicted: int | None  # bytes: the peak of training, likewise; None: so far below that it was not counted
-    shared: int | None = None  # bytes that all runs at a time share, if they are packed
+    shared: int | None = None  # bytes that all processes at a time share, if they are packed
+    stacked: int = 1  # trainings of the process
     tokens: int | None = None  # most of a micro-batch, padding included; None: as many as there are
     rows: int | None = None  # most rows of a micro-batch, as the study asks
     checkpointing: bool = False  # activations are computed twice instead of kept
@@ -178,8 +180,8 @@ class Rung(Frozen):
         return self.ends[-1] == 1
 
     def steps(self, planned_steps: int) -> tuple[int, ...]:
-        """After which steps these ends are, of so many in all; at least one step each."""
-        return tuple(max(1, -(-planned_steps // end)) for end in self.ends)
+        """After which steps these ends are, of so many in all; two at least, for warm-up begins at rate 0."""
+        return tuple(min(planned_steps, max(2, -(-planned_steps // end))) for end in self.ends)
 
 
 class RunSpec(Frozen):
@@ -263,7 +265,7 @@ class Training(Frozen):
     micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
     micro_batches: int = 1  # most that an effective batch was split into
     gradient_checkpointing: bool = False
-    stacked: int = 1  # trainings that its process did together, this one among them; they share its times
+    stacked: int = 1  # trainings that its process was begun with; each is charged its share of the time
 
 
 class Cost(Frozen):

@@ -20,6 +20,7 @@ from finetrial.data import cap_rows
 from finetrial.errors import Diverged
 from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes, split
+from finetrial.loop import Loop
 from finetrial.measuring import keep_and_measure
 from finetrial.optimisation import planned_batches
 from finetrial.plugins import Feature, Splits
@@ -27,7 +28,7 @@ from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Setting
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.store import RunFolder
-from finetrial.train import Loop, alone, open_loop
+from finetrial.train import alone, open_loop
 from finetrial.training_state import Progress
 
 SAMPLES = 10

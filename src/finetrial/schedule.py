@@ -31,7 +31,9 @@ from finetrial.under_way import (
     claim,
     close,
     launch,
+    leads,
     release,
+    time_limit,
 )
 
 POLL_SECONDS = 0.05
@@ -79,10 +81,7 @@ class Scheduler:
                     if ended is None:
                         continue
                     running.remove(run)
-                    if self._settle(run, ended, beside=len(running)):
-                        run.queue.under_way -= 1
-                    else:
-                        running += self._start(run.queue, [run.spec])
+                    self._end(run, ended, running)
                 self._make_room(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
@@ -104,12 +103,13 @@ class Scheduler:
                 self.on_finished(folder.record())
                 queue.ready.pop(0)
                 continue
-            if not self.packing.may_start(spec, [run.folder for run in running]):
+            specs = self._stack(queue)
+            if not self.packing.may_start(specs, leads(running)):
                 break
             self.check_room()
-            specs = self._stack(queue)
             running += self._start(queue, specs)
-            queue.ready = [waiting for waiting in queue.ready if waiting not in specs]
+            names = {spec.run_id for spec in specs}
+            queue.ready = [waiting for waiting in queue.ready if waiting.run_id not in names]
             queue.under_way += len(specs)
         return any(not queue.over for queue in queues)
 
@@ -124,12 +124,12 @@ class Scheduler:
         first, *others = queue.ready
         if self.packing.stack == 1 or not stacks(first):
             return [first]
-        alike = [
-            spec for spec in others if spec.arm == first.arm and not self._has_ended(self.home.run(spec.run_id))
-        ]
-        found = [first, *alike[: self.packing.stack - 1]]
-        # They share what one of them would have had.
-        share = {"parallel": first.how.parallel * len(found)}
+        # One that was begun goes on by itself: its process may have died of another one's doing.
+        fresh = [spec for spec in others if spec.arm == first.arm and not self.home.run(spec.run_id).begun()]
+        if self.home.run(first.run_id).begun():
+            return [first]
+        found = [first, *fresh[: self.packing.stack - 1]]
+        share = {"stacked": len(found)}
         return [spec.model_copy(update={"how": spec.how.model_copy(update=share)}) for spec in found]
 
     def _start(self, queue: Queue, specs: Sequence[RunSpec]) -> list[Running]:
@@ -155,20 +155,26 @@ class Scheduler:
 
     def _make_room(self, running: list[Running]) -> None:
         """Put off the newest process where what all of them say they take is more than there is."""
-        if len({id(run.process) for run in running}) < 2:
-            return
-        if not self.packing.too_many([run.folder for run in running]):
+        if not self.packing.too_many(leads(running)):
             return
         newest = running[-1].process
         newest.stop(GRACE_SECONDS)
         for run in [run for run in running if run.process is newest]:
             running.remove(run)
-            run.queue.under_way -= 1
             if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
-                self._settle(run, Exit(None, outcome="cancelled"), beside=len(running))
+                self._end(run, Exit(None, outcome="crashed", reason=PUT_OFF), running)
             else:
                 release(run, "cancelled", PUT_OFF, counts=False)
-                run.queue.ready.insert(0, run.spec)
+                self.progress.finished(run.folder.record())
+                run.queue.again(run.spec)
+
+    def _end(self, run: Running, ended: Exit, running: Sequence[Running]) -> None:
+        """Settle a run whose process has ended, or its part of it; to be resumed, it waits for a place."""
+        beside = len({id(other.process) for other in running} - {id(run.process)})
+        if self._settle(run, ended, beside=beside):
+            run.queue.under_way -= 1
+        else:
+            run.queue.again(run.spec)
 
     def _tidy_up(self, folder: RunFolder) -> None:
         """Do for an ended run what its worker or its coordinator did not live to do."""
@@ -190,7 +196,7 @@ class Scheduler:
             return ended
         if run.deadline is not None and now > run.deadline:
             run.process.stop(GRACE_SECONDS)
-            limit = run.spec.how.limit_seconds or 0
+            limit = time_limit(run.spec) or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
         if now >= run.renew_at:
             if not leases.renew(run.folder.lease_file, run.lease):
@@ -239,7 +245,7 @@ class Scheduler:
                 )
             )  # fmt: skip
         record = run.folder.record()
-        if record.result is not None:
+        if record.result is not None and not run.stacked:  # else its process still works there, and does that
             self._drop_checkpoint(run.folder)
         self.progress.finished(record)
         self.on_finished(record)

@@ -29,7 +29,8 @@ class Group:
     def of(self, values: torch.Tensor) -> torch.Tensor:
         """Its part of values of all rows, [rows, length, ...] or [rows, features], as it has them alone."""
         own = values[self.rows]
-        return own[:, : self.length] if values.ndim > 2 else own
+        # Whole in memory, as it is alone: on a GPU what dropout draws depends on that.
+        return own[:, : self.length].contiguous() if values.ndim > 2 else own
 
 
 class Groups(list[Group]):
@@ -90,6 +91,8 @@ class StackedLora(nn.Module):
         return float(getattr(layer.lora_dropout[self.name], "p", 0.0))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if values.ndim == 2:  # pooled: one position a row
+            return self.forward(values.unsqueeze(1)).squeeze(1)
         output = self.base_layer(values)
         if self.drops:
             values = GROUPS.each(

@@ -8,6 +8,7 @@ equal those of the training alone up to rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -20,7 +21,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from finetrial.batching import collate, model_inputs
+from finetrial.fair_time import FAIR
 from finetrial.fit import split
+from finetrial.loop import Loop, Turn
+from finetrial.optimisation import precision_of
 from finetrial.plugins import Feature
 from finetrial.stacked_layers import (
     GROUPS,
@@ -31,9 +35,11 @@ from finetrial.stacked_layers import (
     attention,
     random_state,
 )
-from finetrial.train import Loop, Turn, follow
+from finetrial.train import follow
 
 ATTENTION = "finetrial_stacked"
+# How far a stacked loss may lie from the training's own, relatively: rounding, and no more.
+AGREED, AGREED_BF16 = 1e-4, 2e-2
 T = TypeVar("T")
 
 
@@ -45,6 +51,7 @@ class Stack:
         models = [model_of(loop) for loop in loops]
         self.model, _ = loops[0].bench.build_tuned()
         share_base(models[0], self.model)
+        self.model.to(loops[0].accelerator.device)  # its buffers; the adapters that it has are taken out
         self.stacked: list[list[Any]] = []  # of each stacked module the trainings' own
         linear, saved = _peft()
         for path, module in list(models[0].named_modules()):
@@ -60,7 +67,6 @@ class Stack:
         AttentionInterface.register(ATTENTION, attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         self.model.get_base_model().config._attn_implementation = ATTENTION
-        self.model.train()
 
     def _put(self, path: str, module: nn.Module) -> None:
         above, _, name = path.rpartition(".")
@@ -68,11 +74,29 @@ class Stack:
         if isinstance(module, StackedLora | StackedRows):
             self.stacked.append(module.own)
 
-    def leave(self, index: int) -> None:
-        """Go on without one of the trainings."""
-        del self.loops[index]
-        for own in self.stacked:
-            del own[index]
+    def holds(self, loop: Loop) -> bool:
+        return any(loop is own for own in self.loops)
+
+    def keep(self, loops: Sequence[Loop]) -> None:
+        """Go on with these of its trainings alone."""
+        for index in reversed(range(len(self.loops))):
+            if not any(self.loops[index] is loop for loop in loops):
+                del self.loops[index]
+                for own in self.stacked:
+                    del own[index]
+
+    def agrees(self, batches: Sequence[Sequence[Feature]]) -> bool:
+        """Whether stacked losses are those that the trainings have alone: nothing of the model was overlooked.
+
+        Draws and passes that leave no trace; the first parts of these batches.
+        """
+        parts = [split(loop.fit, batch)[0] for loop, batch in zip(self.loops, batches, strict=True)]
+        with torch.no_grad():
+            stacked = [float(loss) for loss in self._losses(parts, 0).values()]
+            alone = [loop.loss_of(part, 0) for loop, part in zip(self.loops, parts, strict=True)]
+        apart = max(abs(one - other) / max(abs(one), 1e-6) for one, other in zip(alone, stacked, strict=True))
+        exact = all(precision_of(loop.bench.spec.rules) == "fp32" for loop in self.loops)
+        return apart < (AGREED if exact else AGREED_BF16)
 
     def backward(self, batches: Sequence[Sequence[Feature]]) -> list[float]:
         """Gradients of every training's mean loss over its own effective batch, and these losses."""
@@ -89,20 +113,27 @@ class Stack:
 
     def _pass(self, parts: Sequence[Sequence[Feature]], number: int, sizes: Sequence[int]) -> dict[int, float]:
         """One pass forward and back; the loss of each training that has rows in it."""
+        losses = {index: loss / sizes[index] for index, loss in self._losses(parts, number).items()}
+        for index, group in enumerate(GROUPS):
+            if index in losses:
+                self.loops[index].progress.padded_tokens += group.tensors["input_ids"].numel()
+        self.loops[0].accelerator.backward(sum(losses.values()))
+        GROUPS.clear()
+        return {index: float(loss.detach()) for index, loss in losses.items()}
+
+    def _losses(self, parts: Sequence[Sequence[Feature]], number: int) -> dict[int, torch.Tensor]:
+        """The summed loss of each training's rows, forward only."""
         inputs = self._lay_out(parts, number)
-        accelerator = self.loops[0].accelerator
-        with accelerator.autocast():
+        self.model.train()
+        with self.loops[0].accelerator.autocast():
             outputs = self.model(**inputs)
         losses = {}
         for index, (loop, group) in enumerate(zip(self.loops, GROUPS, strict=True)):
             if parts[index]:
                 head = loop.bench.task.head
                 own = _outputs_of(group, outputs, cut=head.kind == "question_answering")
-                losses[index] = head.loss_sum(own, group.tensors) / sizes[index]
-                loop.progress.padded_tokens += group.tensors["input_ids"].numel()
-        accelerator.backward(sum(losses.values()))
-        GROUPS.clear()
-        return {index: float(loss.detach()) for index, loss in losses.items()}
+                losses[index] = head.loss_sum(own, group.tensors)
+        return losses
 
     def _lay_out(self, parts: Sequence[Sequence[Feature]], number: int) -> dict[str, torch.Tensor]:
         """The model's inputs of all rows, each group's as it has them alone and padded to the longest."""
@@ -142,8 +173,11 @@ def model_of(loop: Loop) -> Any:
 
 
 def stackable(loop: Loop) -> bool:
-    """Whether a training can be stacked: adapters by PEFT and whole heads are all that it trains, attention is
-    PyTorch's, and nothing is computed twice."""
+    """Whether a training can be stacked.
+
+    Plain adapters by PEFT and whole heads are all that it trains, attention is PyTorch's, and nothing is
+    computed twice.
+    """
     model = model_of(loop)
     linear, saved = _peft()
     ours = [module for module in model.modules() if isinstance(module, linear | saved)]
@@ -153,6 +187,7 @@ def stackable(loop: Loop) -> bool:
     return (
         base is not None
         and bool(ours)
+        and not any(getattr(module, "lora_variant", None) for module in ours)
         and all(id(parameter) in known for parameter in trained)
         and getattr(base.config, "_attn_implementation", None) == "sdpa"
         and not loop.fit.checkpointing
@@ -187,20 +222,24 @@ def together(
         if index in ends:
             on_end(index, ends[index])
 
-    first: Loop | None = None
+    def share(index: int) -> None:
+        """At once, so that no more than two bases are there at a time."""
+        mine = [turn.loop for turn in turns.values() if stackable(turn.loop)]
+        if index in turns and turns[index].loop in mine[1:]:
+            share_base(model_of(mine[0]), model_of(turns[index].loop))
+
     for index, training in enumerate(trainings):
+        FAIR.share(1)
         go_on(index, partial(next, training))
-        if index in turns and stackable(turns[index].loop):
-            if first is not None:  # at once, so that no more than two bases are there at a time
-                share_base(model_of(first), model_of(turns[index].loop))
-            first = first or turns[index].loop
-    stack: Stack | None = None
+        share(index)
+    stack = _agreed({index: turn for index, turn in turns.items() if stackable(turn.loop)})
     while turns:
+        FAIR.share(len(turns))
         going, losses = dict(turns), {}
         turns.clear()
-        stacked = [index for index, turn in going.items() if stackable(turn.loop)]
-        if len(stacked) > 1:
-            stack = _stack_of(stack, [going[index].loop for index in stacked])
+        stacked = [index for index in going if stack is not None and stack.holds(going[index].loop)]
+        if stack is not None and stacked:
+            stack.keep([going[index].loop for index in stacked])
             try:
                 found = stack.backward([going[index].batch for index in stacked])
             except BaseException as error:  # noqa: BLE001 - likewise
@@ -214,16 +253,21 @@ def together(
                 go_on(index, partial(follow, trainings[index], turn))
             else:
                 go_on(index, partial(trainings[index].send, losses[index]))
+    FAIR.share(1)
     return [ends[index] for index in range(len(trainings))]
 
 
-def _stack_of(stack: Stack | None, loops: Sequence[Loop]) -> Stack:
-    if stack is None:
-        return Stack(loops)
-    for index in reversed(range(len(stack.loops))):
-        if not any(stack.loops[index] is loop for loop in loops):
-            stack.leave(index)
-    return stack
+def _agreed(turns: dict[int, Turn]) -> Stack | None:
+    """A stack of these trainings, if there are several and it gives the losses that they have alone."""
+    if len(turns) < 2:
+        return None
+    stack = Stack([turn.loop for turn in turns.values()])
+    if stack.agrees([turn.batch for turn in turns.values()]):
+        return stack
+    sys.stderr.write(
+        "stacked losses are not those of the trainings alone: they are trained beside each other\n"
+    )
+    return None
 
 
 def _above(path: str) -> list[str]:

@@ -15,6 +15,7 @@ from finetrial.batching import EVALUATION_TOKENS
 from finetrial.errors import Diverged, HomeError
 from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes
+from finetrial.loop import Turn
 from finetrial.measuring import keep_and_measure, measure
 from finetrial.notice import termination_notice
 from finetrial.optimisation import plan_steps
@@ -22,7 +23,7 @@ from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
 from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
-from finetrial.train import Turn, alone, make_accelerator, train
+from finetrial.train import alone, make_accelerator, train
 from finetrial.training_state import Progress
 
 # In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
@@ -228,6 +229,7 @@ def _training_facts(bench: Workbench, progress: Progress, inputs: int, fit: Fit)
         micro_batch_tokens=fit.tokens,
         micro_batches=progress.micro_batches,
         gradient_checkpointing=fit.checkpointing,
+        stacked=bench.spec.how.stacked,
     )
 
 

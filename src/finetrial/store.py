@@ -105,6 +105,10 @@ class RunFolder:
         """How many of its attempts ran out of memory: each halves what the next one takes at once."""
         return sum(attempt.outcome == "out_of_memory" for attempt in self.current_attempts())
 
+    def begun(self) -> bool:
+        """Whether an attempt at it was ever made."""
+        return self.attempts.is_dir() and any(self.attempts.iterdir())
+
     def record(self) -> RunRecord:
         return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())
 

@@ -6,6 +6,8 @@ for deciding what runs (`plan.py`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -54,6 +56,14 @@ class SearchRules(Frozen):
     def ends(self) -> tuple[int, ...]:
         """By what a trial's steps are divided where it may be stopped, the whole last; empty: nowhere."""
         return (self.halving**2, self.halving, 1) if self.halving is not None else ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many trials of an arm at most are trained to each end: 15 to ninths, thirds, wholes 15, 5, 2."""
+        counts = [self.trials]
+        for before, end in itertools.pairwise(self.ends):
+            counts.append(max(1, math.ceil(counts[-1] * end / before)))
+        return tuple(counts)
 
 
 class TrainRules(LoopRules):

@@ -8,26 +8,19 @@ which activations dropout drops.
 
 from __future__ import annotations
 
-import copy
-import math
 import sys
-import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 
 from finetrial import checkpoint
 from finetrial.assemble import Workbench
-from finetrial.batching import collate, heaviest, model_inputs
-from finetrial.errors import Diverged, OutOfMemory
-from finetrial.evaluation import Kept, drop_up_to, evaluate, validation_name
-from finetrial.files import append_json_line
-from finetrial.fit import PROVED_SHARE, check, checkpoint_gradients, peak_bytes, split
-from finetrial.notice import EXIT_CODE
+from finetrial.batching import heaviest
+from finetrial.fit import PROVED_SHARE, checkpoint_gradients
+from finetrial.loop import Loop, Turn, keeps_best
 from finetrial.optimisation import (
     evaluation_steps,
     how_to_step,
@@ -37,12 +30,12 @@ from finetrial.optimisation import (
     prepare_optimisation,
     settings_used,
 )
-from finetrial.plugins import Feature, metric_of
-from finetrial.records import Fit, LoopRules, RunSpec, Setting, stream_seed
+from finetrial.plugins import Feature
+from finetrial.records import Fit, LoopRules, RunSpec, Setting
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
-from finetrial.tables import UsedRows, trained_parameters, used_rows
-from finetrial.training_state import Clock, Progress, guard
+from finetrial.tables import trained_parameters, used_rows
+from finetrial.training_state import Clock, Progress
 
 T = TypeVar("T")
 
@@ -54,13 +47,6 @@ class Trained:
     model: Any
     accelerator: Accelerator
     settings_used: dict[str, Setting]
-
-
-class Turn(NamedTuple):
-    """A step that waits for its gradients: of this loop's model, of the mean loss over this batch."""
-
-    loop: Loop
-    batch: Sequence[Feature]
 
 
 def alone(training: Generator[Turn, float, T]) -> T:
@@ -111,21 +97,23 @@ def train(
     loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps)
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     ends = spec.rung.steps(planned_steps) if spec.rung else (planned_steps,)
-    evaluate_at |= set(ends)
+    regular, evaluate_at = evaluate_at, evaluate_at | set(ends)
     due = checkpoint.rule(spec.how, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
     if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
         loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
     if progress.unjudged:  # the last attempt left within that evaluation
-        loop.judge(validation, asked)
+        loop.judge(validation, asked, regular=progress.step in regular)
     over = progress.stopped_early or progress.step >= ends[-1]
+    if over and spec.may_go_on:
+        loop.save()
     for indices in () if over else planned_batches(lengths, spec, progress.step):
         yield from loop.step([features[i] for i in indices])
         last = progress.step == ends[-1]
         if progress.step % spec.how.log_steps == 0 or last or progress.step in evaluate_at:
             loop.record()
         if progress.step in evaluate_at:
-            loop.judge(validation, asked)
+            loop.judge(validation, asked, regular=progress.step in regular)
         over = progress.stopped_early or last
         if over and spec.stage == "trial" and not spec.may_go_on:
             break
@@ -145,7 +133,7 @@ def train(
         spec.settings, loop.optimizer, loop.scheduler, progress.largest_batch, planned_steps, steps_per_epoch
     )
     used |= bench.method()[0].read_back(trained)
-    if _keeps_best(spec) and progress.best_step != progress.step:
+    if keeps_best(spec) and progress.best_step != progress.step:
         checkpoint.load_best(folder.checkpoint, progress.best_step or 0, loop.model)
     return Trained(trained, loop.accelerator, used)
 
@@ -188,214 +176,8 @@ def open_loop(
 
 def _checkpoint_of(folder: RunFolder, spec: RunSpec, optimizer: Any) -> Path | None:
     """The newest checkpoint in a run's folder that holds and is of these tensors."""
-    found = checkpoint.newest(folder.checkpoint, with_best=_keeps_best(spec))
+    found = checkpoint.newest(folder.checkpoint, with_best=keeps_best(spec))
     if found is not None and not checkpoint.is_of(found, optimizer):
         sys.stderr.write(f"the checkpoint {found.name} is passed over: another device or version made it\n")
         return None
     return found
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What every turn of the loop needs, and what a turn may do."""
-
-    bench: Workbench
-    fit: Fit
-    folder: RunFolder
-    model: Any
-    tokenizer: Any
-    accelerator: Accelerator
-    optimizer: Any
-    scheduler: Any
-    planned_steps: int
-    progress: Progress
-    clock: Clock
-    stepper: Stepper
-    used: UsedRows | None
-
-    def step(self, batch: Sequence[Feature]) -> Generator[Turn, float, None]:
-        """One optimiser step over one effective batch.
-
-        Raises:
-            Diverged: recorded first, with the losses that led to it.
-        """
-        progress = self.progress
-        progress.step += 1
-        if not progress.first_weight_sizes:
-            progress.first_weight_sizes = self.stepper.weight_sizes()
-        self.stepper.look(progress.step, self.planned_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = yield Turn(self, batch)
-        progress.gradient_norm = self.stepper.finish()
-        self.stepper.lost(progress)
-        if self.used is not None:
-            self.used.put_back(self.optimizer)
-        progress.weigh(self.stepper.weight_sizes())
-        progress.learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.scheduler.step()
-        progress.examples += len(batch)
-        progress.largest_batch = max(progress.largest_batch, len(batch))
-        progress.tokens += sum(len(feature.input_ids) for feature in batch)
-        try:
-            guard(progress, self.bench.spec.rules, loss)
-        except Diverged as diverged:
-            record = {
-                "kind": "diverged", "step": progress.step, "reason": diverged.reason,
-                "losses_before": progress.unlogged_losses, "learning_rate": progress.learning_rate,
-            }  # fmt: skip
-            append_json_line(self.folder.metrics_file, record)
-            raise
-        progress.unlogged_losses.append(loss)
-        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-        progress.last_loss = loss
-
-    def backward(self, batch: Sequence[Feature]) -> float:
-        """Gradients of an effective batch's mean loss, and that loss."""
-        progress = self.progress
-        self.model.train()
-        total = 0.0
-        parts = split(self.fit, batch)
-        progress.micro_batches = max(progress.micro_batches, len(parts))
-        for index, part in enumerate(parts):
-            tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
-            torch.manual_seed(self.dropout_seed(index))
-            outputs = self.model(**model_inputs(tensors))
-            loss = self.bench.task.head.loss_sum(outputs, tensors) / len(batch)
-            self.stepper.last_part = index == len(parts) - 1
-            self.accelerator.backward(loss)
-            total += float(loss.detach())
-            progress.padded_tokens += tensors["input_ids"].numel()
-        return total
-
-    def dropout_seed(self, part: int) -> int:
-        """Dropout is a function of (replicate, step): no method's use of random numbers shifts another's."""
-        return stream_seed(self.bench.spec.seeds.dropout, self.progress.step, part)
-
-    def record(self) -> None:
-        """A line of metrics: the mean loss since the last one, and the last step's gradient norm and rate."""
-        progress, losses = self.progress, self.progress.unlogged_losses
-        record = {
-            "kind": "train", "step": progress.step, "planned_steps": self.planned_steps,
-            "loss": math.fsum(losses) / len(losses), "gradient_norm": progress.gradient_norm,
-            "weight_growth": progress.weight_growth, "learning_rate": progress.learning_rate,
-            "tokens": progress.tokens, "lost_to_rounding": progress.lost_to_rounding,
-            "seconds": round(self.clock.train(), 3),
-        }  # fmt: skip
-        append_json_line(self.folder.metrics_file, record)
-        losses.clear()
-
-    def judge(self, validation: Sequence[Feature], asked: Callable[[], bool]) -> None:
-        """Score validation, keep the weights if they are the best, and apply the stopping rule.
-
-        `progress.best_*` is of the weights that are kept: with `keep: last` those of the last evaluation.
-        `asked`: whether the process was told to end.
-        """
-        bench, progress, rules = self.bench, self.progress, self.bench.spec.rules
-        metric = metric_of(bench.spec.task)
-        self.clock.train()
-        if self.used is not None:
-            self.used.settle()
-        progress.unjudged = True
-        try:
-            _check_weights(self.model)
-            scored = evaluate(
-                self.accelerator, self.model, bench, self.tokenizer, validation, bench.splits.validation,
-                tokens=self.fit.evaluation_tokens, kept=Kept(
-                    self.folder.checkpoint, validation_name(progress.step), bench.spec.how, asked
-                ),
-            )  # fmt: skip
-        except Diverged as diverged:  # a head knows no step
-            raise Diverged(progress.step, diverged.reason) from diverged
-        except SystemExit:  # told to end: the next attempt begins with this evaluation
-            self.clock.evaluate()
-            if progress.resumed_from[-1:] != [progress.step]:  # else the same is there already
-                self.save()
-            self.leave()
-        self.clock.evaluate()
-        progress.unjudged = False
-        score = scored.metrics[metric.name]
-        if not math.isfinite(score):
-            raise Diverged(progress.step, f"the score is {score}")
-        record = {"kind": "eval", "step": progress.step, "score": score, **scored.metrics, **scored.calibration}
-        append_json_line(self.folder.metrics_file, record)
-        gain = math.inf
-        if progress.peak_score is not None:
-            gain = (score - progress.peak_score) * (1 if metric.higher_is_better else -1)
-        if gain > 0:
-            progress.peak_score = score
-        if gain > 0 or rules.keep == "last":
-            progress.keep(score, scored)
-            if _keeps_best(bench.spec):
-                checkpoint.save_best(self.folder.checkpoint, progress.step, self.model)
-        stopping = rules.early_stopping
-        if stopping is not None:
-            enough = gain > stopping.min_delta
-            progress.evaluations_without_gain = 0 if enough else progress.evaluations_without_gain + 1
-            progress.stopped_early = progress.evaluations_without_gain >= stopping.patience
-
-    def prove(self, batch: Sequence[Feature]) -> None:
-        """One step on the heaviest batch that leaves no trace: whether the memory foretold suffices.
-
-        The rate is zero, so that AdamW leaves every weight as it is, bit for bit; its state is thrown away.
-
-        Raises:
-            OutOfMemory: it does not.
-            Diverged: the batch gives no finite gradient, from which no step leaves the weights as they are.
-        """
-        before = copy.deepcopy(self.progress)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(batch)
-        norm = self.stepper.finish()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(0, f"before the first step, the loss is {loss} and the gradient norm {norm}")
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.optimizer.state.clear()
-        self.optimizer.zero_grad(set_to_none=True)
-        vars(self.progress).update(vars(before))
-        check(self.fit)
-        self.folder.write_fit(self.fit.model_copy(update={"proved": True}))
-        self.folder.event("memory proved", peak_bytes=peak_bytes(), rows=len(batch))
-
-    def keep_to_budget(self) -> None:
-        """End a run that has taken more memory than it may, with a checkpoint: it goes on with less at once."""
-        try:
-            check(self.fit)
-        except OutOfMemory:
-            self.save()
-            raise
-
-    def save(self) -> None:
-        """A checkpoint of this step."""
-        self.clock.train()
-        self.progress.decay_owed = self.used.owed if self.used is not None else 1.0
-        started = time.perf_counter()
-        checkpoint.save(
-            self.folder.checkpoint, self.progress.step, self.model, self.optimizer, self.scheduler,
-            asdict(self.progress),
-        )  # fmt: skip
-        seconds = round(time.perf_counter() - started, 3)
-        drop_up_to(self.folder.checkpoint, self.progress.step - self.progress.unjudged)
-        self.folder.event("checkpoint", step=self.progress.step, seconds=seconds, peak_bytes=peak_bytes())
-
-    def leave(self) -> NoReturn:
-        """End the process as it was told to; a checkpoint is there."""
-        sys.stderr.write(f"asked to end: left after step {self.progress.step}, with a checkpoint\n")
-        self.folder.event("left when asked to end", step=self.progress.step)
-        sys.exit(EXIT_CODE)
-
-
-@torch.no_grad()
-def _check_weights(model: Any) -> None:
-    for name, parameter in checkpoint.trained_tensors(model).items():
-        # The ends tell of all, and take no memory: what is not a number comes through.
-        if parameter.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(parameter)).tolist())):
-            raise Diverged(0, f"{name} holds a weight that is not finite")
-
-
-def _keeps_best(spec: RunSpec) -> bool:
-    """A trial's weights are never used again; of all others the best are what is tested."""
-    return spec.stage != "trial" and spec.rules.keep == "best"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from finetrial.errors import Diverged
+from finetrial.fair_time import FAIR
 from finetrial.plugins import Scored
 from finetrial.records import LoopRules
 
@@ -124,11 +124,10 @@ class Clock:
 
     def __init__(self, progress: Progress):
         self.progress = progress
-        self.last = time.perf_counter()
-        self.last_cpu = time.process_time()
+        self.last, self.last_cpu = FAIR.now()
 
     def _lap(self) -> float:
-        now, cpu = time.perf_counter(), time.process_time()
+        now, cpu = FAIR.now()
         passed = now - self.last
         self.progress.cpu_seconds += cpu - self.last_cpu
         self.progress.wall_seconds += passed

@@ -44,6 +44,12 @@ class Queue:
                 self.ready = [given] if isinstance(given, RunSpec) else list(given)
         return self.ready[0] if self.ready else None
 
+    def again(self, spec: RunSpec) -> None:
+        """A run that was under way waits for a place, before the others."""
+        alone = spec.how.model_copy(update={"stacked": 1})
+        self.ready.insert(0, spec.model_copy(update={"how": alone}))
+        self.under_way -= 1
+
 
 @dataclass
 class Process:
@@ -108,7 +114,7 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
         number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
         started_at=time.time(), from_step=folder.checkpoint_step(),
     )  # fmt: skip
-    clock, limit = time.monotonic(), spec.how.limit_seconds
+    clock, limit = time.monotonic(), time_limit(spec)
     run = Running(
         queue, spec, folder, process, lease, attempt, clock + limit if limit is not None else None,
         clock + RENEW_SECONDS, processes.memory_kills(), folder.kept_outputs(),
@@ -129,6 +135,16 @@ def launch(runs: Sequence[Running]) -> None:
         run.stacked = len(runs) > 1
         run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
         run.folder.write_attempt(run.attempt)
+
+
+def time_limit(spec: RunSpec) -> float | None:
+    """Seconds that an attempt may take; trainings that share a process share its time."""
+    return spec.how.limit_seconds * spec.how.stacked if spec.how.limit_seconds is not None else None
+
+
+def leads(running: Sequence[Running]) -> list[RunFolder]:
+    """The folder of the first run of every process."""
+    return list({id(run.process): run.folder for run in reversed(running)}.values())[::-1]
 
 
 def release(run: Running, outcome: Outcome, reason: str, *, counts: bool = True) -> None:

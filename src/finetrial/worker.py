@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -54,19 +54,19 @@ def work(folder: RunFolder) -> int:
 
 
 def _work(folder: RunFolder) -> int:
+    folders = [folder, *folder.stacked_with()]
+    locks = {each.path: FileLock(each.lock_file) for each in folders}
     with contextlib.ExitStack() as held:
-        folders = [folder, *folder.stacked_with()]
         for each in folders:
-            lock = FileLock(each.lock_file)
-            holder = lock.acquire(wait_seconds=10.0)
+            holder = locks[each.path].acquire(wait_seconds=10.0)
             if holder is not None:
                 sys.stderr.write(f"another process ({holder}) is still working in {each.path}\n")
                 return 1
-            held.callback(lock.release)
+            held.callback(locks[each.path].release)
         waiting = [each for each in folders if not each.result_file.exists()]
-        if len(waiting) == 1:
-            return _do(waiting[0])
-        return _do_together(waiting) if waiting else 0
+        if len(waiting) > 1:
+            return _do_together(waiting, lambda each: locks[each.path].release())
+        return _do(waiting[0]) if waiting else 0
 
 
 def _do(folder: RunFolder) -> int:
@@ -81,19 +81,24 @@ def _do(folder: RunFolder) -> int:
     return _conclude(folder, spec, outcome)
 
 
-def _do_together(folders: Sequence[RunFolder]) -> int:
-    """Several trainings at once; each is concluded when it ends. The highest of their exit codes."""
+def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], None]) -> int:
+    """Several trainings at once; each is concluded, and let go of, when it ends. The highest exit code."""
     specs, codes = [folder.spec() for folder in folders], [0]
 
     def conclude(index: int, outcome: Result | BaseException) -> None:
-        if isinstance(outcome, Result):
-            outcome = shared(outcome, len(folders))
-        codes.append(_conclude(folders[index], specs[index], outcome))
+        codes.append(_conclude(folders[index], specs[index], outcome, output=folders[0]))
+        let_go(folders[index])
 
+    for folder in folders[1:]:
+        with folder.log_file.open("a", encoding="utf-8") as log:
+            log.write(f"done together with {folders[0].path.name}, in one process: its log has the output\n")
     try:
         stages = _prepare(specs[0])
         from finetrial import stacking
+        from finetrial.fit import remember_process_bytes
+        from finetrial.notice import termination_notice
 
+        remember_process_bytes(len(folders))
         for folder, spec in zip(folders, specs, strict=True):
             _say_begin(folder, spec)
         trainings = [stages.training(spec, folder) for folder, spec in zip(folders, specs, strict=True)]
@@ -101,17 +106,9 @@ def _do_together(folders: Sequence[RunFolder]) -> int:
         for index in range(len(folders)):
             conclude(index, error)
     else:
-        stacking.together(trainings, conclude)
+        with termination_notice():  # of all, until the last has ended
+            stacking.together(trainings, conclude)
     return max(codes)
-
-
-def shared(result: Result, runs: int) -> Result:
-    """The result of one of so many runs that were done together: it cost its share of their time."""
-    cost, training = result.cost, result.training
-    times = ("wall_seconds", "train_seconds", "evaluate_seconds", "cpu_seconds")
-    cost = cost.model_copy(update={name: round(getattr(cost, name) / runs, 3) for name in times})
-    training = training.model_copy(update={"stacked": runs}) if training else None
-    return result.model_copy(update={"cost": cost, "training": training})
 
 
 def _prepare(spec: RunSpec) -> ModuleType:
@@ -134,8 +131,10 @@ def _prepare(spec: RunSpec) -> ModuleType:
     return stages
 
 
-def _conclude(folder: RunFolder, spec: RunSpec, outcome: Result | BaseException) -> int:
-    """Write what came out, or why nothing did; the exit code."""
+def _conclude(
+    folder: RunFolder, spec: RunSpec, outcome: Result | BaseException, *, output: RunFolder | None = None
+) -> int:
+    """Write what came out, or why nothing did; the exit code. `output`: whose log has the output."""
     if isinstance(outcome, SystemExit):  # told to end: a checkpoint is there
         return outcome.code if isinstance(outcome.code, int) else 1
     try:
@@ -149,8 +148,8 @@ def _conclude(folder: RunFolder, spec: RunSpec, outcome: Result | BaseException)
         else:
             sys.stderr.write(f"{kind}: {reason}\n")
         failure = Failure(
-            run_id=spec.run_id, kind=kind, reason=reason, log_tail=folder.log_tail(), attempt=_attempt(folder),
-            final=isinstance(error, DoesNotFit),
+            run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
+            attempt=_attempt(folder), final=isinstance(error, DoesNotFit),
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
