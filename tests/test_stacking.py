@@ -175,11 +175,9 @@ def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_pa
     records = [folder.record() for folder in Home(homes[1]).find("trial.")]
     assert len({record.attempts[-1].pid for record in records}) == processes
     charged = sum(record.result.cost.wall_seconds for record in records)
-    begun, ended = (
-        min(r.attempts[-1].started_at for r in records),
-        max(r.attempts[-1].ended_at for r in records),
-    )
-    assert charged <= (ended - begun) * processes * 1.05
+    begun = min(record.attempts[-1].started_at for record in records)
+    passed = max(record.attempts[-1].ended_at for record in records) - begun
+    assert charged <= passed * processes  # not all of it to each
 
 
 def test_a_process_that_is_killed_costs_each_of_its_runs_one_attempt_and_nothing_else(tiny_bert, tmp_path):
