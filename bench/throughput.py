@@ -20,12 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetrial import plan
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.opening import open_home, resolve_inputs
+from finetrial.plugins import Feature
 from finetrial.records import RunSpec
 from finetrial.store import Home
 from finetrial.study_file import parse_study
@@ -93,6 +95,26 @@ def ours(spec: RunSpec, home: Home) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def trainer_rows(features: Sequence[Feature]) -> list[dict[str, Any]]:
+    """Inputs as the Trainer takes them."""
+    rows = [{"input_ids": f.input_ids, "attention_mask": [1] * len(f.input_ids), **f.labels} for f in features]
+    return [{**row, "labels": row.pop("label")} if "label" in row else row for row in rows]
+
+
+def padded_collate(tokenizer: Any, maximum: int | None) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Batches padded to a maximum length, or (None) to their own longest row."""
+    import torch
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = [name for name in batch[0] if name not in ("input_ids", "attention_mask")]
+        to = {"padding": True} if maximum is None else {"padding": "max_length", "max_length": maximum}
+        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in batch]
+        tensors = dict(tokenizer.pad(inputs, return_tensors="pt", **to))
+        return tensors | {name: torch.tensor([row[name] for row in batch]) for name in labels}
+
+    return collate
+
+
 def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainingArguments
@@ -101,17 +123,13 @@ def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
     bench: Workbench = open_workbench(spec, home)
     model, built = bench.build_tuned()
     features = bench.encode(bench.splits.train, built)
-    rows = [{"input_ids": f.input_ids, "attention_mask": [1] * len(f.input_ids), **f.labels} for f in features]
-    rows = [{**row, "labels": row.pop("label")} if "label" in row else row for row in rows]
-    maximum, seen = MAXIMUM.get(spec.task.name, 128), [0]
+    rows, seen = trainer_rows(features), [0]
+    pad = padded_collate(built.tokenizer, None if grouped else MAXIMUM.get(spec.task.name, 128))
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        labels = [name for name in batch[0] if name not in ("input_ids", "attention_mask")]
-        to = {"padding": True} if grouped else {"padding": "max_length", "max_length": maximum}
-        inputs = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in batch]
-        tensors = dict(built.tokenizer.pad(inputs, return_tensors="pt", **to))
+        tensors = pad(batch)
         seen[0] += tensors["input_ids"].numel()
-        return tensors | {name: torch.tensor([row[name] for row in batch]) for name in labels}
+        return tensors
 
     asked = TrainingArguments(
         output_dir=str(home.path / "trainer"), per_device_train_batch_size=BATCH, num_train_epochs=1,

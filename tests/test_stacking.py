@@ -176,7 +176,7 @@ def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_pa
     assert len({record.attempts[-1].pid for record in records}) == processes
     charged = sum(record.result.cost.wall_seconds for record in records)
     begun = min(record.attempts[-1].started_at for record in records)
-    passed = max(record.attempts[-1].ended_at for record in records) - begun
+    passed = max(record.attempts[-1].ended_at or 0.0 for record in records) - begun
     assert charged <= passed * processes  # not all of it to each
 
 

