@@ -4,14 +4,15 @@
 
 `padded`: the Trainer's defaults in the examples, every input padded to the task's maximum length. `grouped`:
 the same with dynamic padding and `group_by_length`. `finetrial`: a trial of a study. All three train MiniLM,
-whole or with LoRA of rank 8 on every linear layer, on the same encoded inputs at one batch size, in fp32 on all
-cores; each in a process of its own, by turns. What is timed is the epoch: tokenising, starting and evaluating
-are left out.
+whole or with LoRA of rank 8 on every linear layer, on the same encoded inputs at one batch size, in fp32 on
+all cores (`finetrial_bf16`: in bf16 autocast); each in a process of its own, by turns. What is timed is the
+epoch: tokenising, starting and evaluating are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -47,6 +48,7 @@ search:
   trials: 1
   rows: {rows}
   space: {{epochs: 1, batch_size: {batch}, warmup_ratio: 0.0, weight_decay: 0.01}}
+train: {{precision: {precision}}}
 measure: []
 claims: []
 run: {{threads: {threads}, checkpoint: 1 h}}
@@ -59,16 +61,16 @@ FILES = {
 }
 ROWS = {"sst2": 640, "mrpc": 320, "rte": 256, "squad_v2": 64}
 MAXIMUM = {"squad_v2": 384}  # of the examples (run_glue.py, run_qa.py); 128 elsewhere
-VARIANTS = ("padded", "grouped", "finetrial")
+VARIANTS = ("padded", "grouped", "finetrial", "finetrial_bf16")
 BATCH = 16
 
 
-def prepared(task: str, method: str, home: Path) -> tuple[RunSpec, Home]:
+def prepared(task: str, method: str, home: Path, precision: str = "fp32") -> tuple[RunSpec, Home]:
     """A trial of the study, in a fresh folder."""
     train, test = FILES[task]
     text = STUDY.format(
         task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, rows=ROWS[task], batch=BATCH,
-        threads=os.cpu_count(),
+        threads=os.cpu_count(), precision=precision,
     )  # fmt: skip
     file = home.parent / "study.yaml"
     file.write_text(text)
@@ -146,11 +148,57 @@ def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
+    """How far apart losses and gradients' norms of the same rows are, padded to the longest and to the maximum.
+
+    Relative; without dropout, whose draws depend on the padding. (The library's own loss of question answering
+    lets padding take part in the softmax, and so depends on it.)
+    """
+    import torch
+
+    from finetrial.batching import collate, epoch_batches, model_inputs
+
+    bench: Workbench = open_workbench(spec, home)
+    model, built = bench.build_tuned()
+    model.eval()
+    features = bench.encode(bench.splits.train, built)
+    maximum, pad = MAXIMUM.get(spec.task.name, 128), built.tokenizer.pad_token_id
+    worst = 0.0
+    lengths = [len(feature.input_ids) for feature in features]
+    for indices in epoch_batches(lengths, BATCH, seed=0, epoch=0)[:3]:
+        own = collate([features[i] for i in indices], pad)
+        wide = {
+            name: torch.nn.functional.pad(
+                tensor, (0, maximum - tensor.shape[1]), value=pad * (name == "input_ids")
+            )
+            if tensor.ndim == 2
+            else tensor
+            for name, tensor in own.items()
+        }
+        found = []
+        for tensors in (own, wide):
+            model.zero_grad(set_to_none=True)
+            loss = bench.task.head.loss_sum(model(**model_inputs(tensors)), tensors) / len(indices)
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            found.append((float(loss.detach()), float(norm)))
+        worst = max([worst, *(abs(a - b) / abs(a) for a, b in zip(*found, strict=True))])
+    return {"gap": worst}
+
+
+def run_child(variant: str, task: str, method: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", variant, task, method]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def child(variant: str, task: str, method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        spec, home = prepared(task, method, Path(folder) / "home")
-        if variant == "finetrial":
+        spec, home = prepared(task, method, Path(folder) / "home", "bf16" if "bf16" in variant else "fp32")
+        if variant.startswith("finetrial"):
             found = ours(spec, home)
+        elif variant == "gap":
+            found = gap(spec, home)
         else:
             found = trainer(spec, home, grouped=variant == "grouped")
     sys.stdout.write("\n" + json.dumps(found) + "\n")
@@ -175,20 +223,21 @@ def main() -> int:
             found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
             for _ in range(given.repeats):
                 for variant in VARIANTS:
-                    command = [sys.executable, __file__, "--child", variant, task, method]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    found[variant].append(json.loads(done.stdout.strip().splitlines()[-1]))
+                    found[variant].append(run_child(variant, task, method))
             row: dict[str, Any] = {"task": task, "method": method, "inputs": found["finetrial"][0]["inputs"]}
             for variant in VARIANTS:
                 row[f"{variant}_s"] = [round(one["seconds"], 2) for one in found[variant]]
                 row[f"{variant}_padded_tokens"] = found[variant][0]["padded_tokens"]
-            for variant in VARIANTS[:2]:  # pair by pair: the machine's load changes
-                pairs = zip(found[variant], found["finetrial"], strict=True)
+            for ours_, theirs in itertools.product(VARIANTS[2:], VARIANTS[:2]):
+                pairs = zip(
+                    found[theirs], found[ours_], strict=True
+                )  # pair by pair: the machine's load changes
                 ratios = sorted(one["seconds"] / own["seconds"] for one, own in pairs)
-                row[f"faster_than_{variant}"] = [
+                row[f"{ours_}_faster_than_{theirs}"] = [
                     round(statistics.median(ratios), 2),
                     *(round(r, 2) for r in (ratios[0], ratios[-1])),
                 ]
+            row["loss_gap"] = run_child("gap", task, method)["gap"]
             rows.append(row)
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
