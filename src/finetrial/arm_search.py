@@ -45,13 +45,16 @@ class ArmSearch:
             final = end == len(rules.ends) - 1
             standings = [self._standing(run, examples=final) for run in runs.values()]
             chosen = halving.chosen(standings, most, self.metric, final=final)
+            # What has begun is gone on with, though others have come to be better.
+            begun = [run.spec.number for run in self.runs(rung=end + 1) if run.outcome is None]
+            chosen += [number for number in begun if number in runs and number not in chosen]
             self._let_go(run for number, run in runs.items() if number not in chosen)
             yield [plan.further(self.study, runs[number].spec, self.opened.threads) for number in chosen]
             self._let_go(runs[number] for number in chosen)
 
     def _settled(self, number: int) -> bool:
         """Whether the search ends before trial `number`; one that has begun is gone on with."""
-        if self._begun(number):
+        if any(run.spec.number >= number for run in self.first_runs()):
             return False
         runs = self.first_runs()
         standings = [self._standing(run, examples=True) for run in runs]

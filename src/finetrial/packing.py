@@ -82,7 +82,7 @@ class Packing:
 
     def _foretold(self, folder: RunFolder) -> int | None:
         fit = folder.fit()
-        if fit is None or fit.predicted is None:
+        if fit is None or fit.predicted is None or fit.stacked != folder.spec().how.stacked:
             return None
         self.room = fit.shared if fit.shared is not None else self.room
         return fit.predicted + (CONTEXT_BYTES if fit.device == "cuda" else 0)

@@ -77,7 +77,7 @@ class Scheduler:
         try:
             while self._fill(queues, running) or running:
                 for run in list(running):
-                    ended = self._watch(run)
+                    ended = self._watch(run, last=sum(other.process is run.process for other in running) == 1)
                     if ended is None:
                         continue
                     running.remove(run)
@@ -124,11 +124,13 @@ class Scheduler:
         first, *others = queue.ready
         if self.packing.stack == 1 or not stacks(first):
             return [first]
-        # One that was begun goes on by itself: its process may have died of another one's doing.
-        fresh = [spec for spec in others if spec.arm == first.arm and not self.home.run(spec.run_id).begun()]
-        if self.home.run(first.run_id).begun():
+        # One that has failed goes on by itself: its process may have died of another one's doing.
+        alike = [spec for spec in (first, *others) if spec.arm == first.arm]
+        fresh = [spec for spec in alike if not self.home.run(spec.run_id).has_failed()]
+        if first not in fresh:
             return [first]
-        found = [first, *fresh[: self.packing.stack - 1]]
+        fresh = [spec for spec in fresh if spec is first or not self._has_ended(self.home.run(spec.run_id))]
+        found = fresh[: self.packing.stack]
         share = {"stacked": len(found)}
         return [spec.model_copy(update={"how": spec.how.model_copy(update=share)}) for spec in found]
 
@@ -174,6 +176,7 @@ class Scheduler:
         if self._settle(run, ended, beside=beside):
             run.queue.under_way -= 1
         else:
+            self.progress.finished(run.folder.record())  # for now
             run.queue.again(run.spec)
 
     def _tidy_up(self, folder: RunFolder) -> None:
@@ -188,10 +191,13 @@ class Scheduler:
             elif attempt.outcome is None and failure is not None and failure.attempt == attempt.number:
                 close(folder, attempt, failure.kind, None, COORDINATOR_ENDED)
 
-    def _watch(self, run: Running) -> Exit | None:
-        """How a run ended, or None while it goes on; one over its time limit is ended here."""
+    def _watch(self, run: Running, *, last: bool) -> Exit | None:
+        """How a run ended, or None while it goes on; one over its time limit is ended here.
+
+        `last`: of its process, whose end is waited for.
+        """
         now = time.monotonic()
-        ended = run.ended()
+        ended = run.process.poll() if last else run.ended()
         if ended is not None:
             return ended
         if run.deadline is not None and now > run.deadline:
@@ -212,13 +218,12 @@ class Scheduler:
         """
         self.packing.ended(run.folder)
         outcome, reason, final = self._outcome(run, ended)
-        if outcome == "out_of_memory" and not final and self.packing.back_off(beside):
+        crowded = outcome == "out_of_memory" and not final
+        if crowded and (run.stacked or self.packing.back_off(beside)):  # a stack is tried again run by run
             run.folder.failure_file.unlink(missing_ok=True)
             close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
             leases.release(run.folder.lease_file, run.lease)
-            self.progress.note(
-                f"{run.spec.run_id}: {reason}, beside {beside} others; from now on fewer at once"
-            )
+            self.progress.note(f"{run.spec.run_id}: {reason}, and not alone; tried again with fewer beside it")
             return False
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
         further = run.folder.checkpoint_step() > run.attempt.from_step
@@ -245,7 +250,8 @@ class Scheduler:
                 )
             )  # fmt: skip
         record = run.folder.record()
-        if record.result is not None and not run.stacked:  # else its process still works there, and does that
+        # Of one that is stacked the process may still work there, and does that.
+        if record.result is not None and (not run.stacked or run.process.exit is not None):
             self._drop_checkpoint(run.folder)
         self.progress.finished(record)
         self.on_finished(record)

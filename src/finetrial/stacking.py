@@ -9,6 +9,7 @@ equal those of the training alone up to rounding.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -50,8 +51,8 @@ class Stack:
         self.loops = list(loops)
         models = [model_of(loop) for loop in loops]
         self.model, _ = loops[0].bench.build_tuned()
+        self.model.to(loops[0].accelerator.device)
         share_base(models[0], self.model)
-        self.model.to(loops[0].accelerator.device)  # its buffers; the adapters that it has are taken out
         self.stacked: list[list[Any]] = []  # of each stacked module the trainings' own
         linear, saved = _peft()
         for path, module in list(models[0].named_modules()):
@@ -187,7 +188,7 @@ def stackable(loop: Loop) -> bool:
     return (
         base is not None
         and bool(ours)
-        and not any(getattr(module, "lora_variant", None) for module in ours)
+        and not any(getattr(module, "lora_variant", None) or _has_bias(module) for module in ours)
         and all(id(parameter) in known for parameter in trained)
         and getattr(base.config, "_attn_implementation", None) == "sdpa"
         and not loop.fit.checkpointing
@@ -195,11 +196,17 @@ def stackable(loop: Loop) -> bool:
     )
 
 
+def _has_bias(module: Any) -> bool:
+    """Whether an adapter adds more than the product of its two matrices."""
+    ups = getattr(module, "lora_B", {})
+    return any(getattr(ups[name], "bias", None) is not None for name in ups)
+
+
 def share_base(of: Any, model: Any) -> None:
-    """Let a model use another's frozen weights in place of its own, which are equal."""
+    """Let a model use another's frozen weights in place of its own, where they are equal."""
     known = dict(of.named_parameters(remove_duplicate=False))
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and torch.equal(parameter, known[name]):
             above, _, leaf = name.rpartition(".")
             model.get_submodule(above)._parameters[leaf] = known[name]
 
@@ -220,7 +227,10 @@ def together(
         except BaseException as error:  # noqa: BLE001 - of this training alone; whoever asked deals with it
             ends[index] = error
         if index in ends:
-            on_end(index, ends[index])
+            end = ends[index]
+            on_end(index, end)
+            if isinstance(end, BaseException):
+                end.with_traceback(None)  # what its frames hold is not held until the last has ended
 
     def share(index: int) -> None:
         """At once, so that no more than two bases are there at a time."""
@@ -229,9 +239,10 @@ def together(
             share_base(model_of(mine[0]), model_of(turns[index].loop))
 
     for index, training in enumerate(trainings):
-        FAIR.share(1)
+        FAIR.share(len(turns) + 1)
         go_on(index, partial(next, training))
         share(index)
+    FAIR.share(len(turns))
     stack = _agreed({index: turn for index, turn in turns.items() if stackable(turn.loop)})
     while turns:
         FAIR.share(len(turns))
@@ -261,12 +272,17 @@ def _agreed(turns: dict[int, Turn]) -> Stack | None:
     """A stack of these trainings, if there are several and it gives the losses that they have alone."""
     if len(turns) < 2:
         return None
-    stack = Stack([turn.loop for turn in turns.values()])
-    if stack.agrees([turn.batch for turn in turns.values()]):
-        return stack
-    sys.stderr.write(
-        "stacked losses are not those of the trainings alone: they are trained beside each other\n"
-    )
+    try:
+        stack = Stack([turn.loop for turn in turns.values()])
+        if stack.agrees([turn.batch for turn in turns.values()]):
+            return stack
+        why = "stacked losses are not those of the trainings alone"
+    except Exception as error:  # noqa: BLE001 - whatever a stack makes of this kind of model, it can be trained alone
+        traceback.print_exc()
+        why = f"a stacked pass failed ({type(error).__name__})"
+    finally:
+        GROUPS.clear()
+    sys.stderr.write(f"{why}: they are trained beside each other\n")
     return None
 
 

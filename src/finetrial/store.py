@@ -105,9 +105,10 @@ class RunFolder:
         """How many of its attempts ran out of memory: each halves what the next one takes at once."""
         return sum(attempt.outcome == "out_of_memory" for attempt in self.current_attempts())
 
-    def begun(self) -> bool:
-        """Whether an attempt at it was ever made."""
-        return self.attempts.is_dir() and any(self.attempts.iterdir())
+    def has_failed(self) -> bool:
+        """Whether an attempt that counts has ended without a result, and not only because it had to wait."""
+        ends = [attempt.outcome for attempt in self.attempt_records() if attempt.counts]
+        return any(outcome not in (None, "done", "diverged", "cancelled") for outcome in ends)
 
     def record(self) -> RunRecord:
         return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())

@@ -106,8 +106,11 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
         for index in range(len(folders)):
             conclude(index, error)
     else:
-        with termination_notice():  # of all, until the last has ended
-            stacking.together(trainings, conclude)
+        try:
+            with termination_notice():  # of all, until the last has ended
+                stacking.together(trainings, conclude)
+        finally:
+            remember_process_bytes(1)
     return max(codes)
 
 
@@ -149,7 +152,8 @@ def _conclude(
             sys.stderr.write(f"{kind}: {reason}\n")
         failure = Failure(
             run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
-            attempt=_attempt(folder), final=isinstance(error, DoesNotFit),
+            # What does not fit beside others may fit alone.
+            attempt=_attempt(folder), final=isinstance(error, DoesNotFit) and spec.how.stacked == 1,
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
