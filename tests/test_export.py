@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from finetrial import export
 from finetrial.export import Optimum
-from finetrial.store import Damaged, Home
+from finetrial.sealed import Damaged
+from finetrial.store import Home
 
 FOUND = Optimum(
     study="1e5", task="sst2", method="lora", metric="accuracy", score=83.0, trial=4,

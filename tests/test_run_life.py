@@ -36,7 +36,8 @@ from finetrial.plugins import Exit
 from finetrial.progress import Progress
 from finetrial.records import Attempt, Failure, Outcome, Result, RunRecord, RunSpec
 from finetrial.schedule import GIVEN_UP, RESUMED, TRIED_AGAIN, Scheduler
-from finetrial.store import Damaged, Home, RunFolder
+from finetrial.sealed import Damaged
+from finetrial.store import Home, RunFolder
 from scripted import COST, make_spec
 
 SPEC = make_spec()

@@ -56,6 +56,9 @@ def test_noise_is_of_the_two_best():
     differences = [0.0, 0.0, 100.0, 0.0]
     assert noise([worst, second, best], F1) == pytest.approx(np.std(differences, ddof=1) / 2)
     assert noise([worst, second, best], LOSS) == pytest.approx(np.std([-100.0, -100.0, 0.0, 100.0], ddof=1) / 2)
+    twin = standing(3, 75.0, [1, 1, 1, 0])
+    assert noise([best, twin, second], F1) == pytest.approx(np.std(differences, ddof=1) / 2)
+    assert noise([best, twin], F1) is None
     assert noise([best, Standing(1, None)], F1) is None
     assert noise([best, Standing(1, 50.0)], F1) is None
 
@@ -63,7 +66,10 @@ def test_noise_is_of_the_two_best():
 def test_a_search_has_settled_where_the_gain_is_below_the_noise():
     close = [standing(n, 60.0 - n / 100, [1, 0, 1, 1, 0, n % 2]) for n in range(6)]
     apart = [standing(n, 60.0 - 10 * n, [1, 0, 1, 1, 0, n % 2]) for n in range(6)]
-    assert settled(close, 15, F1)
+    stop = settled(close, 15, F1)
+    assert stop is not None
+    assert (stop.after, stop.planned) == (6, 15)
+    assert stop.gain < stop.noise == noise(close, F1)
     assert not settled([one._replace(examples={}) for one in close], 15, F1)
     assert settled(apart, 6, F1)  # nothing is left
     assert not settled(apart[:1], 15, F1)
@@ -75,8 +81,8 @@ model: {model}
 tasks:
   synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
 methods:
-  full: {{search: {{learning_rate: {{low: 1e-4, high: 1.1e-4}}}}}}
-search: {{trials: 12, startup: 3, early_stop: true, space: {{epochs: 1, batch_size: 8}}}}
+  full: {{search: {{learning_rate: {{low: 5e-3, high: 1e-2}}}}}}
+search: {{trials: 12, startup: 3, early_stop: true, space: {{epochs: 3, batch_size: 8}}}}
 train: {{seeds: 1}}
 run: {{threads: 1, log_steps: 1}}
 """
@@ -89,7 +95,8 @@ def test_a_study_that_has_settled_stops_and_is_complete(tiny_bert: Path, tmp_pat
     summary = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
     assert summary["complete"]
     (row,) = summary["ledger"]
-    assert 3 <= row["trials_done"] < 12
+    assert 3 <= row["trials_done"] == row["search_stop"]["after"] < row["search_stop"]["planned"] == 12
+    assert row["search_stop"]["gain"] < row["search_stop"]["noise"]
     assert "more trials would gain less than noise" in done.stdout + done.stderr
     run_study(study, tmp_path / "home")
     again = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())

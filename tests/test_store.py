@@ -27,7 +27,8 @@ from finetrial.records import (
     Seeds,
     TaskSpec,
 )
-from finetrial.store import Damaged, Home, RunFolder
+from finetrial.sealed import Damaged
+from finetrial.store import Home, RunFolder
 from finetrial.terminal import exit_code
 from scripted import COST
 from summary_example import example_summary

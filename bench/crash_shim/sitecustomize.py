@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import json
 import os
 import re
@@ -42,9 +43,8 @@ POINTS = {
         "Home.write_summary": "report", "Home.set_aside_damaged": "clean-up",
     },
     "finetrial.optimisation": {"prepare_optimisation": "train", "settings_used": "train"},
-    "finetrial.train": {
-        "train": "train", "Loop.step": "train", "Loop.judge": "evaluate",
-    },
+    "finetrial.train": {"train": "train"},
+    "finetrial.loop": {"Loop.step": "train", "Loop.judge": "evaluate"},
     "finetrial.evaluation": {
         "evaluate": "evaluate", "Kept.begin": "evaluate", "Kept.write": "evaluate",
     },
@@ -53,7 +53,7 @@ POINTS = {
         "_drop_all_but": "clean-up",
     },
     "finetrial.stages": {
-        "_training": "result", "_save_model": "result", "prove": "result",
+        "training": "result", "_save_model": "result", "prove": "result",
         "_probe": "evaluate", "_baseline": "evaluate",
     },
     "finetrial.export": {"optimum": "export", "write": "export", "read": "export"},
@@ -298,7 +298,15 @@ def wrapped(function, name: str, phase: str | None):
         point(f"after {label}", path, run)
         return result
 
-    return call
+    @functools.wraps(function)
+    def steps(*arguments, **options):
+        run = about(arguments)
+        point(f"before {name}", None, run)
+        result = yield from function(*arguments, **options)
+        point(f"after {name}", None, run)
+        return result
+
+    return steps if inspect.isgeneratorfunction(function) else call
 
 
 def patch(module) -> None:

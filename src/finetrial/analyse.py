@@ -34,7 +34,7 @@ from finetrial.fairness import (
 )
 from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import RunRecord, TaskSpec
+from finetrial.records import RunRecord, SearchStop, TaskSpec
 from finetrial.search import random_draw
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study
@@ -62,6 +62,7 @@ def summarise(
     *,
     model_sha256: str | None = None,
     tests: Mapping[str, Mapping[str, float]] | None = None,
+    stops: Mapping[str, SearchStop] | None = None,
     notes: Sequence[str] = (),
 ) -> Summary:
     """Every number of the report.
@@ -74,6 +75,7 @@ def summarise(
         model_sha256: hash of the base model's weights.
         tests: run id of a replicate -> example id -> the task's metric on that test example alone; of
             replicates that are not in it nothing is said by example.
+        stops: task/method -> why that arm's search was ended early.
         notes: on how the study came about, to stand with those on its fairness.
 
     Equal studies give equal summaries apart from `cost` and `meta`.
@@ -83,7 +85,11 @@ def summarise(
     """
     ordered = sorted(records, key=lambda r: (r.spec.stage, r.spec.arm, r.spec.number))
     metrics = {task.name: metric_of(task) for task in study.tasks}
-    arms = [arm_of(task, method, metrics[task.name], ordered, study.train.seeds) for task, method in study.arms]
+    stop = (stops or {}).get
+    arms = [
+        arm_of(t, m, metrics[t.name], ordered, study.train.seeds, stop(f"{t.name}/{m.name}"))
+        for t, m in study.arms
+    ]
     tasks = tuple(_task(task, metrics[task.name], ordered) for task in study.tasks)
     summaries = tuple(_arm_summary(study, arm) for arm in arms)
     ledger = tuple(
@@ -139,8 +145,8 @@ def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -
 
 def _searched(study: Study, arm: Arm) -> bool:
     """Whether every trial of an arm has begun, and with halving of the later ends as many as must."""
-    if len(arm.trials) < study.search.trials:  # a search that has ended early has been followed by replicates
-        return study.search.early_stop and bool(arm.replicates)
+    if len(arm.trials) < (arm.stop.after if arm.stop else study.search.trials):
+        return False
     reached = [
         [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
         for end in range(1, len(study.search.ends) + 1)

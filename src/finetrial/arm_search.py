@@ -9,7 +9,7 @@ from finetrial import export, files, halving, plan, search, settling
 from finetrial.evidence import best_trial, furthest, trial_score
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import MethodSpec, RunRecord, RunSpec, TaskSpec
+from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec
 from finetrial.schedule import Lane
 from finetrial.study import Study
 
@@ -25,6 +25,10 @@ class ArmSearch:
     note: Callable[[str], None]
 
     @property
+    def arm(self) -> str:
+        return f"{self.task.name}/{self.method.name}"
+
+    @property
     def metric(self) -> Metric:
         return metric_of(self.task)
 
@@ -37,7 +41,7 @@ class ArmSearch:
         at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
         yield [self.trial(number) for number in range(at_random)]
         for number in range(at_random, rules.trials):
-            if rules.early_stop and self._settled(number):
+            if self._settled(number):
                 break
             yield self.trial(number)
         for end, most in enumerate(rules.counts[1:], start=1):
@@ -52,16 +56,26 @@ class ArmSearch:
             yield [plan.further(self.study, runs[number].spec, self.opened.threads) for number in chosen]
             self._let_go(runs[number] for number in chosen)
 
+    def stop(self) -> SearchStop | None:
+        """Why no more trials are made, where that was decided of as many planned ones as there are now."""
+        rules = self.study.search
+        found = self.opened.home.search_stop(self.task.name, self.method.name) if rules.early_stop else None
+        return found if found is not None and found.planned == rules.trials else None
+
     def _settled(self, number: int) -> bool:
         """Whether the search ends before trial `number`; one that has begun is gone on with."""
-        if any(run.spec.number >= number for run in self.first_runs()):
+        rules, runs = self.study.search, self.first_runs()
+        if not rules.early_stop or any(run.spec.number >= number for run in runs):
             return False
-        runs = self.first_runs()
+        if self.stop() is not None:
+            return True
         standings = [self._standing(run, examples=True) for run in runs]
-        if not settling.settled(standings, self.study.search.trials, self.metric):
+        stop = settling.settled(standings, rules.trials, self.metric)
+        if stop is None:
             return False
+        self.opened.home.stop_search(self.task.name, self.method.name, stop)
         self.note(
-            f"{self.task.name}/{self.method.name}: more trials would gain less than noise; {number} are enough"
+            f"{self.arm}: more trials would gain less than noise; {stop.after} of {stop.planned} are enough"
         )
         return True
 
@@ -111,7 +125,7 @@ class ArmSearch:
         best = best_trial(trials, self.metric)
         if best is None:
             self.opened.home.best_file(self.task.name, self.method.name).unlink(missing_ok=True)
-            self.note(f"{self.task.name}/{self.method.name}: no trial has a score; nothing can be trained")
+            self.note(f"{self.arm}: no trial has a score; nothing can be trained")
             return
         space = self.study.spaces[self.method.name]
         export.write(self.opened.home, export.optimum(best, space, metric=self.metric.name, trials=len(trials)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetrial.plugins import Metric
-from finetrial.records import MethodSpec, RunRecord, TaskSpec
+from finetrial.records import MethodSpec, RunRecord, SearchStop, TaskSpec
 
 ENDED_WELL = ("done", "diverged")
 LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
@@ -34,6 +34,7 @@ class Arm:
     replicates: Sequence[RunRecord]
     probes: Mapping[int, RunRecord]  # by the replicate number that is measured
     control: RunRecord | None  # the base measured against itself
+    stop: SearchStop | None  # why its search was ended early
     invalid: Mapping[int, str]
 
     @property
@@ -77,7 +78,14 @@ def trial_score(record: RunRecord) -> float | None:
     return record.result.score if math.isfinite(record.result.score) else None
 
 
-def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence[RunRecord], seeds: int) -> Arm:
+def arm_of(
+    task: TaskSpec,
+    method: MethodSpec,
+    metric: Metric,
+    records: Sequence[RunRecord],
+    seeds: int,
+    stop: SearchStop | None = None,
+) -> Arm:
     """The arm's runs among `records` (in order of number), with `seeds` replicates planned."""
     baseline = run_of_task(records, task.name, "baseline")
     inputs = baseline.result.input_sha256 if baseline and baseline.result else {}
@@ -95,6 +103,7 @@ def arm_of(task: TaskSpec, method: MethodSpec, metric: Metric, records: Sequence
         replicates=replicates,
         probes={r.spec.number: r for r in mine if r.spec.stage == "probe"},
         control=run_of_task(records, task.name, "probe"),
+        stop=stop,
         invalid={number: why for number, why in reasons.items() if why},
     )
 

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from finetrial import files, strict_yaml
 from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, SchemaVersion, Setting
+from finetrial.sealed import Damaged, digest
 from finetrial.space import Space
-from finetrial.store import Damaged, Home, digest
+from finetrial.store import Home
 
 HEADER = """\
 # The optimum of this arm: the trial with the best validation score. Written by `finetrial run`; the training

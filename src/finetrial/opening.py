@@ -24,8 +24,9 @@ from finetrial.errors import HomeError, StudyError
 from finetrial.packing import Packing
 from finetrial.problems import show
 from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
+from finetrial.sealed import Damaged
 from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs, not_there
-from finetrial.store import Damaged, Home, RunFolder
+from finetrial.store import Home, RunFolder
 from finetrial.study import Study
 from finetrial.summary import Meta
 

@@ -14,7 +14,7 @@ from finetrial.housekeeping import check_room, refuse_links, sweep
 from finetrial.opening import Opened, open_home, packing_of, read_lock, resolve_inputs
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
-from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, Stage, TaskSpec
+from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, SearchStop, Stage, TaskSpec
 from finetrial.schedule import GIVEN_UP, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
 from finetrial.study import Study
@@ -97,6 +97,7 @@ def _summarise(story: Story) -> Summary:
         opened.meta(),
         model_sha256=opened.model_sha256,
         tests=story.tests_of(planned),
+        stops=story.stops(),
         notes=[changed.told for changed in opened.changed],
     )
 
@@ -242,6 +243,14 @@ class Story:
         specs += [*self._replicate_specs(), *self._probe_specs()]
         folders = [self.opened.home.run(spec.run_id) for spec in specs]
         return [folder.record() for folder in folders if folder.spec_file.exists()]
+
+    def stops(self) -> dict[str, SearchStop]:
+        """Task/method -> why no more trials were made; of arms whose search ended early."""
+        found = {
+            f"{task.name}/{method.name}": self.search_of(task, method).stop()
+            for task, method in self.study.arms
+        }
+        return {arm: stop for arm, stop in found.items() if stop is not None}
 
     def tests_of(self, planned: list[RunRecord]) -> dict[str, dict[str, float]]:
         """Run id -> test scores by example, of the replicates that are done and have them."""

@@ -284,6 +284,16 @@ class Cost(Frozen):
     saved_bytes: int = 0
 
 
+class SearchStop(Frozen):
+    """That an arm's search ended early, and why; the decision is kept, so that it is made once."""
+
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    after: int  # trials
+    planned: int
+    gain: float  # that the rest of them was expected to bring, in the score's unit
+    noise: float  # the standard error of the best two's difference, in the same unit
+
+
 class Result(Frozen):
     """What came out of a run; written last, and its existence alone means that the run is done."""
 

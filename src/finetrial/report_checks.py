@@ -56,6 +56,15 @@ def claim_details(summary: Summary) -> Table:
     return Table("claims", "The claims in detail", columns, tuple(rows), note)
 
 
+def _stopped(row: LedgerRow) -> str:
+    if row.search_stop is None:
+        return "no"
+    after, planned, gain, noise = (
+        getattr(row.search_stop, key) for key in ("after", "planned", "gain", "noise")
+    )
+    return f"after {after} of {planned}: {gain:.2g} more expected, noise {noise:.2g}"
+
+
 def _counts(row: LedgerRow) -> str:
     if not row.search_ends:
         return "off: all to the end"
@@ -97,6 +106,7 @@ LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
     ),
     ("optima at a range's edge", lambda r: ", ".join(r.edge_flags) or "none", False),
     ("attempts, all runs", lambda r: str(r.attempts), False),
+    ("search ended early", lambda r: _stopped(r), False),
     ("halving: trials trained to each part of their steps", lambda r: _counts(r), False),
     ("search: optimiser steps", lambda r: text.count(r.search_steps), False),
     ("search: tokens", lambda r: text.count(r.search_tokens), False),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from finetrial.halving import Standing
 from finetrial.plugins import Metric
+from finetrial.records import SearchStop
 from finetrial.stats import mean_interval
 
 
@@ -32,24 +33,28 @@ def expected_gain(scores: Sequence[float], planned: int, *, higher_is_better: bo
 
 
 def noise(standings: Sequence[Standing], metric: Metric) -> float | None:
-    """The standard error of the two best's difference, over the validation examples that both have."""
+    """The standard error of the difference between the best and the next that answers differently.
+
+    Over the validation examples that both have, of their own scores; where the task's score is no mean of
+    them (F1, Matthews), theirs stands in. None: no two are known to differ.
+    """
     sign = -1.0 if metric.higher_is_better else 1.0
     scored = [standing for standing in standings if standing.score is not None]
-    ranked = sorted(scored, key=lambda each: (sign * (each.score or 0.0), each.number))[:2]
-    if len(ranked) < 2:
-        return None
-    first, second = ranked
-    shared = sorted(first.examples.keys() & second.examples.keys())
-    if len(shared) < 2:
-        return None
-    sd = mean_interval([first.examples[name] - second.examples[name] for name in shared]).sd
-    return (sd or 0.0) / math.sqrt(len(shared))
+    ranked = sorted(scored, key=lambda each: (sign * (each.score or 0.0), each.number))
+    for other in ranked[1:]:
+        best = ranked[0]
+        shared = sorted(best.examples.keys() & other.examples.keys())
+        apart = [best.examples[name] - other.examples[name] for name in shared]
+        if any(apart) and len(apart) > 1:
+            return (mean_interval(apart).sd or 0.0) / math.sqrt(len(apart))
+    return None
 
 
-def settled(standings: Sequence[Standing], planned: int, metric: Metric) -> bool:
-    """Whether the rest of the planned trials is not worth making; never where the noise is not known."""
+def settled(standings: Sequence[Standing], planned: int, metric: Metric) -> SearchStop | None:
+    """Why the rest of the planned trials is not worth making; None if it is, or the noise is not known."""
     scores = [standing.score for standing in standings if standing.score is not None]
     error = noise(standings, metric)
     if error is None or len(scores) < 2:
-        return False
-    return expected_gain(scores, planned, higher_is_better=metric.higher_is_better) < error
+        return None
+    gain = expected_gain(scores, planned, higher_is_better=metric.higher_is_better)
+    return SearchStop(after=len(standings), planned=planned, gain=gain, noise=error) if gain < error else None

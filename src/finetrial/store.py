@@ -6,7 +6,6 @@ file decides nothing and starts nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,16 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
-from finetrial import files
+from finetrial import files, sealed
 from finetrial.errors import HomeError
 from finetrial.lease import FileLock
-from finetrial.records import Attempt, Failure, Fit, Result, RunRecord, RunSpec, canonical_json
+from finetrial.records import Attempt, Failure, Fit, Result, RunRecord, RunSpec, SearchStop
+from finetrial.sealed import Damaged
 from finetrial.secrets_guard import hide
 from finetrial.summary import Summary
 
-M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", Result, Failure)
 LOG_TAIL_LINES = 40
 
@@ -59,10 +56,10 @@ class RunFolder:
         """Write the spec first. A folder that has one keeps its content; where and how may have changed."""
         self.attempts.mkdir(parents=True, exist_ok=True)
         if not self.spec_file.exists() or self.spec().how != spec.how:
-            _write(self.spec_file, spec)
+            sealed.write(self.spec_file, spec)
 
     def spec(self) -> RunSpec:
-        spec = _read(self.spec_file, RunSpec)
+        spec = sealed.read(self.spec_file, RunSpec)
         if spec.run_id != self.path.name:  # the id is a hash of what the spec says
             raise HomeError(
                 f"{self.spec_file} is the spec of {spec.run_id}: its folder was renamed, or another version of "
@@ -71,10 +68,12 @@ class RunFolder:
         return spec
 
     def result(self) -> Result | None:
-        return self._of_this_run(_read(self.result_file, Result)) if self.result_file.exists() else None
+        return self._of_this_run(sealed.read(self.result_file, Result)) if self.result_file.exists() else None
 
     def failure(self) -> Failure | None:
-        return self._of_this_run(_read(self.failure_file, Failure)) if self.failure_file.exists() else None
+        return (
+            self._of_this_run(sealed.read(self.failure_file, Failure)) if self.failure_file.exists() else None
+        )
 
     def _of_this_run(self, record: R) -> R:
         if record.run_id != self.path.name:
@@ -89,7 +88,7 @@ class RunFolder:
         paths = self.attempts.glob("*.json")
         numbered = [path for path in paths if path.stem.isascii() and path.stem.isdigit()]
         for path in sorted(numbered, key=lambda path: int(path.stem)):
-            attempt = _read(path, Attempt)
+            attempt = sealed.read(path, Attempt)
             if attempt.number != int(path.stem):
                 raise Damaged(path, f"it is of another attempt, {attempt.number}")
             found.append(attempt)
@@ -114,25 +113,25 @@ class RunFolder:
         return RunRecord(self.spec(), self.result(), self.failure(), self.attempt_records())
 
     def write_result(self, result: Result) -> None:
-        _write(self.result_file, result)
+        sealed.write(self.result_file, result)
 
     def write_failure(self, failure: Failure) -> None:
-        _write(self.failure_file, failure.model_copy(update={"reason": hide(failure.reason)}))
+        sealed.write(self.failure_file, failure.model_copy(update={"reason": hide(failure.reason)}))
 
     def write_attempt(self, attempt: Attempt) -> None:
         reason = None if attempt.reason is None else hide(attempt.reason)
-        _write(self.attempts / f"{attempt.number}.json", attempt.model_copy(update={"reason": reason}))
+        sealed.write(self.attempts / f"{attempt.number}.json", attempt.model_copy(update={"reason": reason}))
 
     def fit(self) -> Fit | None:
         """How an earlier attempt was fitted to its memory; None if nothing says so, or it is damaged."""
         try:
-            return _read(self.fit_file, Fit) if self.fit_file.exists() else None
+            return sealed.read(self.fit_file, Fit) if self.fit_file.exists() else None
         except HomeError:  # it is counted again, and comes out the same but for a narrow case
             _say(f"{self.fit_file} cannot be read; what the run takes is counted again")
             return None
 
     def write_fit(self, fit: Fit) -> None:
-        _write(self.fit_file, fit)
+        sealed.write(self.fit_file, fit)
 
     def stacked_with(self) -> list[RunFolder]:
         """The runs that this run's process does as well, besides it."""
@@ -305,6 +304,20 @@ class Home:
     def best_file(self, task: str, method: str) -> Path:
         return self.best / f"{task}.{method}.yaml"
 
+    def search_stop(self, task: str, method: str) -> SearchStop | None:
+        """Whether an arm's search has been ended early; None too where that file is damaged."""
+        path = self._search_stop_file(task, method)
+        try:
+            return sealed.read(path, SearchStop) if path.exists() else None
+        except Damaged:
+            return None
+
+    def stop_search(self, task: str, method: str, stop: SearchStop) -> None:
+        sealed.write(self._search_stop_file(task, method), stop)
+
+    def _search_stop_file(self, task: str, method: str) -> Path:
+        return self.best / f"{task}.{method}.stopped.json"
+
     def model_folder(self, spec: RunSpec) -> Path:
         """Where a replicate's trained model lies: `models/<task>.<method>.seed<number>`."""
         method = spec.method.name if spec.method else "base"
@@ -319,7 +332,7 @@ class Home:
         return next((warning for warning in left if warning), None)
 
     def write_summary(self, summary: Summary) -> None:
-        _write(self.summary_file, summary)
+        sealed.write(self.summary_file, summary)
 
     def summary(self) -> Summary:
         """Every number of the report.
@@ -331,7 +344,7 @@ class Home:
             raise HomeError(f"{self.path} is no study's folder: it has no analysis/summary.json")
         if not self.summary_file.exists():
             raise HomeError(f"{self.path} has no analysis yet; `finetrial report {self.path}` makes one")
-        return _read(self.summary_file, Summary)
+        return sealed.read(self.summary_file, Summary)
 
     @contextmanager
     def coordinate(self) -> Iterator[None]:
@@ -355,20 +368,6 @@ class Home:
             lock.release()
 
 
-class Damaged(HomeError):
-    """A record that is not what was written; `finetrial run` does its run, or exports its optimum, anew.
-
-    Not for a whole record of another version: that is a plain HomeError, and nothing is set aside.
-    """
-
-    def __init__(self, path: Path, why: str):
-        super().__init__(path, why)
-        self.path, self.why = path, why
-
-    def __str__(self) -> str:
-        return f"{self.path} is damaged: {self.why}; `finetrial run` does what is damaged anew"
-
-
 def _drop(folder: Path) -> str | None:
     if not folder.exists():
         return None
@@ -379,33 +378,6 @@ def _drop(folder: Path) -> str | None:
     return None
 
 
-def _write(path: Path, record: BaseModel) -> None:
-    """Write a record with the SHA-256 of its canonical JSON: a flipped bit must not pass for a number."""
-    content = record.model_dump(mode="json")
-    files.write_json(path, {**content, "sha256": digest(content)})
-
-
-def _read(path: Path, model: type[M]) -> M:
-    stated = None
-    try:
-        content = json.loads(path.read_bytes())
-        stated = content.pop("sha256", None) if isinstance(content, dict) else None
-        if stated is not None and stated != digest(content):
-            raise Damaged(path, "its SHA-256 is not the one that it states")
-        return model.model_validate_json(canonical_json(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
-        if stated is None:
-            raise Damaged(path, why) from None
-        raise HomeError(
-            f"{path} was written by another version of finetrial ({why}); use that version, or name another "
-            f"folder with --home"
-        ) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nothing that was ever written here
-        raise Damaged(path, str(error)) from None
-
-
 def _say_damaged(path: Path, line: int) -> None:
     _say(f"{path} line {line} is damaged and left out")
 
@@ -413,8 +385,3 @@ def _say_damaged(path: Path, line: int) -> None:
 def _say(text: str) -> None:
     """Into the run's log: the worker is who resumes."""
     sys.stderr.write(f"{text}\n")
-
-
-def digest(content: Any) -> str:
-    """The SHA-256 of a record's canonical JSON."""
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from finetrial.records import ClaimKind, Frozen, Outcome, Setting
+from finetrial.records import ClaimKind, Frozen, Outcome, SearchStop, Setting
 
 SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1
@@ -325,6 +325,7 @@ class LedgerRow(Frozen):
     replicates_diverged: int
     replicates_failed: int
     attempts: int
+    search_stop: SearchStop | None = None  # that no more trials were made, as they would have gained too little
     search_ends: tuple[int, ...] = ()  # with halving: after which parts of the steps trials are compared
     search_counts: tuple[int, ...] = ()  # how many trials were trained to each of these ends
     search_tokens_whole: int | None = None  # that the same trials would have taken at full length

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from finetrial import files, pipeline
-from finetrial.store import Damaged, Home, RunFolder, digest
+from finetrial.sealed import Damaged, digest
+from finetrial.store import Home, RunFolder
 from finetrial.summary import Meta, Summary
 
 ABSENT = "absent"
