@@ -28,6 +28,7 @@ def search_rows() -> list[dict]:
         "low": 1e-5,
         "high": 1e-3,
         "startup": False,
+        "share": 1.0,
         "optimum": False,
         "outcome": "done",
     }

@@ -166,7 +166,7 @@ class RunLife(RuleBasedStateMachine):
             if after.outcome in RESUMED:
                 last = max((a.number for a in after.attempts[:-1] if a.gave_up), default=0)
                 assert after.attempts[-1].gave_up
-                assert sum(a.counts for a in after.attempts[last:]) == ATTEMPTS
+                assert sum(a.counts for a in after.attempts[last:] if a.outcome in RESUMED) == ATTEMPTS
         if self.held is None:
             self.last = None
         self._remember()
@@ -350,7 +350,7 @@ class RunLife(RuleBasedStateMachine):
         gone = {"process_started_at": 1.0}
         if elsewhere:
             gone = {"host": f"not-{socket.gethostname()}", "renewed_at": time.time() - 2 * leases.STALE_SECONDS}
-        files.write_text(self.folder.lease_file, lease.model_copy(update=gone).model_dump_json() + "\n")
+        leases.write(self.folder.lease_file, lease.model_copy(update=gone))
 
     @staticmethod
     def _bytes(path: Path) -> bytes | None:

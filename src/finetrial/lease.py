@@ -46,7 +46,7 @@ def claim(path: Path) -> Lease | None:
     if held is not None and not is_stale(held):
         return None
     lease = _mine(uuid.uuid4().hex)
-    _write(path, lease)
+    write(path, lease)
     return lease
 
 
@@ -55,7 +55,7 @@ def renew(path: Path, lease: Lease) -> bool:
     held = read(path)
     if held.token != lease.token if held is not None else not path.exists():
         return False
-    _write(path, _mine(lease.token))
+    write(path, _mine(lease.token))
     return True
 
 
@@ -83,7 +83,8 @@ def read(path: Path) -> Lease | None:
     return lease if stated == _digest(lease) else None
 
 
-def _write(path: Path, lease: Lease) -> None:
+def write(path: Path, lease: Lease) -> None:
+    """Put a lease in its file, as `read` knows it."""
     files.write_json(path, {**lease.model_dump(), "sha256": _digest(lease)})
 
 
