@@ -42,13 +42,13 @@ model:
 tasks:
   sst2:
     data: {{train: {data}/sst2/train.jsonl, test: {data}/sst2/validation.jsonl}}
-    validation_rows: 800
+    validation_rows: 500
     test_rows: 8
   mrpc:
     data: {{train: {data}/mrpc/train.jsonl, test: {data}/mrpc/test.jsonl}}
-    validation_rows: 800
+    validation_rows: 500
     test_rows: 8
-  synthetic_qa: {{rows: 1400, validation_rows: 600, test_rows: 8, max_length: 64}}
+  synthetic_qa: {{rows: 1400, validation_rows: 500, test_rows: 8, max_length: 64}}
 methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
 search: {{trials: 15, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}

@@ -153,6 +153,18 @@ def test_a_lane_may_give_nothing_at_all(bench):
 # ---- as many as memory allows -----------------------------------------------------------------------------
 
 
+def test_a_lane_may_wait_for_another_and_nobody_waits_for_it(bench):
+    first, second, third = (bench.spec(number) for number in range(3))
+
+    def waiting() -> Lane:
+        while bench.home.run(second.run_id).result() is None:
+            yield []
+        yield third
+
+    bench.run(waiting(), iter([first, second]), parallel=2)
+    assert [record.spec for record in bench.finished] == [first, second, third]
+
+
 def takes(spec: RunSpec, size: int, seconds: float = 0.3) -> str:
     """A program that says what it takes, of a room of 100, notes who is there meanwhile, and is done."""
     fit = Fit(device="cpu", budget=100, predicted=size, shared=100, evaluation_tokens=1)

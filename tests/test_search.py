@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from finetrial.plugins import Metric
 from finetrial.records import Outcome
-from finetrial.search import Past, propose
+from finetrial.search import Past, propose, warm
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 
 pytestmark = pytest.mark.filterwarnings("error")  # Optuna warns of options that will go
@@ -317,3 +317,34 @@ def test_tpe_beats_random_search_over_fifteen_trials_and_fifty_seeds():
     drawn = np.array([bench.searched(surface, seed, "random") for seed in range(50)])
     assert bench.wins(guided, drawn) >= 32
     assert guided.mean() > drawn.mean()
+
+
+# -- a warm start ----------------------------------------------------------------------------------------------
+
+
+def test_a_warm_start_takes_ten_times_the_rate_and_what_both_methods_search():
+    space: Space = {
+        **COMMON_SPACE,
+        "learning_rate": RATE,
+        "rank": Choice(choices=(4, 8)),
+        "batch_size": Choice(choices=(8, 16)),
+        "schedule": Fixed(value="linear"),
+    }
+    proposed = ask([], 0, space=space)
+    best = {
+        "learning_rate": 2e-4,
+        "warmup_ratio": 0.03,
+        "weight_decay": 7.0,
+        "batch_size": 16,
+        "schedule": "cosine",
+    }
+    found = warm(proposed, best, space, 10.0)
+    assert found["learning_rate"] == pytest.approx(2e-3)
+    assert (found["warmup_ratio"], found["batch_size"]) == (0.03, 16)
+    assert found["weight_decay"] == space["weight_decay"].high
+    assert (found["rank"], found["schedule"]) == (proposed["rank"], "linear")
+    assert warm(proposed, {"learning_rate": 1.0, "batch_size": 64}, space, 10.0) == {
+        **proposed,
+        "learning_rate": 5e-3,
+    }
+    assert warm(proposed, {}, space, 10.0) == proposed

@@ -129,6 +129,14 @@ ONE_MISTAKE = {
         {"search": "{trials: 3, startup: 5}"},
         "search.startup (line 5): 5 is above the 3 trials; lower it",
     ),
+    "warm start": (
+        {"search": "{warm_start: ful}"},
+        "search.warm_start (line 5): 'ful' is no method of this study; did you mean 'full'? known: full, lora",
+    ),
+    "warm start of nothing": (
+        {"search": "{warm_start: full, sampler: random}"},
+        "search.warm_start (line 5): every trial is drawn at random, and none is told where to begin; leave",
+    ),
     "patience": (
         {"train": "{early_stopping: {patience: 0}}"},
         "train.early_stopping.patience (line 5): 0 is below the least allowed, 1; raise it",

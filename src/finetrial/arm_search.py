@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from finetrial import export, files, halving, plan, search, settling
+from finetrial import export, files, halving, plan, plugins, search, settling
 from finetrial.evidence import best_trial, furthest, trial_score
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec
+from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
 from finetrial.schedule import Lane
 from finetrial.study import Study
 
@@ -41,6 +41,8 @@ class ArmSearch:
         at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
         yield [self.trial(number) for number in range(at_random)]
         for number in range(at_random, rules.trials):
+            while number == at_random and not self._told():
+                yield []
             if self._settled(number):
                 break
             yield self.trial(number)
@@ -79,6 +81,40 @@ class ArmSearch:
         )
         return True
 
+    @property
+    def _source(self) -> ArmSearch | None:
+        """The search of the method that tells this one where its guided trials begin."""
+        name = self.study.search.warm_start
+        if name in (None, self.method.name) or self._factor is None:
+            return None
+        return replace(self, method=next(method for method in self.study.methods if method.name == name))
+
+    @property
+    def _factor(self) -> float | None:
+        return getattr(plugins.load("methods", self.method.use), "learning_rate_factor", None)
+
+    def _told(self) -> bool:
+        """Whether its first guided trial can be proposed: all that it is to be told is known."""
+        source = self._source
+        if source is None or self._begun(self.study.search.startup_trials):
+            return True
+        runs, stop = source.first_runs(), source.stop()
+        ended = [run for run in runs if run.outcome and not (run.failure and run.failure.goes_on)]
+        return len(ended) == (stop.after if stop else self.study.search.trials)
+
+    def _warm_start(self, number: int) -> tuple[WarmStart, RunSpec] | None:
+        """From which trial the settings of this one are taken."""
+        source, factor = self._source, self._factor
+        if number != self.study.search.startup_trials or source is None or factor is None:
+            return None
+        best = best_trial(source.first_runs(), self.metric)
+        if best is None:
+            return None
+        found = WarmStart(
+            method=source.method.name, trial=best.spec.number, run_id=best.spec.run_id, factor=factor
+        )
+        return found, best.spec
+
     def _begun(self, number: int) -> RunSpec | None:
         """A trial's spec, if it has one: its only run's, or with halving its first one's."""
         first = ".rung1" if self.study.search.ends else ""
@@ -92,18 +128,23 @@ class ArmSearch:
         if begun:  # its settings were proposed from a history that may have been longer or shorter
             return begun.model_copy(update={"how": plan.how(self.study, self.opened.threads)})
         runs = self.first_runs()
+        space = self.study.spaces[self.method.name]
         settings = search.propose(
             [search.Past(run.spec.number, run.spec.settings, run.outcome, trial_score(run)) for run in runs],
-            self.study.spaces[self.method.name],
+            space,
             number=number,
             seed=rules.seed,
             startup=rules.startup_trials,
             sampler=rules.sampler,
             metric=self.metric,
         )
+        warm = self._warm_start(number)
+        if warm is not None:
+            settings = search.warm(settings, warm[1].settings, space, warm[0].factor)
         return plan.trial(
-            self.study, self.task, self.method, number, settings, self.opened.inputs, self.opened.threads
-        )
+            self.study, self.task, self.method, number, settings, self.opened.inputs, self.opened.threads,
+            warm_start=warm[0] if warm else None,
+        )  # fmt: skip
 
     def runs(self, *, rung: int | None = None) -> list[RunRecord]:
         """Those of its runs that have begun, in order of name. `rung`: only those to that end, 1 the first."""

@@ -43,6 +43,7 @@ def ledger_row(
         replicates_diverged=_count(replicates, "diverged"),
         replicates_failed=_failed(replicates),
         attempts=sum(len(record.attempts) for record in (*arm.search_runs, *replicates)),
+        warm_start=next((run.spec.warm_start for run in arm.search_runs if run.spec.warm_start), None),
         search_stop=arm.stop,
         search_ends=ends,
         search_counts=tuple(_trained_to(arm.search_runs, rung) for rung in range(1, len(ends) + 1)),

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from finetrial.records import How, LoopRules, MethodSpec, Rung, RunSpec, Seeds, Setting, TaskSpec, stream_seed
+from finetrial.records import (
+    How,
+    LoopRules,
+    MethodSpec,
+    Rung,
+    RunSpec,
+    Seeds,
+    Setting,
+    TaskSpec,
+    WarmStart,
+    stream_seed,
+)
 from finetrial.space import largest, middle, smallest
 from finetrial.study import MIN_PAIRS, Study
 
@@ -106,13 +117,14 @@ def baseline(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunS
 
 def trial(
     study: Study, task: TaskSpec, method: MethodSpec, number: int, settings: Mapping[str, Setting],
-    inputs: Inputs, threads: int,
+    inputs: Inputs, threads: int, warm_start: WarmStart | None = None,
 ) -> RunSpec:  # fmt: skip
     """Phase 1: train with proposed settings on `search.rows` (to the first end), score on validation."""
     ends = study.search.ends
     return RunSpec(
         study=study.study, stage="trial", task=task, method=method, number=number, model=study.model,
         settings=dict(settings), rows=study.search.rows, rung=Rung(ends=ends[:1]) if ends else None,
+        warm_start=warm_start,
         rules=_rules(study), seeds=seeds(study, "trial", task.name, number), inputs=dict(inputs[task.name]),
         how=how(study, threads),
     )  # fmt: skip

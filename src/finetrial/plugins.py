@@ -157,7 +157,8 @@ class Stepping:
 class Method(Protocol):
     """methods/<name>.py: what is trained, and nothing else.
 
-    It may also have `stepping(params)`, which gives a `Stepping` other than the default.
+    It may also have `stepping(params)`, which gives a `Stepping` other than the default; `stacks = True`, if
+    `stacking.py` can train several at once; and `learning_rate_factor`, for `search.warm_start`.
     """
 
     Params: type[Frozen]
@@ -349,9 +350,8 @@ def stepping_of(method: MethodSpec) -> Stepping:
         PluginError: the plug-in does not load.
     """
     plugin = load("methods", method.use)
-    if not hasattr(plugin, "stepping"):
-        return Stepping()
-    return plugin.stepping(plugin.Params.model_validate_json(canonical_json(method.params)))
+    params = plugin.Params.model_validate_json(canonical_json(method.params))
+    return plugin.stepping(params) if hasattr(plugin, "stepping") else Stepping()
 
 
 def _not_there(kind: Kind, name: str) -> str:

@@ -184,6 +184,15 @@ class Rung(Frozen):
         return tuple(min(planned_steps, max(2, -(-planned_steps // end))) for end in self.ends)
 
 
+class WarmStart(Frozen):
+    """That a trial's settings come from another method's best trial, and from which."""
+
+    method: str
+    trial: int
+    run_id: str
+    factor: float  # its learning rate is so many times that one's
+
+
 class RunSpec(Frozen):
     """What one run does: pure data, written first. Its id is a readable name and a hash of the rest."""
 
@@ -197,6 +206,7 @@ class RunSpec(Frozen):
     settings: dict[str, Setting] = {}
     rows: int | None = None  # training rows; None means all
     rung: Rung | None = None  # trials of a search with halving only
+    warm_start: WarmStart | None = None  # trials of a search with one only
     rules: LoopRules = LoopRules()
     seeds: Seeds
     inputs: dict[str, str] = {}  # SHA-256 of the model and data files, so that changed input is a new run
@@ -220,7 +230,8 @@ class RunSpec(Frozen):
 
     @property
     def run_id(self) -> str:
-        later = set() if self.rung else {"rung"}  # a key that came later names no run anew that is without it
+        # A key that came later names no run anew that is without it.
+        later = {key for key in ("rung", "warm_start") if getattr(self, key) is None}
         return f"{self.name}-{short_hash(self.model_dump(mode='json', exclude={'how', *later}))}"
 
     @property

@@ -56,6 +56,13 @@ def claim_details(summary: Summary) -> Table:
     return Table("claims", "The claims in detail", columns, tuple(rows), note)
 
 
+def _warm_start(row: LedgerRow) -> str:
+    found = row.warm_start
+    if found is None:
+        return "none"
+    return f"from {found.method}'s trial {found.trial}, learning rate x {found.factor:g}"
+
+
 def _stopped(row: LedgerRow) -> str:
     if row.search_stop is None:
         return "no"
@@ -106,6 +113,7 @@ LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
     ),
     ("optima at a range's edge", lambda r: ", ".join(r.edge_flags) or "none", False),
     ("attempts, all runs", lambda r: str(r.attempts), False),
+    ("warm start", lambda r: _warm_start(r), False),
     ("search ended early", lambda r: _stopped(r), False),
     ("halving: trials trained to each part of their steps", lambda r: _counts(r), False),
     ("search: optimiser steps", lambda r: text.count(r.search_steps), False),

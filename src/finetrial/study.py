@@ -43,6 +43,8 @@ class SearchRules(Frozen):
     seed: int = Field(default=0, ge=0)
     sampler: Literal["tpe", "random"] = "tpe"
     startup: int | None = Field(default=None, ge=1)
+    # The method whose best trial says where the others' guided trials begin, by their `learning_rate_factor`.
+    warm_start: str | None = None
     early_stop: bool = False  # once more trials are expected to gain less than the noise of the scores
     # Only the best 1/halving of the trials go on at 1/halving^2 of their steps, and of these at 1/halving.
     halving: int | None = Field(default=None, ge=2, le=10)
@@ -131,4 +133,6 @@ class Study(Frozen):
             del data["search"]["halving"]
         if not self.search.early_stop:
             del data["search"]["early_stop"]
+        if self.search.warm_start is None:
+            del data["search"]["warm_start"]
         return short_hash(data, 16)

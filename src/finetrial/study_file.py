@@ -7,7 +7,7 @@ model and the data are there is `opening.py`'s question, asked here only of a fi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def parse_study(text: str, *, file: str, base: Path, list_missing: bool = False)
         }
         fields["claims"] = _claims(collector, given.get("claims"), methods.names, fields["measure"])
     _check_steps(collector, fields.get("methods", ()), fields.get("train"))
+    _check_warm_start(collector, [m.name for m in fields.get("methods", ())], fields.get("search"))
     held = held_by(text)
     if held is not None:
         collector.add(
@@ -182,7 +183,7 @@ def _section(
 
 
 def _search(collector: Collector, value: Any) -> SearchRules | None:
-    keys = ("trials", "rows", "seed", "sampler", "startup", "halving", "early_stop", "space")
+    keys = ("trials", "rows", "seed", "sampler", "startup", "halving", "warm_start", "early_stop", "space")
     given = _section(collector, "search", value, keys, {"rows": _rows})
     if given is None:
         return None
@@ -202,6 +203,17 @@ def _train(collector: Collector, value: Any) -> TrainRules | None:
         path = ("train", "early_stopping")
         given["early_stopping"] = collector.build(path, EarlyStopping, given["early_stopping"])
     return collector.build(("train",), TrainRules, given)
+
+
+def _check_warm_start(collector: Collector, methods: Sequence[str], rules: SearchRules | None) -> None:
+    if rules is None or rules.warm_start is None:
+        return
+    path = ("search", "warm_start")
+    if methods and rules.warm_start not in methods:
+        said = f"{show(rules.warm_start)} is no method of this study"
+        collector.add(path, f"{said}; {nearest(rules.warm_start, methods)}")
+    elif rules.sampler == "random" or rules.startup_trials == rules.trials:
+        collector.add(path, "every trial is drawn at random, and none is told where to begin; leave it out")
 
 
 def _check_steps(collector: Collector, methods: tuple[MethodSpec, ...], train: TrainRules | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from finetrial.records import ClaimKind, Frozen, Outcome, SearchStop, Setting
+from finetrial.records import ClaimKind, Frozen, Outcome, SearchStop, Setting, WarmStart
 
 SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1
@@ -325,6 +325,7 @@ class LedgerRow(Frozen):
     replicates_diverged: int
     replicates_failed: int
     attempts: int
+    warm_start: WarmStart | None = None  # whose best trial the first guided one took its settings from
     search_stop: SearchStop | None = None  # that no more trials were made, as they would have gained too little
     search_ends: tuple[int, ...] = ()  # with halving: after which parts of the steps trials are compared
     search_counts: tuple[int, ...] = ()  # how many trials were trained to each of these ends

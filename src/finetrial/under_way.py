@@ -18,6 +18,7 @@ from finetrial.plugins import Engine, Exit
 from finetrial.records import Attempt, Outcome, RunSpec
 from finetrial.store import RunFolder
 
+# A run, or several that may go side by side; none of them: nothing before other lanes have got on.
 Lane = Iterator[RunSpec | Sequence[RunSpec]]
 
 RENEW_SECONDS = 10.0
@@ -40,6 +41,8 @@ class Queue:
             given = next(self.lane, None)
             if given is None:
                 self.over = True
+            elif not given:  # nothing yet
+                break
             else:
                 self.ready = [given] if isinstance(given, RunSpec) else list(given)
         return self.ready[0] if self.ready else None

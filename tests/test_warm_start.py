@@ -1,0 +1,61 @@
+"""A search that begins where another method's best trial says; what the ledger tells of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetrial import verify
+from finetrial.store import Home
+from finetrial.study_file import parse_study
+from test_pipeline import run_study
+from wrong_study_files import text_of
+
+STUDY = """\
+study: warm
+model: {model}
+tasks:
+  synthetic_qa: {{rows: 32, validation_rows: 24, test_rows: 24, max_length: 64}}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
+  lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4], dropout: 0.0}}}}
+search: {{trials: 5, startup: 2, warm_start: full, space: {{epochs: [1, 3], batch_size: 8}}}}
+train: {{seeds: 1}}
+measure: []
+claims: []
+run: {{threads: 1, log_steps: 1, parallel: 2}}
+"""
+
+
+def test_the_first_guided_trial_begins_at_ten_times_the_other_searchs_best_rate(tiny_bert, tmp_path):
+    study, home = tmp_path / "study.yaml", tmp_path / "home"
+    study.write_text(STUDY.format(model=tiny_bert))
+    run_study(study, home)
+    trials = {(r.spec.method.name, r.spec.number): r for r in (f.record() for f in Home(home).find("trial."))}
+    assert len(trials) == 10
+    best = max(
+        (r for (name, _), r in trials.items() if name == "full"), key=lambda r: (r.result.score, -r.spec.number)
+    )
+    warm = trials["lora", 2].spec
+    assert warm.warm_start.run_id == best.spec.run_id
+    assert warm.settings["learning_rate"] == pytest.approx(10 * best.spec.settings["learning_rate"], rel=1e-5)
+    for shared in ("epochs", "warmup_ratio", "weight_decay"):
+        assert warm.settings[shared] == pytest.approx(best.spec.settings[shared], rel=1e-5)
+    assert [r.spec.number for r in trials.values() if r.spec.warm_start] == [2]
+    full, lora = json.loads((home / "analysis" / "summary.json").read_text())["ledger"]
+    assert full["warm_start"] is None
+    assert lora["warm_start"] == warm.warm_start.model_dump()
+    assert (
+        f"from full's trial {best.spec.number}, learning rate x 10"
+        in (home / "report" / "report.md").read_text()
+    )
+    assert not verify.verify(home).differences
+
+
+def test_without_it_a_study_is_what_it_was():
+    plain = parse_study(text_of(), file="study.yaml", base=Path("/nowhere"))
+    asked = parse_study(text_of(search="{warm_start: full}"), file="study.yaml", base=Path("/nowhere"))
+    assert asked.search.warm_start == "full"
+    assert asked.identity() != plain.identity()
