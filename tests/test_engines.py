@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from finetrial import plugins
+from finetrial import plugins, processes
 from finetrial.engines.local import Forked, Local
 from finetrial.engines.spawn import Spawn
 from finetrial.lease import FileLock
@@ -260,3 +260,26 @@ def test_a_child_that_will_not_end_is_killed_after_the_grace(folder):
 @pytest.mark.parametrize("name", plugins.names("engines"))
 def test_every_engine_keeps_the_protocol(name):
     assert isinstance(plugins.load("engines", name), plugins.Engine)
+
+
+# ---- GPUs --------------------------------------------------------------------------------------------------
+
+
+def test_gpus_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.gpus(tmp_path) == ()
+    for name in ("nvidia2", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert processes.gpus(tmp_path) == ()  # one is nothing to choose from
+    (tmp_path / "nvidia3").touch()
+    assert processes.gpus(tmp_path) == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-8932f937")
+    assert processes.gpus(tmp_path) == ("5", "GPU-8932f937")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert processes.gpus(tmp_path) == ()
+
+
+def test_a_process_sees_the_gpu_that_its_run_was_given(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert processes.child_environment(1)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert processes.child_environment(1, "1")["CUDA_VISIBLE_DEVICES"] == "1"

@@ -178,7 +178,7 @@ def takes(spec: RunSpec, size: int, seconds: float = 0.3) -> str:
     )
 
 
-def packed(bench: Bench, sizes: list[int], most: int = 8) -> list[int]:
+def packed(bench: Bench, sizes: list[int], most: int = 8, packing: Packing | None = None) -> list[int]:
     """What ran side by side took, at the end of each run."""
     specs = [
         make_spec(n, stage="trial", method=MethodSpec(name="m", use="full", params={}))
@@ -186,7 +186,7 @@ def packed(bench: Bench, sizes: list[int], most: int = 8) -> list[int]:
     ]
     for spec, size in zip(specs, sizes, strict=True):
         bench.programs[spec.run_id] = [takes(spec, size)]
-    bench.run(iter([specs]), packing=Packing(most, by_memory=True))
+    bench.run(iter([specs]), packing=packing or Packing(most, by_memory=True))
     assert [bench.outcomes(spec)[-1] for spec in specs] == ["done"] * len(specs)
     return [int(line) for line in (bench.home.runs / "taken").read_text().split()]
 
@@ -219,6 +219,32 @@ def test_out_of_memory_beside_others_is_tried_again_with_fewer_and_not_with_less
     assert bench.outcomes(two) == ["cancelled", "done"]
     assert bench.home.run(two.run_id).out_of_memory() == 0
     assert packing.most == 1
+
+
+def test_on_several_gpus_each_process_is_on_the_emptiest_and_each_gpu_has_its_own_room(bench):
+    """Two of 60 fit together only because they are on two GPUs; the third waits for one of them."""
+    taken = packed(bench, [60, 60, 60], packing=Packing(8, by_memory=True, gpus=("0", "3")))
+    assert max(taken) == 120
+    placed = [folder.spec().how.gpu for folder in bench.home.find("trial.")]
+    assert set(placed) == {"0", "3"}
+
+
+def test_a_fixed_number_of_processes_is_spread_over_the_gpus_and_shares_them(bench):
+    packed(bench, [10, 10, 10], packing=Packing(3, gpus=("0", "1")))
+    how = [folder.spec().how for folder in bench.home.find("trial.")]
+    assert sorted((each.gpu, each.parallel) for each in how) == [("0", 2), ("0", 2), ("1", 2)]
+
+
+def test_out_of_memory_on_one_gpu_lets_fewer_be_on_each(bench):
+    method = MethodSpec(name="m", use="full", params={})
+    runs = [make_spec(n, stage="trial", method=method) for n in range(3)]
+    bench.programs[runs[0].run_id] = [takes(runs[0], 10, seconds=2.0)]
+    bench.programs[runs[1].run_id] = [takes(runs[1], 10, seconds=2.0)]
+    bench.programs[runs[2].run_id] = [failed(runs[2], "out_of_memory", "no more"), takes(runs[2], 10)]
+    packing = Packing(4, by_memory=True, gpus=("0", "1"))
+    bench.run(iter([runs]), packing=packing)
+    assert bench.outcomes(runs[2]) == ["cancelled", "done"]
+    assert (packing.most, packing.each) == (4, 1)
 
 
 def test_lanes_go_side_by_side_up_to_the_limit(bench):

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetrial import files
+from finetrial import files, processes
 from finetrial.errors import HomeError, StudyError
 from finetrial.packing import Packing
 from finetrial.problems import show
@@ -106,10 +106,10 @@ def cores() -> int:
 
 def packing_of(study: Study, threads: int) -> Packing:
     """How many runs may go side by side here, each with so many threads."""
-    parallel = study.run.parallel
+    parallel, gpus = study.run.parallel, processes.gpus()
     if parallel == "auto":
-        return Packing(max(1, cores() // threads), by_memory=True, stack=study.run.stack)
-    return Packing(parallel, stack=study.run.stack)
+        return Packing(max(1, cores() // threads), by_memory=True, stack=study.run.stack, gpus=gpus)
+    return Packing(parallel, stack=study.run.stack, gpus=gpus)
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """How many runs go side by side: a fixed number, or as many as cores and memory allow. Parent side.
 
+Where a machine has several GPUs every process sees one of them, that with the fewest processes.
+
 With `parallel: auto` a run starts as soon as a core is free and what it takes fits beside what the others take.
 A run says what it takes before its model is loaded (`fit.json`); until the first of an arm has said so, nothing
 else is started. One that turns out to take too much is put off, and if memory runs out all the same,
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from finetrial.plugins import load
 from finetrial.records import RunSpec
@@ -26,7 +29,8 @@ CONTEXT_BYTES = 600_000_000
 class Packing:
     """`most`: processes at a time. `by_memory`: fewer where memory does not suffice for as many.
 
-    `stack`: runs of one process, where a method's trainings can be stacked.
+    `stack`: runs of one process, where a method's trainings can be stacked. `gpus`: their names, if there are
+    several; `each`: processes at a time on one of them.
     """
 
     most: int
@@ -34,30 +38,61 @@ class Packing:
     stack: int = 1
     known: dict[str, int] = field(default_factory=dict)  # kind of run -> bytes that the largest so far takes
     said: dict[Path, int] = field(default_factory=dict)  # run's folder -> bytes that it says it takes
-    room: int | None = None  # bytes that all runs share, once a run has said it
+    room: dict[str | None, int] = field(default_factory=dict)  # GPU -> bytes for all on it, once a run said so
+    gpus: tuple[str, ...] = ()
 
-    def may_start(self, specs: Sequence[RunSpec], running: Sequence[RunFolder]) -> bool:
-        """Whether a process of these runs may begin beside those, each told by the folder of its first run."""
-        if not running:
+    def __post_init__(self) -> None:
+        self.each = self.most if self.by_memory or not self.gpus else -(-self.most // len(self.gpus))
+
+    def place(self, specs: Sequence[RunSpec], running: Sequence[RunFolder]) -> dict[str, Any] | None:
+        """How a process of these runs may begin beside those, each told by its first run's folder.
+
+        What changes of `How`, such as the GPU; None: it may not, now.
+        """
+        if running and len(running) >= self.most:
+            return None
+        by_gpu = self._by_gpu(running)
+        for gpu in sorted(
+            self.gpus or (None,), key=lambda gpu: len(by_gpu.get(gpu, ()))
+        ):  # the first among equals
+            if self._may_start(specs, by_gpu.get(gpu, []), gpu):
+                alone = {} if self.by_memory or gpu is None else {"parallel": self.each}
+                return {"gpu": gpu, **alone}
+        return None
+
+    def _may_start(self, specs: Sequence[RunSpec], beside: Sequence[RunFolder], gpu: str | None) -> bool:
+        if not beside:
             return True
-        if len(running) >= self.most:
+        if gpu is not None and len(beside) >= self.each:
             return False
         if not self.by_memory:
             return True
-        taken = [self.taken(folder) for folder in running]
+        taken = [self.taken(folder) for folder in beside]
         need = self.known.get(kind_of(specs[0]))
-        if need is None or self.room is None:  # one that trains will say it soon; but only one at a time
+        room = self.room.get(
+            gpu, min(self.room.values(), default=None)
+        )  # one that is not known is like another
+        if need is None or room is None:  # one that trains will say it soon; but only one at a time
             return (
                 None not in taken and specs[0].method is not None and specs[0].stage in ("trial", "replicate")
             )
-        return None not in taken and sum(filter(None, taken)) + need <= self.room
+        return None not in taken and sum(filter(None, taken)) + need <= room
 
-    def too_many(self, running: Sequence[RunFolder]) -> bool:
-        """Whether these processes take more than there is, by what they say."""
-        if not self.by_memory or len(running) < 2:
-            return False
-        taken = [size for folder in running if (size := self.taken(folder)) is not None]
-        return self.room is not None and sum(taken) > self.room
+    def too_many(self, running: Sequence[RunFolder]) -> RunFolder | None:
+        """The newest of these processes where, by what they say, those of a GPU take more than there is."""
+        if not self.by_memory:
+            return None
+        for gpu, here in self._by_gpu(running).items():
+            taken = [size for folder in here if (size := self.taken(folder)) is not None]
+            if len(here) > 1 and gpu in self.room and sum(taken) > self.room[gpu]:
+                return here[-1]
+        return None
+
+    def _by_gpu(self, running: Sequence[RunFolder]) -> dict[str | None, list[RunFolder]]:
+        found: dict[str | None, list[RunFolder]] = {}
+        for folder in running:
+            found.setdefault(folder.spec().how.gpu if self.gpus else None, []).append(folder)
+        return found
 
     def taken(self, folder: RunFolder) -> int | None:
         """Bytes that a process takes: foretold by itself, or as others of its kind; None: not known yet."""
@@ -84,17 +119,23 @@ class Packing:
         fit = folder.fit()
         if fit is None or fit.predicted is None or fit.stacked != folder.spec().how.stacked:
             return None
-        self.room = fit.shared if fit.shared is not None else self.room
+        if fit.shared is not None:
+            self.room[folder.spec().how.gpu] = fit.shared
         return fit.predicted + (CONTEXT_BYTES if fit.device == "cuda" else 0)
 
     def back_off(self, beside: int) -> bool:
-        """Memory ran out for a process beside so many others: whether fewer at once may help.
+        """Memory ran out for a process beside so many others (on its GPU): whether fewer at once may help.
 
         It may until there is one at a time: so often at most, as the limit falls every time.
         """
-        if not self.by_memory or beside == 0 or self.most == 1:
+        limit = self.each if self.gpus else self.most
+        if not self.by_memory or beside == 0 or limit == 1:
             return False
-        self.most = max(1, min(self.most - 1, beside))
+        limit = max(1, min(limit - 1, beside))
+        if self.gpus:
+            self.each = limit
+        else:
+            self.most = limit
         return True
 
 

@@ -41,7 +41,7 @@ class FreshPython:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=child_environment(spec.how.threads),
+                env=child_environment(spec.how.threads, spec.how.gpu),
                 start_new_session=True,
             )
         go_first_when_memory_runs_out(process.pid)
@@ -64,7 +64,15 @@ class FreshPython:
         handle.process.wait()
 
 
-def child_environment(threads: int) -> dict[str, str]:
+def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
+    """This machine's NVIDIA GPUs, as CUDA_VISIBLE_DEVICES names them; none unless there are several to use."""
+    found = [str(number) for number, _ in enumerate(devices.glob("nvidia[0-9]*"))]
+    if found and "CUDA_VISIBLE_DEVICES" in os.environ:
+        found = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    return tuple(found) if len(found) > 1 else ()
+
+
+def child_environment(threads: int, gpu: str | None = None) -> dict[str, str]:
     """This process's environment, with what every run's process is given."""
     # NumPy's own threads, which it would start at import: a process that has them cannot be forked from. On
     # other machines torch may compute with OpenBLAS, too, and keeps its threads.
@@ -72,6 +80,7 @@ def child_environment(threads: int) -> dict[str, str]:
     return {
         **os.environ,
         **numpy_threads,
+        **({"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}),
         "FINETRIAL_PARENT": str(os.getpid()),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),

@@ -138,6 +138,7 @@ class How(Frozen):
     parallel: int = 1  # processes that share the machine's memory, in equal parts
     stacked: int = 1  # trainings that its process does together
     packed: bool = False  # or as each takes; it says beforehand how much that is
+    gpu: str | None = None  # the one of several that its process sees, as CUDA_VISIBLE_DEVICES names it
     log_steps: int = 10
 
 

@@ -104,8 +104,10 @@ class Scheduler:
                 queue.ready.pop(0)
                 continue
             specs = self._stack(queue)
-            if not self.packing.may_start(specs, leads(running)):
+            place = self.packing.place(specs, leads(running))
+            if place is None:
                 break
+            specs = [spec.model_copy(update={"how": spec.how.model_copy(update=place)}) for spec in specs]
             self.check_room()
             running += self._start(queue, specs)
             names = {spec.run_id for spec in specs}
@@ -157,9 +159,10 @@ class Scheduler:
 
     def _make_room(self, running: list[Running]) -> None:
         """Put off the newest process where what all of them say they take is more than there is."""
-        if not self.packing.too_many(leads(running)):
+        folder = self.packing.too_many(leads(running))
+        if folder is None:
             return
-        newest = running[-1].process
+        newest = next(run.process for run in running if run.folder.path == folder.path)
         newest.stop(GRACE_SECONDS)
         for run in [run for run in running if run.process is newest]:
             running.remove(run)
@@ -172,7 +175,8 @@ class Scheduler:
 
     def _end(self, run: Running, ended: Exit, running: Sequence[Running]) -> None:
         """Settle a run whose process has ended, or its part of it; to be resumed, it waits for a place."""
-        beside = len({id(other.process) for other in running} - {id(run.process)})
+        here = [other for other in running if other.spec.how.gpu == run.spec.how.gpu]
+        beside = len({id(other.process) for other in here} - {id(run.process)})
         if self._settle(run, ended, beside=beside):
             run.queue.under_way -= 1
         else:
