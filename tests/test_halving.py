@@ -183,10 +183,10 @@ def test_from_a_damaged_checkpoint_the_same_comes_out(tiny_bert, tmp_path):
     assert learnt(run(second, home)) == learnt(run(second, tmp_path / "whole"))
 
 
-def test_a_run_without_halving_is_named_as_before(tiny_bert):
+def test_a_run_without_halving_and_warm_start_is_named_as_before(tiny_bert):
     spec = part(tiny_bert, ())
     stated = spec.model_dump(mode="json", exclude={"how"})
-    assert stated.pop("rung") is None
+    assert (stated.pop("rung"), stated.pop("warm_start")) == (None, None)
     assert spec.run_id == f"trial.qa.m.000-{short_hash(stated)}"
 
 

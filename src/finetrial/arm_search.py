@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from finetrial import export, files, halving, plan, plugins, search, settling
+from finetrial import export, files, halving, plan, search, settling
 from finetrial.evidence import best_trial, furthest, trial_score
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
@@ -84,14 +84,14 @@ class ArmSearch:
     @property
     def _source(self) -> ArmSearch | None:
         """The search of the method that tells this one where its guided trials begin."""
-        name = self.study.search.warm_start
-        if name in (None, self.method.name) or self._factor is None:
+        if self._factor is None:
             return None
+        name = self.study.search.warm_start
         return replace(self, method=next(method for method in self.study.methods if method.name == name))
 
     @property
     def _factor(self) -> float | None:
-        return getattr(plugins.load("methods", self.method.use), "learning_rate_factor", None)
+        return search.told_factor(self.method, self.study.search.warm_start)
 
     def _told(self) -> bool:
         """Whether its first guided trial can be proposed: all that it is to be told is known."""
@@ -161,13 +161,20 @@ class ArmSearch:
         return self.runs(rung=1 if self.study.search.ends else None)
 
     def export_optimum(self) -> None:
-        """Write the best trial to `best/`; nothing is left there, and it is said, if none has a score."""
+        """Write the best trial to `best/`; nothing is left there, and it is said, if none has a score.
+
+        It is said, too, if none of those that were to be trained whole has one.
+        """
         trials = furthest(self.runs())
         best = best_trial(trials, self.metric)
         if best is None:
             self.opened.home.best_file(self.task.name, self.method.name).unlink(missing_ok=True)
             self.note(f"{self.arm}: no trial has a score; nothing can be trained")
             return
+        if best.spec.may_go_on and self.runs(rung=len(self.study.search.ends)):
+            self.note(
+                f"{self.arm}: no trial that was trained whole has a score; the best is one that was stopped"
+            )
         space = self.study.spaces[self.method.name]
         export.write(self.opened.home, export.optimum(best, space, metric=self.metric.name, trials=len(trials)))
 

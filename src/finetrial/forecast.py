@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from finetrial import halving
+from finetrial import halving, search
 from finetrial.records import Frozen, RunRecord, canonical_json
 from finetrial.rehearsed import Pace, Phase, Rehearsal
 from finetrial.space import Fixed, Space, spread
@@ -62,28 +62,35 @@ def forecast(study: Study, found: Evidence, most: int) -> Forecast:
     """
     start = statistics.median(_start_seconds(record) for record in _all(found))
     correction = _correction(study, found)
-    arms, searches = {}, []
+    arms: dict[str, ArmForecast] = {}
+    searches: dict[str, list[list[float]]] = {}
     for task, method in study.arms:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
         trial = start + _training(study, space, given, given.search, correction)
         evaluation = given.validation_seconds * correction
-        searches.append(_search(study, trial, start + given.search.setup_seconds, evaluation))
+        searches[name] = _search(study, trial, start + given.search.setup_seconds, evaluation)
         arms[name] = ArmForecast(
             trial_seconds=trial,
-            search_seconds=math.fsum(map(math.fsum, searches[-1])),
+            search_seconds=math.fsum(map(math.fsum, searches[name])),
             replicate_seconds=start
             + _training(study, space, given, given.train, correction)
             + given.test_seconds * correction
             + given.save_seconds,
             probe_seconds=start + given.probe_seconds if study.measure else 0.0,
         )
+    for task, method in study.arms:
+        source = study.search.warm_start
+        if search.told_factor(method, source) is not None:  # what is guided waits for the other's search
+            waits = searches[f"{task.name}/{method.name}"]
+            searches[f"{task.name}/{source}"] += waits[1:]
+            del waits[1:]
     parallel, seeds = _side_by_side(study, found, most), study.train.seeds
     baselines = [span(record) for found_of in (found.baselines, found.frozen) for record in found_of.values()]
     phases = {
         "baseline": makespan(baselines, parallel),
         "control": makespan([span(record) for record in found.controls.values()], parallel),
-        "search": makespan(searches, parallel),
+        "search": makespan(searches.values(), parallel),
         "train": makespan([arm.replicate_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "measure": makespan([arm.probe_seconds for arm in arms.values() for _ in range(seeds)], parallel),
         "report": REPORT_SECONDS,
@@ -184,6 +191,8 @@ def _correction(study: Study, found: Evidence) -> float:
     for record in found.pilots:
         if record.outcome != "done" or record.result is None or len(record.attempts) > 1:
             continue
+        if record.result.training and record.result.training.stacked > 1:  # it was charged a share of the time
+            continue
         given = rehearsal_of(found.rehearsals[record.spec.arm])
         space: Space = {name: Fixed(value=value) for name, value in record.spec.settings.items()}
         without = given.search.model_copy(update={"setup_seconds": 0.0})
@@ -215,6 +224,6 @@ def _disk_bytes(study: Study, found: Evidence, most: int) -> int:
     models = study.train.seeds * sum(arm.model_bytes for arm in arms)
     rules = study.search
     waiting = sum(rules.counts[1:2])  # of every arm, to go on from
-    checkpoints = (2 * most + waiting * len(arms)) * max(arm.checkpoint_bytes for arm in arms)
+    checkpoints = (2 * most * study.run.stack + waiting * len(arms)) * max(arm.checkpoint_bytes for arm in arms)
     runs = len(arms) * (sum(rules.counts) + 2 * study.train.seeds)
     return models + checkpoints + runs * RECORD_BYTES + REPORT_BYTES

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from finetrial.plugins import Metric
-from finetrial.records import Outcome, Setting, stream_seed
+from finetrial.plugins import Metric, load
+from finetrial.records import MethodSpec, Outcome, Setting, stream_seed
 from finetrial.space import Choice, Dimension, Fixed, Range, Space
 
 if TYPE_CHECKING:
@@ -109,6 +109,18 @@ def random_draw(space: Space, *, number: int, seed: int) -> dict[str, Setting]:
     """The settings that a random search gives trial `number`, independent of all others; as from `propose`."""
     searched = {name: dimension for name, dimension in space.items() if not isinstance(dimension, Fixed)}
     return _settings(space, {name: _draw(searched[name], _unit(seed, number, name)) for name in searched})
+
+
+def told_factor(method: MethodSpec, source: str | None) -> float | None:
+    """By what a method's learning rate differs from the best of method `source`, which is to tell it of that;
+    None: it is not told.
+
+    Raises:
+        PluginError: the plug-in does not load.
+    """
+    if source is None or source == method.name:
+        return None
+    return getattr(load("methods", method.use), "learning_rate_factor", None)
 
 
 def warm(
