@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -482,3 +483,8 @@ def test_the_example_tracker_writes_the_same_line_twice(own_files, tmp_path):
         tracker.replay(tmp_path, spec_of(), iter(records), None)
     (written,) = tmp_path.glob("trial.t.000-*.csv")
     assert written.read_text().strip() == f"{spec_of().run_id},t,,1.5"
+
+
+def test_the_tables_of_benchmarks_are_what_their_files_say():
+    command = [sys.executable, "bench/tables.py", "--check"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0

@@ -406,6 +406,19 @@ def test_a_run_over_its_time_limit_is_ended_with_all_it_started(bench):
     assert all(gone(pid) for pid in pids)
 
 
+def test_who_shares_a_process_with_one_that_takes_too_long_is_not_charged_for_it(bench):
+    method = MethodSpec(name="m", use="lora", params={})
+    lead, slow = (make_spec(n, stage="trial", method=method) for n in range(2))
+    slow = slow.model_copy(update={"how": How(limit_seconds=0.5)})
+    bench.programs[lead.run_id] = ["import time; time.sleep(600)", done(lead)]
+    bench.programs[slow.run_id] = [done(slow)]
+    bench.run(iter([[lead, slow]]), packing=Packing(1, stack=2))
+    assert bench.outcomes(slow) == ["timed_out", "done"]
+    assert bench.outcomes(lead) == ["crashed", "done"]
+    counted = [bench.home.run(spec.run_id).attempt_records()[0].counts for spec in (lead, slow)]
+    assert counted == [False, True]
+
+
 def test_what_a_crashed_run_left_running_is_ended(bench):
     leave = (
         "import subprocess, sys, os\n"

@@ -24,6 +24,7 @@ from finetrial.store import Home, RunFolder
 from finetrial.under_way import (
     COORDINATOR_ENDED,
     RENEW_SECONDS,
+    STOPPED_WITH,
     Lane,
     Process,
     Queue,
@@ -232,6 +233,7 @@ class Scheduler:
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
         further = run.folder.checkpoint_step() > run.attempt.from_step
         further = (further or run.folder.kept_outputs() > run.kept_outputs) and outcome != "timed_out"
+        further = further or ended.reason == STOPPED_WITH  # another's doing
         past = run.folder.current_attempts()
         count = sum(a.outcome in RESUMED and a.counts for a in past) + (0 if further else 1)
         halved = sum(a.outcome == "out_of_memory" for a in past)

@@ -24,6 +24,7 @@ Lane = Iterator[RunSpec | Sequence[RunSpec]]
 RENEW_SECONDS = 10.0
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
+STOPPED_WITH = "the process that it shared was stopped"
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Process:
     def stop(self, grace_seconds: float) -> None:
         if self.handle is not None and self.poll() is None:
             self.engine.stop(self.handle, grace_seconds)
-            self.exit = Exit(None, outcome="crashed", reason="the process that it shared was stopped")
+            self.exit = Exit(None, outcome="crashed", reason=STOPPED_WITH)
 
 
 @dataclass

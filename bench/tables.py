@@ -1,0 +1,125 @@
+"""The tables of docs/benchmarks.md, from the files in bench/results/.
+
+python bench/tables.py            # write them anew, between their marks
+python bench/tables.py --check    # exit code 1 if one is not what its file says
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+VARIANTS = ("padded", "grouped", "finetrial", "finetrial_bf16")
+METHODS = {"full": "full", "lora": "LoRA"}
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median (lowest .. highest)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
+
+
+def _stated(found: Sequence[float]) -> str:
+    median, low, high = found
+    return f"{median:.2f} ({low:.2f} .. {high:.2f})"
+
+
+def throughput(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["task"], METHODS[row["method"]],
+            *(spread(row[f"{variant}_s"], 1) for variant in VARIANTS),
+            f"{row['loss_gap']:.0e}",
+        )
+        for row in found["rows"]
+    ]  # fmt: skip
+    columns = ("(a) padded, s", "(b) grouped, s", "finetrial, s", "finetrial in bf16, s", "gap of losses")
+    return table(("task", "method", *columns), rows)
+
+
+def faster(found: dict[str, Any]) -> str:
+    pairs = [(ours, theirs) for ours in ("finetrial", "finetrial_bf16") for theirs in ("padded", "grouped")]
+    rows = [
+        (
+            row["task"],
+            METHODS[row["method"]],
+            *(_stated(row[f"{ours}_faster_than_{theirs}"]) for ours, theirs in pairs),
+        )
+        for row in found["rows"]
+    ]
+    return table(("task", "method", "than (a)", "than (b)", "in bf16 than (a)", "in bf16 than (b)"), rows)
+
+
+def worker_start(found: dict[str, Any]) -> str:
+    seconds = found["seconds"]
+    rows = [
+        ("forked (`local`)", spread(seconds["local"])),
+        ("a fresh Python (`spawn`)", spread(seconds["spawn"])),
+        ("forked, the first of a study", f"{found['first']:.2f}"),
+    ]
+    return table(("how its process is made", "seconds"), rows)
+
+
+def regression(found: dict[str, Any]) -> str:
+    ratios = found.get("ratios", found)
+    rows = [(item, spread(values)) for item, values in ratios.items() if isinstance(values, list)]
+    return table(("path", "times its yardstick's time"), rows)
+
+
+def similarity(found: dict[str, Any]) -> str:
+    rows = [(name, spread(values, 1)) for name, values in found["ratio_to_table"].items()]
+    return table(("all pairs of layers by", "times `cka_table`'s time"), rows)
+
+
+# The name of a table -> the file that it is of, and how it is written.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "throughput": ("throughput.json", throughput),
+    "faster": ("throughput.json", faster),
+    "worker_start": ("worker_start.json", worker_start),
+    "regression": ("regression.json", regression),
+    "similarity": ("similarity.json", similarity),
+}
+
+
+def written(page: str) -> str:
+    """The page with every table as its file says.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+
+    def anew(match: re.Match[str]) -> str:
+        file, write = TABLES[match[2]]
+        return match[1] + write(json.loads((RESULTS / file).read_text(encoding="utf-8"))) + match[3]
+
+    return MARKED.sub(anew, page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = written(before)
+    if given.check:
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
