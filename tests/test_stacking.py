@@ -25,13 +25,14 @@ from tiny_runs import folder_of, make_spec, run
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-4, 1e-3
 
 
-def eight(model: Path, **how: Any) -> list[RunSpec]:
+def eight(model: Path, *, task: dict[str, Any] | None = None, **how: Any) -> list[RunSpec]:
     """Different ranks, rates, sizes, lengths, dropout and streams."""
     return [
         make_spec(
             model,
             "lora",
             number=n,
+            **(task or {}),
             settings={
                 "rank": (2, 4, 8, 16)[n % 4],
                 "learning_rate": 1e-3 * (n + 1),
@@ -62,9 +63,20 @@ def weights(spec: RunSpec, home: Path) -> dict[str, torch.Tensor]:
     return load_file(Home(home).model_folder(spec) / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["tiny_bert", "tiny_llama"])
+def reviews(folder: Path) -> dict[str, Any]:
+    """A classification task of texts of different lengths."""
+    for split in ("train", "test"):
+        rows = [{"text": f"{split} {'good book ' * (n % 5 + 1)}{n}", "label": n % 2} for n in range(40)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
+    return {"use": "classification", "params": {"data": data, "max_length": 24}}
+
+
+@pytest.mark.parametrize("kind", ["tiny_bert", "tiny_llama", "classifier"])
 def test_eight_stacked_trainings_equal_their_solo_runs(request, tmp_path, kind):
-    specs = eight(request.getfixturevalue(kind))
+    classifier = kind == "classifier"
+    model = request.getfixturevalue("tiny_bert" if classifier else kind)
+    specs = eight(model, task=reviews(tmp_path) if classifier else None)
     results = together(specs, tmp_path / "stacked")
     for spec, stacked in zip(specs, results, strict=True):
         alone = run(spec, tmp_path / "alone")

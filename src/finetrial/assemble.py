@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetrial import files, models, plugins, prepared
+from finetrial import files, last_layer, models, plugins, prepared
 from finetrial.data import cap_rows
 from finetrial.plugins import AttachInput, Feature, Splits
 from finetrial.records import RunSpec, canonical_json, short_hash
@@ -62,6 +62,8 @@ class Workbench:
         """The model with the method attached (adapters drawn from their own seed), before training."""
         built = self.build_base(shapes_only=shapes_only)
         plugin, params = self.method()
+        if self.task.head.kind == "sequence_classification":
+            last_layer.narrow(built.model)
         built.model.requires_grad_(False)
         torch.manual_seed(self.spec.seeds.adapter)
         given = AttachInput(built.model, self.task.head.kind, built.head_names)
