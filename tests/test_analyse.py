@@ -101,7 +101,7 @@ def test_between_the_two_it_is_inconclusive_and_says_what_would_settle_it():
     claim = summary.claims[0]
     assert claim.verdict == "inconclusive"
     assert claim.seeds_needed > 5
-    assert f"about {claim.seeds_needed} replicates would settle it" in claim.reason
+    assert f"about {claim.seeds_needed} replicates would settle it with 80 % power" in claim.reason
 
 
 def test_a_claim_that_holds_alone_but_not_after_holm_is_inconclusive():

@@ -62,6 +62,23 @@ def test_what_the_run_was_is_in_it():
     assert "rank" in text.split("Setting: ")[1].splitlines()[0]
 
 
+def test_rows_are_those_that_it_was_trained_on():
+    summary, arm, text = made()
+    (row,) = [row for row in summary.ledger if (row.task, row.method) == (arm.task, arm.method)]
+    assert row.train_rows is not None
+    assert f"train {row.train_rows:,}" in text.split("- Rows: ")[1].splitlines()[0]
+
+
+def test_what_the_study_changed_in_the_base_is_said_where_it_is_loaded():
+    _, _, plain = made()
+    _, _, text = made(model="package:p/model", model_changes={"num_hidden_layers": 3})
+    loading = text.split("## How to load it")[1]
+    assert "package:p/model (that folder of the installed package)" in loading
+    assert "and `num_hidden_layers=3`" in loading
+    assert "with num" in text.split("- Base model: ")[1].splitlines()[0]
+    assert "num_hidden_layers" not in plain
+
+
 def test_a_void_replicate_says_that_it_does_not_count():
     assert "**This run does not count: the head did not move.**" in made("squad_v2", "full", 3, False)[2]
 

@@ -300,7 +300,7 @@ def test_terminal_rows_are_ascii_with_known_content() -> None:
     )
     assert rows[2] == (
         "sst2", "lora within 3% of full", "-2.5 points (-3.5 .. -1.4)", "4 of 5",
-        "inconclusive: 9 seeds would settle it",
+        "inconclusive: 9 seeds for 80 % power",
     )  # fmt: skip
     assert rows[0][4].startswith("not assessable: full beats")
     costs = report.cost_rows(example_summary())

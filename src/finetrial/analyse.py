@@ -85,9 +85,8 @@ def summarise(
     """
     ordered = sorted(records, key=lambda r: (r.spec.stage, r.spec.arm, r.spec.number))
     metrics = {task.name: metric_of(task) for task in study.tasks}
-    stop = (stops or {}).get
     arms = [
-        arm_of(t, m, metrics[t.name], ordered, study.train.seeds, stop(f"{t.name}/{m.name}"))
+        arm_of(t, m, metrics[t.name], ordered, study.train.seeds, (stops or {}).get(f"{t.name}/{m.name}"))
         for t, m in study.arms
     ]
     tasks = tuple(_task(task, metrics[task.name], ordered) for task in study.tasks)
@@ -107,6 +106,7 @@ def summarise(
         study_hash=study.identity(),
         model=study.model.name,
         model_revision=study.model.revision,
+        model_changes=study.model.config,
         model_sha256=model_sha256,
         complete=_complete(study, arms, ordered),
         tasks=tasks,

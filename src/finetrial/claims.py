@@ -161,12 +161,13 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
         needed = _seeds_needed(contrast, n, family)
         if beyond_zero:
             reason = (
-                f"its own bound holds ({bound:.3g}), but not after Holm over {family} claims (p {p_holm:.2g})"
+                f"{_bound(case, contrast, 'lower' if positive else 'upper', bound)} by itself, but not after "
+                f"Holm over {family} claims (p {p_holm:.2g})"
             )
         elif below_zero:
             reason = (
-                f"its own bound speaks against it ({against_bound:.3g}), but not after Holm over {family} "
-                f"claims (p {p_against_holm:.2g})"
+                f"{_bound(case, contrast, 'upper' if positive else 'lower', against_bound)} by itself, which "
+                f"speaks against it, but not after Holm over {family} claims (p {p_against_holm:.2g})"
             )
         else:
             reason = (
@@ -174,7 +175,7 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
                 f"(one-sided 95 % bounds), on either side of 0"
             )
         reason += (
-            f"; at this effect and spread about {needed} replicates would settle it"
+            f"; at this effect and spread about {needed} replicates would settle it with 80 % power"
             if needed
             else "; at this effect and spread no reasonable number of replicates would settle it"
         )

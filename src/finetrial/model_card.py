@@ -118,11 +118,14 @@ def _facts(
     replicate: ReplicatePoint,
     settings: Mapping[str, Setting],
 ) -> str:
-    rows = ", ".join(f"{split} {count:,}" for split, count in task.split_rows.items())
+    counts = task.split_rows | ({"train": used} if (used := _rows_trained_on(summary, arm)) else {})
+    rows = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     facts = [
         (
             "Base model",
-            f"{summary.model}" + (f" at {summary.model_revision}" if summary.model_revision else ""),
+            f"{summary.model}"
+            + (f" at {summary.model_revision}" if summary.model_revision else "")
+            + (f", with {text.changes(summary)}" if summary.model_changes else ""),
         ),
         ("SHA-256 of the base model's files", summary.model_sha256 or "not hashed"),
         ("Rows", rows or "not recorded"),
@@ -142,6 +145,11 @@ def _facts(
     return "\n".join(f"- {name}: {escape_markdown(value)}" for name, value in facts)
 
 
+def _rows_trained_on(summary: Summary, arm: ArmSummary) -> int | None:
+    mine = (row.train_rows for row in summary.ledger if (row.task, row.method) == (arm.task, arm.method))
+    return next(mine, None)
+
+
 def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
     folder = f"{arm.task}.{arm.method}.seed{replicate.number}"
     if not adapter:
@@ -150,7 +158,16 @@ def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapt
             f"`config.json` names under `architectures`; the tokenizer lies beside it."
         )
     return (
-        f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)} with the class of its task, "
-        f"then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; the task's head comes with it, "
-        f"and the tokenizer lies beside it."
+        f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)}{_where(summary)} with the "
+        f"class of its task{_with(summary)}, then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; "
+        f"the task's head comes with it, and the tokenizer lies beside it."
     )
+
+
+def _where(summary: Summary) -> str:
+    return " (that folder of the installed package)" if summary.model.startswith("package:") else ""
+
+
+def _with(summary: Summary) -> str:
+    """What has to be given to `from_pretrained`, without which another model would be built."""
+    return f" and `{text.changes(summary)}`" if summary.model_changes else ""

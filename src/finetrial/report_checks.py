@@ -199,6 +199,7 @@ def environment(summary: Summary) -> Table:
         ("study hash", summary.study_hash),
         ("model", summary.model),
         ("model revision", summary.model_revision or text.missing("none given")),
+        ("changes to the model's config", text.changes(summary) or "none"),
         ("model SHA-256", summary.model_sha256 or text.missing("not hashed")),
         *((f"runs: {name}", value) for name, value in summary.environment.items()),
         ("analysed at", meta.created_at),

@@ -188,11 +188,16 @@ def seeds(claim: ClaimResult) -> str:
     return f"{used} of {used + absent}" if absent else str(used)
 
 
+def changes(summary: Summary) -> str:
+    """What the study has changed in the base model's config, as keyword arguments; empty if nothing."""
+    return ", ".join(f"{name}={value!r}" for name, value in summary.model_changes.items())
+
+
 def short_verdict(claim: ClaimResult) -> str:
     """A verdict for the terminal, in ASCII: what would settle it, or why there is none."""
     word = VERDICT_WORDS[claim.verdict]
     if claim.verdict == "inconclusive" and claim.seeds_needed:
-        return f"{word}: {claim.seeds_needed} seeds would settle it"
+        return f"{word}: {claim.seeds_needed} seeds for 80 % power"
     return f"{word}: {plain(claim.reason)}" if claim.verdict == "not_assessable" else word
 
 
@@ -283,7 +288,7 @@ def sentence(claim: ClaimResult, decimals: int) -> str:
         return f"On {claim.task}, {names} {said} {evidence}."
     if claim.verdict == "refuted":
         return f"On {claim.task}, it is refuted that {names} {said} {evidence}."
-    settle = f"; about {claim.seeds_needed} seeds would settle it" if claim.seeds_needed else ""
+    settle = f"; about {claim.seeds_needed} seeds would settle it with 80 % power" if claim.seeds_needed else ""
     return f"On {claim.task}, it stays open whether {names} {said} {evidence}{settle}."
 
 

@@ -367,6 +367,7 @@ class Summary(Frozen):
     study_hash: str
     model: str
     model_revision: str | None
+    model_changes: dict[str, Setting] = {}  # of its config, before anything was trained
     model_sha256: str | None
     complete: bool  # False: written from an unfinished study
     tasks: tuple[TaskSummary, ...]
