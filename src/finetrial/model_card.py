@@ -157,10 +157,11 @@ def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapt
             f"It is a whole model in safetensors: `from_pretrained({json.dumps(folder)})` of the class that "
             f"`config.json` names under `architectures`; the tokenizer lies beside it."
         )
+    then = f"`peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`"
     return (
         f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)}{_where(summary)} with the "
-        f"class of its task{_with(summary)}, then `peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`; "
-        f"the task's head comes with it, and the tokenizer lies beside it."
+        f"class of its task{_with(summary)}, then {then}; the task's head comes with it, and the tokenizer "
+        f"lies beside it."
     )
 
 
