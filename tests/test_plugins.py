@@ -198,7 +198,7 @@ def test_a_file_called_like_an_installed_module_breaks_nothing(tmp_path, engine)
         from pathlib import Path
         from finetrial import plugins
         plugins.make_importable(Path({str(tmp_path)!r}))
-        spec = type("Spec", (), {{"how": type("How", (), {{"threads": 1}})}})
+        spec = type("Spec", (), {{"how": type("How", (), {{"threads": 1, "gpu": None}})}})
         engine = plugins.load("engines", {engine!r})
         handle = engine.start(Path({str(tmp_path)!r}), spec)
         while engine.poll(handle) is None:

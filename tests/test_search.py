@@ -20,7 +20,10 @@ from finetrial.records import Outcome
 from finetrial.search import Past, propose, warm
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 
-pytestmark = pytest.mark.filterwarnings("error")  # Optuna warns of options that will go
+pytestmark = [
+    pytest.mark.filterwarnings("error"),  # Optuna warns of options that will go
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # what other tests have left
+]
 
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
 LOSS = Metric(name="loss", higher_is_better=False, worst=100.0, best=0.0)
