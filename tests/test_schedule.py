@@ -124,7 +124,8 @@ def test_a_lane_is_asked_for_its_next_run_only_when_the_last_has_ended(bench):
     assert asked == [[False] * 3, [True, False, False], [True, True, False]]
 
 
-def test_runs_that_a_lane_gives_together_go_side_by_side_and_it_waits_for_all(bench):
+def two_that_wait_for_each_other(bench: Bench) -> tuple[RunSpec, RunSpec]:
+    """One after the other they would never end."""
     meet = (
         "import os, time\nopen('../{}-here', 'w').close()\n"
         "while not os.path.exists('../{}-here'): time.sleep(.01)\n"
@@ -132,6 +133,11 @@ def test_runs_that_a_lane_gives_together_go_side_by_side_and_it_waits_for_all(be
     one, two = make_spec(1), make_spec(2)
     bench.spec(1, meet.format(1, 2) + done(one))
     bench.spec(2, meet.format(2, 1) + done(two))
+    return one, two
+
+
+def test_runs_that_a_lane_gives_together_go_side_by_side_and_it_waits_for_all(bench):
+    one, two = two_that_wait_for_each_other(bench)
     last = bench.spec(3)
     ended: list[bool] = []
 
@@ -249,13 +255,7 @@ def test_out_of_memory_on_one_gpu_lets_fewer_be_on_each(bench):
 
 def test_lanes_go_side_by_side_up_to_the_limit(bench):
     """Each run waits for a file of the other: one after the other they would never end."""
-    meet = (
-        "import os, time\nopen('../{}-here', 'w').close()\n"
-        "while not os.path.exists('../{}-here'): time.sleep(.01)\n"
-    )
-    one, two = make_spec(1), make_spec(2)
-    bench.spec(1, meet.format(1, 2) + done(one))
-    bench.spec(2, meet.format(2, 1) + done(two))
+    one, two = two_that_wait_for_each_other(bench)
     bench.run(iter([one]), iter([two]), parallel=2)
     assert bench.outcomes(one) == bench.outcomes(two) == ["done"]
 

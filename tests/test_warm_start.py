@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetrial import verify
+from finetrial.records import short_hash
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 from test_pipeline import run_study
@@ -59,3 +60,8 @@ def test_without_it_a_study_is_what_it_was():
     asked = parse_study(text_of(search="{warm_start: full}"), file="study.yaml", base=Path("/nowhere"))
     assert asked.search.warm_start == "full"
     assert asked.identity() != plain.identity()
+    told = plain.model_dump(mode="json", exclude={"run", "track", "file", "base"})
+    for later in ("trials", "halving", "early_stop", "warm_start"):
+        del told["search"][later]
+    del told["train"]["seeds"]
+    assert plain.identity() == short_hash(told, 16)

@@ -52,9 +52,8 @@ class Packing:
         if running and len(running) >= self.most:
             return None
         by_gpu = self._by_gpu(running)
-        for gpu in sorted(
-            self.gpus or (None,), key=lambda gpu: len(by_gpu.get(gpu, ()))
-        ):  # the first among equals
+        # The first among equals.
+        for gpu in sorted(self.gpus or (None,), key=lambda gpu: len(by_gpu.get(gpu, ()))):
             if self._may_start(specs, by_gpu.get(gpu, []), gpu):
                 alone = {} if self.by_memory or gpu is None else {"parallel": self.each}
                 return {"gpu": gpu, **alone}
@@ -69,9 +68,8 @@ class Packing:
             return True
         taken = [self.taken(folder) for folder in beside]
         need = self.known.get(kind_of(specs[0]))
-        room = self.room.get(
-            gpu, min(self.room.values(), default=None)
-        )  # one that is not known is like another
+        # Of a GPU that is not known yet as of the others.
+        room = self.room.get(gpu, min(self.room.values(), default=None))
         if need is None or room is None:  # one that trains will say it soon; but only one at a time
             return (
                 None not in taken and specs[0].method is not None and specs[0].stage in ("trial", "replicate")
@@ -91,8 +89,12 @@ class Packing:
     def _by_gpu(self, running: Sequence[RunFolder]) -> dict[str | None, list[RunFolder]]:
         found: dict[str | None, list[RunFolder]] = {}
         for folder in running:
-            found.setdefault(folder.spec().how.gpu if self.gpus else None, []).append(folder)
+            found.setdefault(self._gpu(folder), []).append(folder)
         return found
+
+    def _gpu(self, folder: RunFolder) -> str | None:
+        """What a run is on; its spec may be of a time when there were more GPUs."""
+        return folder.spec().how.gpu if self.gpus else None
 
     def taken(self, folder: RunFolder) -> int | None:
         """Bytes that a process takes: foretold by itself, or as others of its kind; None: not known yet."""
@@ -120,7 +122,7 @@ class Packing:
         if fit is None or fit.predicted is None or fit.stacked != folder.spec().how.stacked:
             return None
         if fit.shared is not None:
-            self.room[folder.spec().how.gpu] = fit.shared
+            self.room[self._gpu(folder)] = fit.shared
         return fit.predicted + (CONTEXT_BYTES if fit.device == "cuda" else 0)
 
     def back_off(self, beside: int) -> bool:
