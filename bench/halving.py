@@ -1,6 +1,6 @@
 """Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
 
-    python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--settings 40]
+    python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--settings 30]
     python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
@@ -52,6 +52,7 @@ tasks:
 methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
 search: {{trials: 15, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
+train: {{precision: bf16}}
 measure: []
 claims: []
 run: {{threads: 1, checkpoint: 1 h}}
@@ -245,7 +246,7 @@ def main() -> int:
     recording = verbs.add_parser("record")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--tasks", default="sst2,mrpc,synthetic_qa")
-    recording.add_argument("--settings", type=int, default=40)
+    recording.add_argument("--settings", type=int, default=30)
     replaying = verbs.add_parser("replay")
     replaying.add_argument("folder", type=Path)
     replaying.add_argument("--orders", type=int, default=200)

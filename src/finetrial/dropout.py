@@ -53,7 +53,7 @@ def bernoulli_(
         part = flat[start : start + PIECE]
         words = torch.empty(-(-part.numel() * bits // 64), dtype=torch.int64, device="cpu")
         words.random_(-(1 << 63), None, generator=generator)  # all 64 bits, which the default leaves out
-        part.copy_(words.view(lane)[: part.numel()] < limit)
+        torch.lt(words.view(lane)[: part.numel()], limit, out=part)
     return tensor if alike else tensor.copy_(flat.view(tensor.shape))
 
 

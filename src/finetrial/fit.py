@@ -27,6 +27,7 @@ from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, h
 from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
+from finetrial.processes import cores
 from finetrial.records import Fit, RunSpec
 from finetrial.tables import shrink
 
@@ -43,7 +44,8 @@ FIRST_TOUCHED_BYTES = 20_000_000
 # 80 MB more.
 ROOMY = 2.5
 LARGE_BLOCK_BYTES = 65_536
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
+KEPT_BLOCK_BYTES = 1 << 30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
 COARSE = 8
 _held_before: int | None = None
@@ -147,9 +149,12 @@ class Ladder:
         evaluation = self.evaluation(self.judged)
         predicted = self.total(step, evaluation)
         if predicted <= self.most:
-            # Beside others there is no more room than what is foretold.
-            tight = self.device == "cpu" and (self.spec.how.packed or ROOMY * predicted > self.budget)
-            return asked.model_copy(update={"predicted": predicted, "tight": tight})
+            most = self.budget
+            if asked.shared is not None:  # as many beside it as there are cores for
+                most = min(most, asked.shared // max(1, cores() // self.spec.how.threads))
+            tight = self.device == "cpu" and ROOMY * predicted > most
+            surplus = ROOMY if self.device == "cpu" and not tight else 1.0
+            return asked.model_copy(update={"predicted": predicted, "tight": tight, "surplus": surplus})
         one, two = (
             self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
             for count in (1, 2)
@@ -288,6 +293,8 @@ def keep_to(fit: Fit) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.budget / total))
     elif fit.tight:
         give_back_at_once()
+    else:
+        keep_what_is_freed()
 
 
 def let_go() -> None:
@@ -299,11 +306,22 @@ def let_go() -> None:
 
 def give_back_at_once() -> None:
     """From now on a large block goes back to the system when it is freed, where the C library can be told."""
-    if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):
-            library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-            library.malloc_trim(0)
+    if (library := _c_library()) is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        library.malloc_trim(0)
+
+
+def keep_what_is_freed() -> None:
+    """The opposite: blocks above 32 MB too are used again, where the default maps each anew, page by page."""
+    if (library := _c_library()) is not None:
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _c_library() -> Any:
+    """The C library, if its way with large blocks can be changed."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "mallopt") else None
 
 
 def check(fit: Fit) -> None:

@@ -6,7 +6,6 @@ name, because results of two different questions must not lie in one folder.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -97,18 +96,11 @@ class Opened:
         )
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def packing_of(study: Study, threads: int) -> Packing:
     """How many runs may go side by side here, each with so many threads."""
     parallel, gpus = study.run.parallel, processes.gpus()
     if parallel == "auto":
-        return Packing(max(1, cores() // threads), by_memory=True, stack=study.run.stack, gpus=gpus)
+        return Packing(max(1, processes.cores() // threads), by_memory=True, stack=study.run.stack, gpus=gpus)
     return Packing(parallel, stack=study.run.stack, gpus=gpus)
 
 
@@ -136,7 +128,7 @@ def open_home(
     """
     notes = _model_notes(study)
     threads = study.run.threads or (
-        1 if study.run.parallel == "auto" else max(1, cores() // study.run.parallel)
+        1 if study.run.parallel == "auto" else max(1, processes.cores() // study.run.parallel)
     )
     lock = read_lock(home) if home.lock_file.exists() else None
     if lock is not None and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):

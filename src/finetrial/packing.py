@@ -119,11 +119,11 @@ class Packing:
 
     def _foretold(self, folder: RunFolder) -> int | None:
         fit = folder.fit()
-        if fit is None or fit.predicted is None or fit.stacked != folder.spec().how.stacked:
+        if fit is None or fit.takes is None or fit.stacked != folder.spec().how.stacked:
             return None
         if fit.shared is not None:
             self.room[self._gpu(folder)] = fit.shared
-        return fit.predicted + (CONTEXT_BYTES if fit.device == "cuda" else 0)
+        return fit.takes + (CONTEXT_BYTES if fit.device == "cuda" else 0)
 
     def back_off(self, beside: int) -> bool:
         """Memory ran out for a process beside so many others (on its GPU): whether fewer at once may help.

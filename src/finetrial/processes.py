@@ -72,6 +72,13 @@ def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def child_environment(threads: int, gpu: str | None = None) -> dict[str, str]:
     """This process's environment, with what every run's process is given."""
     # NumPy's own threads, which it would start at import: a process that has them cannot be forked from. On

@@ -159,6 +159,12 @@ class Fit(Frozen):
     checkpointing_asked: bool | None = None  # run.gradient_checkpointing
     halvings: int = 0  # how often memory had run out when it was chosen
     proved: bool = False  # a step that was thrown away has kept to the budget
+    surplus: float = 1.0  # times what was foretold that the process may take, as it keeps what it frees
+
+    @property
+    def takes(self) -> int | None:
+        """Bytes that its process may come to take."""
+        return None if self.predicted is None else int(self.surplus * self.predicted)
 
 
 class Rung(Frozen):

@@ -128,9 +128,10 @@ def _prepare(spec: RunSpec) -> ModuleType:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nor is memory filled that is written before it is read, which that would have.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
-    from finetrial import dropout, stages
+    from finetrial import attention, dropout, stages
 
     dropout.install()
+    attention.install()
     return stages
 
 
