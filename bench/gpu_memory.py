@@ -108,7 +108,7 @@ def measure(shape: dict[str, int], label: str, length: int = LENGTH) -> dict[str
     model = accelerator.prepare(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, scheduler = prepare_optimisation(accelerator, trained, spec, STEPS + 1)
-    stepper = Stepper(accelerator, trained, optimizer, spec.rules, how_to_step(spec))
+    stepper = Stepper(trained, optimizer, spec.rules, how_to_step(spec))
     model.train()
     batch = {
         key: tensor.to(accelerator.device) for key, tensor in inputs_of(shape["vocab_size"], length).items()

@@ -237,7 +237,7 @@ def test_each_tensor_is_clipped_to_its_share_of_the_limit_whatever_the_method(ti
     accelerator = make_accelerator(spec.rules)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, _ = prepare_optimisation(accelerator, trained, spec, 10)
-    stepper = Stepper(accelerator, trained, optimizer, spec.rules, Stepping())
+    stepper = Stepper(trained, optimizer, spec.rules, Stepping())
     wanted, squares = {}, 0.0
     for index, parameter in enumerate(trained):
         norm = (0.1, 5.0)[index % 2]

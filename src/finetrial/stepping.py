@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from finetrial.plugins import Stepping
 from finetrial.records import LoopRules
@@ -29,12 +28,12 @@ class Stepper:
     """
 
     def __init__(
-        self, accelerator: Accelerator, trained: Sequence[torch.nn.Parameter], optimizer: Any,
+        self, trained: Sequence[torch.nn.Parameter], optimizer: Any,
         rules: LoopRules, stepping: Stepping,
     ) -> None:  # fmt: skip
         if stepping.in_backward and rules.clip == "global":
             raise ValueError("a step in the backward pass needs clip: per_tensor")
-        self.accelerator, self.optimizer, self.rules = accelerator, optimizer, rules
+        self.optimizer, self.rules = optimizer, rules
         self.trained = list(trained)
         self.in_backward, self.last_part = stepping.in_backward, True
         self.limit = rules.max_grad_norm / math.sqrt(len(self.trained))
@@ -48,7 +47,7 @@ class Stepper:
     def finish(self) -> float:
         """Step what the backward pass has not; the norm of the whole gradient before clipping."""
         if self.rules.clip == "global":
-            norm = float(self.accelerator.clip_grad_norm_(self.trained, self.rules.max_grad_norm))
+            norm = self._clip_all()
         else:
             for parameter in self.trained:
                 if parameter.grad is not None:
@@ -65,6 +64,14 @@ class Stepper:
         if self.watching:
             self.watch.after()
         return norm
+
+    def _clip_all(self) -> float:
+        """As torch's clip_grad_norm_, which multiplies by 1 where there is nothing to clip."""
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        found = torch.nn.utils.get_total_norm(gradients)
+        if not float(found) + 1e-6 <= self.rules.max_grad_norm:  # nor a number
+            torch.nn.utils.clip_grads_with_norm_(self.trained, self.rules.max_grad_norm, found)
+        return float(found)
 
     def weight_sizes(self) -> list[float]:
         """The root mean square of every trained tensor."""

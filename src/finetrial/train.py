@@ -167,7 +167,7 @@ def open_loop(
             folder.take_over_metrics(before)
         folder.event("resumed" if mine else "goes on", step=progress.step)
     folder.keep_metrics_up_to(progress.step, unjudged=progress.unjudged)
-    stepper = Stepper(accelerator, trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
+    stepper = Stepper(trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
         Clock(progress), stepper, used,
