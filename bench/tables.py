@@ -85,11 +85,43 @@ def similarity(found: dict[str, Any]) -> str:
     return table(("all pairs of layers by", "times `cka_table`'s time"), rows)
 
 
+def overhead(found: dict[str, Any]) -> str:
+    names = {"passes": "forward and backward", "optimiser": "optimiser", "evaluation": "evaluation"}
+    rows = [(label, spread([row[name] for row in found["trials"]], 1)) for name, label in names.items()]
+    rows.append(("all else", spread([row["other"] for row in found["trials"]], 1)))
+    rows.append(("all else, share", spread([row["share"] for row in found["trials"]], 3)))
+    return table(("part of a trial", "seconds"), rows)
+
+
+def halving(found: dict[str, Any]) -> str:
+    rows = []
+    for task, row in found.items():
+        fewer = row["times_fewer_tokens"]
+        rows.append(
+            (
+                task, str(row["settings"]), str(row["orders"]),
+                f"{fewer['median']:.2f} ({fewer['least']:.2f} .. {fewer['most']:.2f})",
+                f"{row['halved_minus_whole']:+.2f} ± {row['standard_error']:.2f}",
+                f"{100 * row['same_setting']:.0f} %",
+            )
+        )  # fmt: skip
+    columns = (
+        "settings",
+        "orders",
+        "times fewer tokens",
+        "chosen score, halved minus whole",
+        "the same chosen",
+    )
+    return table(("task", *columns), rows)
+
+
 # The name of a table -> the file that it is of, and how it is written.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput.json", throughput),
     "faster": ("throughput.json", faster),
     "worker_start": ("worker_start.json", worker_start),
+    "overhead": ("overhead.json", overhead),
+    "halving": ("halving.json", halving),
     "regression": ("regression.json", regression),
     "similarity": ("similarity.json", similarity),
 }
