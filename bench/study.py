@@ -1,13 +1,16 @@
 """A whole study beside what users put together for the same: seconds, and the test scores that they buy.
 
-    python bench/study.py run FOLDER [--variants finetrial,whole-trials,one-at-a-time,fp32]    (hours; goes on)
+    python bench/study.py run FOLDER [--size whole] [--variants finetrial]    (an hour, idle)
+    python bench/study.py run FOLDER --size small --variants finetrial,whole-trials,one-at-a-time,fp32
+    python bench/study.py run FOLDER --variants as-trainer                    (two hours; for its scores alone)
     python bench/study.py baselines FOLDER [--steps 8]
     python bench/study.py table FOLDER [--output bench/results/study.json]
 
 MiniLM on SST-2 (10,000 rows) and part of SQuAD v2, full fine-tuning and LoRA: 15 trials of each, then 5
-replicates at the best. `run` does it with finetrial, and again with one thing switched off at a time. The
-baselines take days, so they are timed on a sample of their work, the same rows and settings: so many optimiser
-steps and so many rows of an evaluation, by which the whole is reckoned.
+replicates at the best. `run` does it with finetrial; on a smaller one, with one thing switched off at a time. A
+study that was interrupted is gone on with, but its time then says nothing. The baselines take days, so they are
+timed on a sample of their work, the same rows and settings: so many optimiser steps and so many rows of an
+evaluation, by which the whole is reckoned.
 
 trainer   transformers' Trainer, PEFT and a loop over trials in one process: inputs padded to the maximum
           length, evaluation in batches of 8, as in the examples
@@ -15,12 +18,13 @@ recipe    a process per trial that tokenises anew, inputs padded to 384, gradien
           by one: what this project began with
 
 A baseline at equal settings learns what finetrial learns (`throughput.py` compares losses), so its score is
-that of `whole-trials`, which chooses by 15 whole trials as it does.
+that of `as-trainer`, which chooses by 15 whole trials in fp32 as it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -35,6 +39,7 @@ import throughput
 from finetrial import plan
 from finetrial.assemble import open_workbench
 from finetrial.opening import open_home, resolve_inputs
+from finetrial.stats import paired_difference
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 
@@ -69,16 +74,23 @@ class Part(NamedTuple):
     more: str = ""
 
 
-PARTS = {
-    "sst2": Part(3000, 10_000, 1000, 872, 128),
-    "squad_v2": Part(600, 1200, 200, 400, 384, "max_length: 384"),
+SIZES = {
+    "whole": {
+        "sst2": Part(2000, 10_000, 1000, 872, 128),
+        "squad_v2": Part(300, 600, 150, 400, 384, "max_length: 384"),
+    },
+    "small": {
+        "sst2": Part(600, 2000, 400, 400, 128),
+        "squad_v2": Part(150, 250, 100, 100, 384, "max_length: 384"),
+    },
 }
-# What is switched off, one thing at a time.
+# What is switched off: one thing at a time, and all that changes what is learnt.
 VARIANTS: dict[str, dict[str, str]] = {
     "finetrial": {},
     "whole-trials": {"halving": ""},
     "one-at-a-time": {"run": "parallel: 1"},
     "fp32": {"precision": "fp32"},
+    "as-trainer": {"halving": "", "precision": "fp32"},
 }
 DEFAULTS = {"halving": ", halving: 3", "precision": "bf16", "run": "parallel: auto"}
 METHODS = ("full", "lora")
@@ -86,24 +98,24 @@ TRIALS, SEEDS, EPOCHS, BATCH = 15, 5, 2, 16
 SETTINGS = {"full": {}, "lora": {"rank": 8, "dropout": 0.0}}
 
 
-def text_of(task: str, variant: str) -> str:
-    part, (train, test) = PARTS[task], throughput.FILES[task]
+def text_of(task: str, variant: str, size: str = "whole") -> str:
+    part, (train, test) = SIZES[size][task], throughput.FILES[task]
     chosen = DEFAULTS | VARIANTS[variant]
     return STUDY.format(
         task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, **part._asdict(), **chosen
     )
 
 
-def run(folder: Path, variants: list[str]) -> None:
+def run(folder: Path, size: str, variants: list[str]) -> None:
     for variant in variants:
-        for task in PARTS:
-            place = folder / variant / task
+        for task in SIZES[size]:
+            place = folder / size / variant / task
             place.mkdir(parents=True, exist_ok=True)
-            (place / "study.yaml").write_text(text_of(task, variant))
+            (place / "study.yaml").write_text(text_of(task, variant, size))
             command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
-            begun = time.perf_counter()
+            fresh, begun = not (place / "home").exists(), time.perf_counter()
             subprocess.run([*command, "--home", str(place / "home")], check=True)
-            if not (place / "seconds.json").exists():
+            if fresh:
                 (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
 
 
@@ -114,7 +126,7 @@ def sample(task: str, method: str, variant: str, steps: int) -> dict[str, float]
     from transformers import Trainer, TrainingArguments
 
     torch.set_num_threads(os.cpu_count() or 1)
-    part = PARTS[task]
+    part = SIZES["whole"][task]
     maximum = 384 if variant == "recipe" else part.maximum
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "study.yaml"
@@ -155,18 +167,16 @@ def sample(task: str, method: str, variant: str, steps: int) -> dict[str, float]
     return {
         "ready_s": ready, "step_s": trained / (steps + 1), "evaluated_row_s": evaluated / len(judged),
         "inputs_per_row": len(features) / len(bench.splits.train),
-        "validation_inputs": len(validation),
         "tested_inputs_per_row": len(validation) / len(bench.splits.validation),
     }  # fmt: skip
 
 
-def reckoned(task: str, found: dict[str, float], variant: str) -> float:
+def reckoned(part: Part, found: dict[str, float], variant: str) -> float:
     """Seconds of an arm's 15 trials and 5 replicates by a baseline, from its sample."""
-    part = PARTS[task]
 
     def one(rows: int, *, tested: bool) -> float:
         steps = EPOCHS * -(-int(rows * found["inputs_per_row"]) // BATCH)
-        judged = EPOCHS * found["validation_inputs"]
+        judged = EPOCHS * part.validation * found["tested_inputs_per_row"]
         judged += part.tested * found["tested_inputs_per_row"] if tested else 0
         return steps * found["step_s"] + judged * found["evaluated_row_s"]
 
@@ -178,12 +188,11 @@ def baselines(folder: Path, steps: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = {}
     for variant in ("trainer", "recipe"):
-        for task in PARTS:
+        for task in SIZES["whole"]:
             for method in METHODS:
                 command = [sys.executable, __file__, "sample", variant, task, method, str(steps)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found = json.loads(done.stdout.strip().splitlines()[-1])
-                found["reckoned_s"] = reckoned(task, found, variant)
                 report[f"{variant} {task} {method}"] = found
                 sys.stdout.write(f"{variant} {task} {method} {json.dumps(found)}\n")
                 sys.stdout.flush()
@@ -192,38 +201,44 @@ def baselines(folder: Path, steps: int) -> None:
 
 def table(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "baselines.json").read_text())
-    report: dict[str, Any] = {
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()}, "sample": found, "rows": [],
-    }  # fmt: skip
-    for task in PARTS:
-        by = {
-            variant: sum(found[f"{variant} {task} {method}"]["reckoned_s"] for method in METHODS)
-            for variant in ("trainer", "recipe")
-        }
-        for variant in VARIANTS:
-            place = folder / variant / task
-            if not (place / "seconds.json").exists():
-                continue
-            seconds = json.loads((place / "seconds.json").read_text())
-            summary = Home(place / "home").summary()
-            report["rows"].append(
-                {
-                    "task": task, "variant": variant, "seconds": round(seconds, 1),
-                    "faster_than_trainer": round(by["trainer"] / seconds, 2),
-                    "faster_than_recipe": round(by["recipe"] / seconds, 2),
-                    "test": {
-                        arm.method: arm.test[next(t.metric for t in summary.tasks)].model_dump()
-                        for arm in summary.arms
-                    },
-                    "settings": {
-                        arm.method: next(t.settings for t in arm.search.trials if t.run_id == arm.search.best)
-                        for arm in summary.arms
-                    },
-                    "search_tokens": {row.method: row.search_tokens for row in summary.ledger},
-                }
-            )  # fmt: skip
-        report.setdefault("reckoned_s", {})[task] = by
+    rows = []
+    for size, task, variant in itertools.product(SIZES, SIZES["whole"], VARIANTS):
+        place, part = folder / size / variant / task, SIZES[size][task]
+        if not Home(place / "home").summary_file.exists():
+            continue
+        row: dict[str, Any] = {"size": size, "task": task, "variant": variant} | learnt(place)
+        if (place / "seconds.json").exists():
+            row["seconds"] = round(json.loads((place / "seconds.json").read_text()), 1)
+            for baseline in ("trainer", "recipe"):
+                by = sum(reckoned(part, found[f"{baseline} {task} {m}"], baseline) for m in METHODS)
+                row |= {f"{baseline}_s": round(by), f"faster_than_{baseline}": round(by / row["seconds"], 2)}
+        rows.append(row)
+    own = {(row["task"], row["variant"]): row["scores"] for row in rows if row["size"] == "whole"}
+    report = {
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "sample": found,
+        "rows": rows,
+    }
+    for task in SIZES["whole"]:
+        if {(task, "finetrial"), (task, "as-trainer")} <= set(own):
+            report.setdefault("less_than_trainer", {})[task] = {
+                method: paired_difference(own[task, "finetrial"][method], scores)._asdict()
+                for method, scores in own[task, "as-trainer"].items()
+            }
     return report
+
+
+def learnt(place: Path) -> dict[str, Any]:
+    """What a study of finetrial chose and reached, and the tokens that its searches took."""
+    summary = Home(place / "home").summary()
+    return {
+        "scores": {arm.method: [point.score for point in arm.replicates] for arm in summary.arms},
+        "settings": {
+            arm.method: next(t.settings for t in arm.search.trials if t.run_id == arm.search.best)
+            for arm in summary.arms
+        },
+        "search_tokens": {row.method: row.search_tokens for row in summary.ledger},
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -236,12 +251,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("verb", choices=("run", "baselines", "table"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--size", choices=list(SIZES), default="whole")
+    parser.add_argument("--variants", default="finetrial")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.verb == "run":
-        run(given.folder.resolve(), given.variants.split(","))
+        run(given.folder.resolve(), given.size, given.variants.split(","))
     elif given.verb == "baselines":
         baselines(given.folder, given.steps)
     else:

@@ -115,12 +115,58 @@ def halving(found: dict[str, Any]) -> str:
     return table(("task", *columns), rows)
 
 
+def study(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["task"], f"{row['seconds']:,.0f}",
+            *(
+                f"{row[f'{baseline}_s']:,.0f}: {row[f'faster_than_{baseline}']:.1f}"
+                for baseline in ("trainer", "recipe")
+            ),
+        )
+        for row in found["rows"]
+        if row["size"] == "whole" and row["variant"] == "finetrial"
+    ]  # fmt: skip
+    return table(("task", "finetrial, s", "(a) reckoned, s: times", "(c) reckoned, s: times"), rows)
+
+
+def study_scores(found: dict[str, Any]) -> str:
+    rows = []
+    for task, by_method in found.get("less_than_trainer", {}).items():
+        own = {
+            row["variant"]: row["scores"]
+            for row in found["rows"]
+            if (row["size"], row["task"]) == ("whole", task)
+        }
+        for method, gap in by_method.items():
+            means = (statistics.fmean(own[variant][method]) for variant in ("finetrial", "as-trainer"))
+            interval = f"{gap['estimate']:+.2f} ({gap['low']:+.2f} .. {gap['high']:+.2f})"
+            rows.append((task, METHODS[method], *(f"{mean:.2f}" for mean in means), interval))
+    columns = ("score of test", "as (a) searches and trains", "difference, 95 % interval")
+    return table(("task", "method", *columns), rows)
+
+
+def study_parts(found: dict[str, Any]) -> str:
+    small = [row for row in found["rows"] if row["size"] == "small"]
+    whole = {row["task"]: row["seconds"] for row in small if row["variant"] == "finetrial"}
+    rows = [
+        (row["variant"], row["task"], f"{row['seconds']:,.0f}", f"{row['seconds'] / whole[row['task']]:.2f}")
+        for row in small
+        if row["variant"] != "finetrial"
+    ]
+    rows += [("nothing", task, f"{seconds:,.0f}", "1") for task, seconds in whole.items()]
+    return table(("switched off", "task", "seconds", "times as long"), rows)
+
+
 # The name of a table -> the file that it is of, and how it is written.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput.json", throughput),
     "faster": ("throughput.json", faster),
     "worker_start": ("worker_start.json", worker_start),
     "overhead": ("overhead.json", overhead),
+    "study": ("study.json", study),
+    "study_scores": ("study.json", study_scores),
+    "study_parts": ("study.json", study_parts),
     "halving": ("halving.json", halving),
     "regression": ("regression.json", regression),
     "similarity": ("similarity.json", similarity),
