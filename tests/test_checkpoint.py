@@ -6,6 +6,9 @@ import errno
 import json
 import random
 import shutil
+import threading
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 import torch
 
 from finetrial import checkpoint, files
-from finetrial.checkpoint import load_best, newest, restore, save, save_best
+from finetrial.checkpoint import Writer, load_best, newest, restore, save_best, take
 
 
 def parts(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
@@ -35,6 +38,10 @@ def train(model: Any, optimizer: Any, schedule: Any, steps: int) -> None:
         (model.gate * model["a"](torch.full((1, 3), 1.0 + step)).square().sum()).backward()
         optimizer.step()
         schedule.step()
+
+
+def save(folder: Path, *given: Any) -> None:
+    checkpoint.save(folder, take(*given))
 
 
 def bits(model: Any) -> list[bytes]:
@@ -66,6 +73,54 @@ def test_everything_comes_back_and_training_goes_on_the_same(tmp_path):
     train(*fresh, 4)
     assert bits(fresh[0])[:2] == bits(model)[:2]
     assert torch.equal(fresh[0].gate, model.gate)
+
+
+def test_training_goes_on_while_it_is_written_beside_it(tmp_path):
+    """The same is read back as if training had waited."""
+    run, twin = parts(), parts()
+    train(*run, 3)
+    train(*twin, 3)
+    begin = threading.Event()
+    with Writer(beside=True) as writer:
+        taken = take(3, *run, {"best_step": None}, copy=writer.beside)
+        writer.do(lambda: (begin.wait(60), checkpoint.save(tmp_path, taken))[1])
+        train(*run, 2)
+        assert newest(tmp_path, with_best=False) is None
+        begin.set()
+    fresh = parts(seed=1)
+    restore(newest(tmp_path, with_best=False), *fresh)
+    assert bits(fresh[0])[:2] == bits(twin[0])[:2] != bits(run[0])[:2]
+    train(*fresh, 2)
+    assert bits(fresh[0])[:2] == bits(run[0])[:2]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_writer_writes_one_thing_at_a_time_in_order_and_says_what_went_wrong(beside):
+    done: list[int] = []
+
+    def write(number: int) -> None:
+        time.sleep(0.02 / number)
+        done.append(number)
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Writer(beside=beside) as writer:
+        for number in (1, 2, 3):
+            writer.do(partial(write, number))
+    assert done == [1, 2, 3]
+    with pytest.raises(OSError, match="No space"), Writer(beside=beside) as writer:
+        writer.do(fail)
+
+
+def test_what_ends_a_training_is_not_hidden_by_what_ends_its_checkpoint():
+    def train_on_a_full_disk() -> None:
+        with Writer(beside=True) as writer:
+            writer.do(Path("/nowhere").rmdir)
+            raise ValueError("the first")
+
+    with pytest.raises(ValueError, match="the first"):
+        train_on_a_full_disk()
 
 
 def test_the_optimisers_settings_keep_their_types(tmp_path):
@@ -216,7 +271,7 @@ def test_moments_of_other_tensors_are_told_from_an_optimiser_s_own(tmp_path, wid
         made.append((net, optimizer))
     (net, optimizer), (_, other) = made
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    checkpoint.save(tmp_path, 1, net, optimizer, schedule, {})
+    save(tmp_path, 1, net, optimizer, schedule, {})
     found = checkpoint.newest(tmp_path, with_best=False)
     assert found is not None
     assert checkpoint.is_of(found, other) == (width == 4)

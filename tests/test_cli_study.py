@@ -79,14 +79,14 @@ def stage_of(stage: str) -> dict:
     return next(row for row in rows if row["stage"] == stage)
 
 
-@pytest.mark.parametrize("named", ["study.yaml", "runs/small"])
-def test_status_counts_runs_by_the_file_or_the_folder(there, named):
-    stages = json.loads(call("status", named, "--json").stdout)["stages"]
+@pytest.mark.parametrize("named", [["study.yaml"], ["runs/small"], []])
+def test_status_counts_runs_by_the_file_or_the_folder_or_of_the_only_study(there, named):
+    stages = json.loads(call("status", *named, "--json").stdout)["stages"]
     assert [(row["stage"], row["planned"], row["runs"]) for row in stages] == [
         ("baseline", 1, {"done": 1}), ("baseline", 1, {"done": 1}), ("trial", 1, {"done": 1}),
         ("replicate", 1, {"done": 1}), ("probe", 0, {}),
     ]  # fmt: skip
-    shown = call("status", named)
+    shown = call("status", *named)
     assert shown.exit_code == 0
     assert ["trial", "synthetic_qa/full", "1", "1"] in [line.split() for line in shown.stdout.splitlines()]
 
@@ -101,6 +101,18 @@ def test_status_tells_a_run_without_a_result_from_one_under_way(there):
     held = lease.read(trial.lease_file).model_copy(update={"process_started_at": 1.0})
     trial.lease_file.write_text(held.model_dump_json())
     assert stage_of("trial")["runs"] == {"unfinished": 1}
+
+
+def test_status_of_no_study_or_of_one_of_several_asks_for_a_name():
+    result = call("status")
+    assert_refused(result, code=2)
+    assert "name a study's folder or study file; there is none in runs/" in result.stderr
+    for name in ("a", "b"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "study.lock.json").write_text("{}")
+    result = call("status")
+    assert_refused(result, code=2)
+    assert "there are 2 in runs/: runs/a, runs/b" in result.stderr
 
 
 def test_status_of_a_study_that_has_not_begun():

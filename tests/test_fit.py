@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -267,3 +269,22 @@ def test_a_run_over_its_budget_ends_and_leaves_a_checkpoint(tiny_bert, tmp_path)
     with pytest.raises(OutOfMemory, match=r"it took \d+ MB of the 1 MB"):
         alone(train(bench, folder, model, built.tokenizer, features, features, Steps(), fit))
     assert folder.checkpoint_step() == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
+def test_what_a_run_has_freed_does_not_stay_with_the_next_one_of_its_process():
+    """Blocks that lie between others that are still held: freeing them alone gives nothing back."""
+    program = """
+from finetrial import fit
+fit.keep_what_is_freed()
+before = fit.resident_bytes()
+held = [b"x" * 200_000 for _ in range(2000)]
+del held[::2]
+freed = fit.resident_bytes()
+fit.give_back()
+print(before, freed, fit.resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    before, freed, after = map(int, done.stdout.split())
+    assert freed - before > 380e6
+    assert after - before < 240e6

@@ -13,9 +13,11 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -61,23 +63,80 @@ def rule(how: How, start: int = 0) -> Callable[[int], bool]:
     return due
 
 
-def save(folder: Path, step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any]) -> None:
-    """Commit a checkpoint of this step, then drop the older ones. `state` is plain JSON."""
-    with committed(folder / f"step-{step:08d}") as temporary:
-        save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
-        tensors, scalars = _flatten(optimizer.state_dict())
-        random_tensors, random_scalars = _random_states()
-        save_file(_on_cpu({**tensors, **random_tensors}), temporary / "state.safetensors")
-        content = {
-            "step": step,
-            "optimizer": scalars,
-            "scheduler": {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
-            "random": random_scalars,
-            "state": dict(state),
-        }
-        files.write_json(temporary / "state.json", content)
-    best = state.get("best_step")
-    _drop_all_but(folder, {f"step-{step:08d}", _best_name(best) if best is not None else ""})
+class Taken(NamedTuple):
+    """All that a checkpoint holds, on the CPU."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
+    content: str  # JSON
+    best_step: int | None
+
+
+def take(
+    step: int, model: Any, optimizer: Any, scheduler: Any, state: Mapping[str, Any], *, copy: bool = False
+) -> Taken:
+    """What a checkpoint of this step holds. `state` is plain JSON. `copy`: training on does not change it."""
+    tensors, scalars = _flatten(optimizer.state_dict())
+    random_tensors, random_scalars = _random_states()
+    content = {
+        "step": step,
+        "optimizer": scalars,
+        "scheduler": {k: v for k, v in scheduler.state_dict().items() if _is_plain(v)},
+        "random": random_scalars,
+        "state": dict(state),
+    }
+    weights, others = trained_tensors(model), {**tensors, **random_tensors}
+    on_cpu = partial(_on_cpu, copy=copy)
+    return Taken(step, on_cpu(weights), on_cpu(others), files.json_text(content), state.get("best_step"))
+
+
+def save(folder: Path, taken: Taken) -> None:
+    """Commit a checkpoint, then drop the older ones."""
+    name = f"step-{taken.step:08d}"
+    with committed(folder / name) as temporary:
+        save_file(taken.weights, temporary / "weights.safetensors")
+        save_file(taken.tensors, temporary / "state.safetensors")
+        files.write_text(temporary / "state.json", taken.content)
+    _drop_all_but(folder, {name, _best_name(taken.best_step) if taken.best_step is not None else ""})
+
+
+class Writer:
+    """Does what is to be written: at once, or (`beside`) in a thread, while training goes on.
+
+    Beside the training is worth while where that is on a GPU. On a CPU it would take the cores that train, and
+    a copy of all that is written. One thing is written at a time; what went wrong is raised by whoever waits.
+    """
+
+    def __init__(self, *, beside: bool):
+        self.beside = beside
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if beside else None
+        self._waiting: Future[None] | None = None
+
+    def do(self, write: Callable[[], None]) -> None:
+        """Write, once what came before is written."""
+        self.wait()
+        if self._thread is None:
+            write()
+        else:
+            self._waiting = self._thread.submit(write)
+
+    def wait(self) -> None:
+        """Until all is written."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
 
 
 def save_best(folder: Path, step: int, model: Any) -> None:
@@ -179,8 +238,8 @@ def _drop_all_but(folder: Path, keep: set[str]) -> None:
             files.discard(path)
 
 
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _on_cpu(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=copy).contiguous() for name, tensor in tensors.items()}
 
 
 def _load_weights(path: Path, model: Any) -> None:

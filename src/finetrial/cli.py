@@ -118,10 +118,10 @@ def run(study: Path, home: Path | None, retry_failed: bool) -> None:
 
 
 @main.command()
-@click.argument("home", type=click.Path(path_type=Path))
+@click.argument("home", required=False, type=click.Path(path_type=Path))
 @json_option
-def status(home: Path, as_json: bool) -> None:
-    """How far a study is. HOME is its folder or its study file."""
+def status(home: Path | None, as_json: bool) -> None:
+    """How far a study is. HOME is its folder or its study file; none: the one study in runs/."""
     from finetrial import pipeline, terminal
 
     path = _home(home)
@@ -199,8 +199,21 @@ def _load(file: Path, home: Path | None):
     return study, home or Path("runs") / study.study
 
 
-def _home(path: Path) -> Path:
-    """A study's folder, given that or a study file."""
+def _homes() -> list[Path]:
+    return sorted(path.parent for path in Path("runs").glob("*/study.lock.json"))
+
+
+def _home(path: Path | None) -> Path:
+    """A study's folder, given that or a study file, or nothing where there is one alone."""
+    if path is None:
+        if len(homes := _homes()) == 1:
+            return homes[0]
+        here = (
+            f"there are {len(homes)} in runs/: {', '.join(map(str, homes))}"
+            if homes
+            else "there is none in runs/"
+        )
+        raise click.UsageError(f"name a study's folder or study file; {here}")
     if path.is_dir():
         return path
     if path.suffix in (".yaml", ".yml"):
@@ -213,7 +226,7 @@ def _find_run(run_id: str, home: Path | None) -> Path:
 
     if (Path(run_id) / "spec.json").exists():
         return Path(run_id)
-    homes = [home] if home else sorted(p.parent for p in Path("runs").glob("*/study.lock.json"))
+    homes = [home] if home else _homes()
     found = [run.path for place in homes for run in Home(place).find(run_id)]
     if not found:  # any part of its name will do, the hash alone for one
         found = [run.path for place in homes for run in Home(place).find("") if run_id in run.path.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import platform
 import resource
@@ -308,6 +309,13 @@ def give_back_at_once() -> None:
     """From now on a large block goes back to the system when it is freed, where the C library can be told."""
     if (library := _c_library()) is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        library.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Give the system what an earlier run of this process has freed and not given back."""
+    gc.collect()
+    if (library := _c_library()) is not None:
         library.malloc_trim(0)
 
 

@@ -56,6 +56,7 @@ class Loop:
     clock: Clock
     stepper: Stepper
     used: UsedRows | None
+    writer: checkpoint.Writer
 
     def step(self, batch: Sequence[Feature]) -> Generator[Turn, float, None]:
         """One optimiser step over one effective batch.
@@ -178,6 +179,7 @@ class Loop:
         if gain > 0 or rules.keep == "last":
             progress.keep(score, scored)
             if keeps_best(bench.spec):
+                self.writer.wait()
                 checkpoint.save_best(self.folder.checkpoint, progress.step, self.model)
         stopping = rules.early_stopping
         if stopping is not None and regular:
@@ -218,23 +220,31 @@ class Loop:
             check(self.fit)
         except OutOfMemory:
             self.save()
+            self.writer.wait()
             raise
 
     def save(self) -> None:
         """A checkpoint of this step."""
         self.clock.train()
         self.progress.decay_owed = self.used.owed if self.used is not None else 1.0
-        started = time.perf_counter()
-        checkpoint.save(
-            self.folder.checkpoint, self.progress.step, self.model, self.optimizer, self.scheduler,
-            asdict(self.progress),
+        place, judged = self.folder.checkpoint, self.progress.step - self.progress.unjudged
+        taken = checkpoint.take(
+            self.progress.step, self.model, self.optimizer, self.scheduler, asdict(self.progress),
+            copy=self.writer.beside,
         )  # fmt: skip
-        seconds = round(time.perf_counter() - started, 3)
-        drop_up_to(self.folder.checkpoint, self.progress.step - self.progress.unjudged)
-        self.folder.event("checkpoint", step=self.progress.step, seconds=seconds, peak_bytes=peak_bytes())
+
+        def write() -> None:
+            started = time.perf_counter()
+            checkpoint.save(place, taken)
+            seconds = round(time.perf_counter() - started, 3)
+            drop_up_to(place, judged)
+            self.folder.event("checkpoint", step=taken.step, seconds=seconds, peak_bytes=peak_bytes())
+
+        self.writer.do(write)
 
     def leave(self) -> NoReturn:
         """End the process as it was told to; a checkpoint is there."""
+        self.writer.wait()
         sys.stderr.write(f"asked to end: left after step {self.progress.step}, with a checkpoint\n")
         self.folder.event("left when asked to end", step=self.progress.step)
         sys.exit(EXIT_CODE)

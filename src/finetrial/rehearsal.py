@@ -195,6 +195,7 @@ def _judge(loop: Loop, validation: Sequence[Feature]) -> float:
 def _write_checkpoint(loop: Loop, folder: RunFolder) -> tuple[float, int]:
     lap = _Lap()
     loop.save()
+    loop.writer.wait()
     seconds, size = lap(), _bytes_in(folder.checkpoint)
     folder.drop_checkpoint()
     return seconds, size

@@ -19,7 +19,7 @@ DRIFTS = (  # what of the summary, how it is called, decimals
     ("angle", "Procrustes angle, rad", 3),
     ("relative_change", "relative change", 3),
     ("seed_to_seed", "seed to seed, 1 − CKA", 3),
-    ("perturbed", "noise of the same norm, 1 − CKA", 3),
+    ("perturbed", "noise of the same norm, 1 − CKA", 4),
 )
 
 

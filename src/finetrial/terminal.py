@@ -212,6 +212,8 @@ def show_run(path: Path, *, as_json: bool) -> None:
         used = record.result.settings_used.get(name) if record.result else None
         table.add_row(name, f"{value}" if used in (None, value) else f"{value} (used {used:.6g})")
     if record.result:
+        for name in sorted(record.result.settings_used.keys() - record.spec.settings.keys()):
+            table.add_row(name, f"{record.result.settings_used[name]} (by policy)")
         for split, scores in record.result.scores.items():
             table.add_row(split, ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         if record.result.proof:
@@ -252,6 +254,10 @@ def _show_losses(folder: RunFolder) -> None:
             numbers = (record.get(name, math.nan) for name in ("loss", "gradient_norm", "weight_growth"))
             table.add_row(str(record["step"]), *(f"{number:.4g}" for number in numbers), rate)
     console.print(table)
+    if len(records) > LAST_RECORDS:
+        console.print(
+            f"the last {LAST_RECORDS} of {len(records)} records; all: {folder.metrics_file}", soft_wrap=True
+        )
 
 
 def _run_json(record: RunRecord) -> dict[str, Any]:

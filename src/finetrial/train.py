@@ -95,6 +95,25 @@ def train(
     spec = bench.spec
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
     loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps)
+    with loop.writer:
+        yield from _turns(loop, features, validation, steps_per_epoch, asked)
+
+    trained = loop.accelerator.unwrap_model(loop.model)
+    used = settings_used(
+        spec.settings, loop.optimizer, loop.scheduler, progress.largest_batch, planned_steps, steps_per_epoch
+    )
+    used |= bench.method()[0].read_back(trained)
+    if keeps_best(spec) and progress.best_step != progress.step:
+        checkpoint.load_best(folder.checkpoint, progress.best_step or 0, loop.model)
+    return Trained(trained, loop.accelerator, used)
+
+
+def _turns(
+    loop: Loop, features: Sequence[Feature], validation: Sequence[Feature], steps_per_epoch: int,
+    asked: Callable[[], bool],
+) -> Generator[Turn, float, None]:  # fmt: skip
+    """Every step from where the loop is to where the training ends, with its evaluations and checkpoints."""
+    spec, fit, progress, planned_steps = loop.bench.spec, loop.fit, loop.progress, loop.planned_steps
     evaluate_at = evaluation_steps(planned_steps, steps_per_epoch, spec.rules.evaluations_per_epoch)
     ends = spec.rung.steps(planned_steps) if spec.rung else (planned_steps,)
     regular, evaluate_at = evaluate_at, evaluate_at | set(ends)
@@ -127,15 +146,6 @@ def train(
         if over:  # what is left is the test
             break
     loop.clock.train()
-
-    trained = loop.accelerator.unwrap_model(loop.model)
-    used = settings_used(
-        spec.settings, loop.optimizer, loop.scheduler, progress.largest_batch, planned_steps, steps_per_epoch
-    )
-    used |= bench.method()[0].read_back(trained)
-    if keeps_best(spec) and progress.best_step != progress.step:
-        checkpoint.load_best(folder.checkpoint, progress.best_step or 0, loop.model)
-    return Trained(trained, loop.accelerator, used)
 
 
 def make_accelerator(rules: LoopRules) -> Accelerator:
@@ -170,7 +180,7 @@ def open_loop(
     stepper = Stepper(trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
-        Clock(progress), stepper, used,
+        Clock(progress), stepper, used, checkpoint.Writer(beside=accelerator.device.type == "cuda"),
     )  # fmt: skip
 
 

@@ -128,8 +128,9 @@ def _prepare(spec: RunSpec) -> ModuleType:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nor is memory filled that is written before it is read, which that would have.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
-    from finetrial import attention, dropout, stages
+    from finetrial import attention, dropout, fit, stages
 
+    fit.give_back()
     dropout.install()
     attention.install()
     return stages
