@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from finetrial.cli import main
@@ -89,6 +90,17 @@ def test_what_run_needs_too_is_done_once(tiny_bert):
     after = {folder.path.name: folder.result_file.stat().st_mtime_ns for folder in HOME.find("")}
     assert {name: after[name] for name in before} == before
     assert "rehears" not in Path("runs/small/report/index.html").read_text().lower()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="of Linux")
+@pytest.mark.parametrize("train", ["{seeds: 1}", "{seeds: 1, precision: fp32}"])
+def test_a_processor_whose_bf16_nobody_has_decided_on_is_told(tiny_bert, train):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) and not torch.cuda.is_available()
+    write_study(tiny_bert, measure="[]", methods=f"{{full: {RATES}}}", train=train)
+    assert call("check", "study.yaml").exit_code == 0
+    told = [note for note in check_json()["notes"] if "instructions for bf16" in note]
+    assert len(told) == (native and "fp32" not in train)
 
 
 def test_json_is_the_file_and_nothing_else(tiny_bert):

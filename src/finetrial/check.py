@@ -221,9 +221,17 @@ def _notes(found: Evidence, tasks: dict[str, TaskCheck]) -> list[str]:
             why = f"{failed.kind.replace('_', ' ')}: {failed.reason}; {NEXT_STEP[failed.kind]}"
             said.append(f"{task}: the head on a frozen body, a baseline and a control, has no result: {why}")
     for arm, record in found.rehearsals.items():
-        count = rehearsal_of(record).contradictions if record.result else 0
-        if count:
-            said.append(f"{arm.partition('/')[0]}: {count} training inputs occur again with another label")
+        if record.result is None:
+            continue
+        rehearsal = rehearsal_of(record)
+        if rehearsal.contradictions:
+            count, task_name = rehearsal.contradictions, arm.partition("/")[0]
+            said.append(f"{task_name}: {count} training inputs occur again with another label")
+        if rehearsal.could_be_bf16:
+            said.append(
+                "this processor has instructions for bf16, and `train.precision: auto` trains in fp32 on it; "
+                "with `bf16` steps of MiniLM were 1.4 to 2 times as fast (docs/benchmarks.md)"
+            )
     for arm in {pilot.spec.arm for pilot in found.pilots}:
         task = tasks[arm.partition("/")[0]]
         pilots = [pilot for pilot in found.pilots if pilot.spec.arm == arm]

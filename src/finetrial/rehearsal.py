@@ -22,7 +22,7 @@ from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, keep_to, peak_bytes, split
 from finetrial.loop import Loop
 from finetrial.measuring import keep_and_measure
-from finetrial.optimisation import planned_batches
+from finetrial.optimisation import could_be_bf16, planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Setting
@@ -101,6 +101,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         model_bytes=kept.model_bytes,
         probe_seconds=opened + kept.measure_seconds if measures else 0.0,
         contradictions=contradictions(features),
+        could_be_bf16=could_be_bf16(spec.rules),
     )
     return Result(
         run_id=spec.run_id, outcome="done", measures={"rehearsal": found.model_dump(mode="json")},

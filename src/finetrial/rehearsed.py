@@ -63,3 +63,4 @@ class Rehearsal(Frozen):
         float  # to measure one that has a neighbour, without the start of the process; 0: nothing asked
     )
     contradictions: int  # training inputs that occur again with another label
+    could_be_bf16: bool = False  # `precision: auto` is fp32 on a processor that has instructions for bf16
