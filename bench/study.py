@@ -144,7 +144,7 @@ def sample(task: str, method: str, variant: str, steps: int) -> dict[str, float]
         }  # fmt: skip
         spec = plan.trial(study, chosen_task, chosen, 0, settings, inputs, os.cpu_count() or 1)
         bench = open_workbench(spec, home)
-        model, built = bench.build_tuned()
+        model, built = throughput.users_model(bench)
         features = bench.encode(bench.splits.train, built)
         validation = bench.encode(bench.splits.validation, built)
         ready = time.perf_counter() - begun

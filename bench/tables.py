@@ -125,7 +125,7 @@ def study(found: dict[str, Any]) -> str:
             ),
         )
         for row in found["rows"]
-        if row["size"] == "whole" and row["variant"] == "finetrial"
+        if row["size"] == "whole" and row["variant"] == "finetrial" and "seconds" in row
     ]  # fmt: skip
     return table(("task", "finetrial, s", "(a) reckoned, s: times", "(c) reckoned, s: times"), rows)
 
@@ -147,12 +147,12 @@ def study_scores(found: dict[str, Any]) -> str:
 
 
 def study_parts(found: dict[str, Any]) -> str:
-    small = [row for row in found["rows"] if row["size"] == "small"]
+    small = [row for row in found["rows"] if row["size"] == "small" and "seconds" in row]
     whole = {row["task"]: row["seconds"] for row in small if row["variant"] == "finetrial"}
     rows = [
         (row["variant"], row["task"], f"{row['seconds']:,.0f}", f"{row['seconds'] / whole[row['task']]:.2f}")
         for row in small
-        if row["variant"] != "finetrial"
+        if row["variant"] != "finetrial" and row["task"] in whole
     ]
     rows += [("nothing", task, f"{seconds:,.0f}", "1") for task, seconds in whole.items()]
     return table(("switched off", "task", "seconds", "times as long"), rows)

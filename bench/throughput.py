@@ -27,6 +27,7 @@ from typing import Any
 
 from finetrial import plan
 from finetrial.assemble import Workbench, open_workbench
+from finetrial.models import linear_names
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Feature
 from finetrial.records import RunSpec
@@ -117,13 +118,29 @@ def padded_collate(tokenizer: Any, maximum: int | None) -> Callable[[list[dict[s
     return collate
 
 
+def users_model(bench: Workbench) -> tuple[Any, Any]:
+    """The model as a user has it from transformers and PEFT, of nothing but these, and what it was built as."""
+    import peft
+
+    built, settings = bench.build_base(), bench.spec.settings
+    assert bench.spec.method is not None
+    if bench.spec.method.name == "full":
+        return built.model.requires_grad_(True), built
+    config = peft.LoraConfig(
+        r=int(settings["rank"]), lora_alpha=2 * int(settings["rank"]), lora_dropout=float(settings["dropout"]),
+        target_modules=linear_names(built.model, built.head_names, attention_only=False),
+        modules_to_save=list(built.head_names),
+    )  # fmt: skip
+    return peft.get_peft_model(built.model, config), built
+
+
 def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainingArguments
 
     torch.set_num_threads(os.cpu_count() or 1)
     bench: Workbench = open_workbench(spec, home)
-    model, built = bench.build_tuned()
+    model, built = users_model(bench)
     features = bench.encode(bench.splits.train, built)
     rows, seen = trainer_rows(features), [0]
     pad = padded_collate(built.tokenizer, None if grouped else MAXIMUM.get(spec.task.name, 128))

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -91,6 +92,20 @@ train: {{seeds: 2}}
 measure: {{drift: {{rows: 24}}, spectrum: {{}}}}
 run: {{threads: 1, log_steps: 1, parallel: 2}}
 """
+
+
+@pytest.fixture
+def as_in_a_run() -> Iterator[None]:
+    """Attention and dropout as a run's own process has them."""
+    from transformers.modeling_utils import AttentionInterface
+
+    from finetrial import attention, dropout
+
+    before = AttentionInterface()["sdpa"]
+    attention.install()
+    dropout.install()
+    yield
+    AttentionInterface.register("sdpa", before)
 
 
 @pytest.fixture

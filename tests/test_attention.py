@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from finetrial import attention, dropout
+from finetrial.memory import LiveBytes
 
 MODULE = SimpleNamespace(is_causal=False)
 
@@ -56,6 +58,7 @@ def test_values_and_gradients_are_the_librarys_whatever_the_pieces(
             mask = mask.expand(rows, 1, length, keys)  # as transformers makes it
         if kind == "added":
             mask = torch.where(mask, torch.randn(mask.shape, generator=made), -1e30)
+    dropout.install()  # pieces break off between words of its random bits
     before = attention.PIECE_BYTES
     try:
         attention.PIECE_BYTES = piece
@@ -88,20 +91,62 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(call, tensors, eps=1e-2, atol=2e-3, rtol=2e-2)
 
 
-def test_a_query_without_keys_has_finite_values_and_gradients():
+@pytest.mark.parametrize("added", [False, True])
+def test_a_query_without_keys_has_finite_values_and_gradients(added):
     mask = torch.ones(3, 1, 9, 9, dtype=torch.bool)
     mask[1, :, 4] = False
+    if added:
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     assert all(bool(torch.isfinite(each).all()) for each in found(attention.attention, inputs(), mask))
 
 
+def test_what_is_counted_of_it_is_what_all_its_pieces_take():
+    """Only the first two pieces are counted (`fit.py`); memory does not depend on how many follow."""
+
+    def peak() -> int:
+        with FakeTensorMode(), LiveBytes() as live:
+            tensors = [torch.empty(16, 2, 40, 8, requires_grad=True) for _ in range(3)]
+            query, key, value = tensors
+            attention.attention(MODULE, query, key, value, None, dropout=0.1)[0].sum().backward()
+        return live.peak
+
+    before, attention.PIECE_BYTES = attention.PIECE_BYTES, 4 * 2 * 40 * 40
+    try:
+        short = peak()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "detect_fake_mode", lambda _: None)
+            assert short == peak()
+    finally:
+        attention.PIECE_BYTES = before
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    query, key, value = inputs()
+    output = attention.dropped(query, key, value, None, 0.3, 0.5)
+    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(
-    "case", ["no dropout", "all dropped", "causal without a mask", "fewer heads of keys", "a bias of positions"]
-)
+    "case",
+    [
+        "no dropout", "all dropped", "causal without a mask", "no word on being causal", "fewer heads of keys",
+        "a bias of positions", "a mask that learns", "a mask of two dimensions",
+    ],
+)  # fmt: skip
 def test_what_it_is_not_made_for_is_the_librarys(case):
     tensors = inputs(heads=2)
     options: dict[str, Any] = {}
     p = {"no dropout": 0.0, "all dropped": 1.0}.get(case, 0.3)
     module = SimpleNamespace(is_causal=case == "causal without a mask")
+    mask = None
+    if case == "no word on being causal":
+        del module.is_causal
+    if case == "a mask that learns":
+        mask = torch.zeros(3, 1, 9, 9, requires_grad=True)
+    if case == "a mask of two dimensions":
+        mask = torch.ones(9, 9, dtype=torch.bool)
     if case == "fewer heads of keys":
         tensors[1:] = inputs(heads=1)[1:]
         module.num_key_value_groups = 2
@@ -112,7 +157,7 @@ def test_what_it_is_not_made_for_is_the_librarys(case):
         torch.manual_seed(0)
         given = {"dropout": p} | options
         query, key, value = tensors
-        outputs.append(call(module, query, key, value, None, **given)[0])
+        outputs.append(call(module, query, key, value, mask, **given)[0])
     assert torch.equal(*outputs)
 
 

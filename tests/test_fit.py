@@ -17,7 +17,7 @@ from finetrial.assemble import open_workbench
 from finetrial.batching import collate, micro_batches, model_inputs
 from finetrial.engines.inline import Inline
 from finetrial.errors import DoesNotFit, OutOfMemory
-from finetrial.fit import MARGIN, Ladder, budget_of
+from finetrial.fit import MARGIN, ROOMY, Ladder, budget_of
 from finetrial.packing import Packing
 from finetrial.progress import Progress
 from finetrial.records import Fit
@@ -29,6 +29,7 @@ from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run, unmeasured
 
 NO_DROPOUT = {"dropout": 0.0}
+pytestmark = pytest.mark.usefixtures("as_in_a_run")
 
 
 @given(
@@ -269,6 +270,34 @@ def test_a_run_over_its_budget_ends_and_leaves_a_checkpoint(tiny_bert, tmp_path)
     with pytest.raises(OutOfMemory, match=r"it took \d+ MB of the 1 MB"):
         alone(train(bench, folder, model, built.tokenizer, features, features, Steps(), fit))
     assert folder.checkpoint_step() == 1
+
+
+def test_whether_freed_blocks_are_kept_goes_by_the_room_there_is_now(tiny_bert, tmp_path):
+    climbed = ladder(make_spec(tiny_bert, "full", how={"packed": True}), tmp_path)
+    roomy = climbed.choose(0)
+    assert (roomy.tight, roomy.takes) == (False, int(ROOMY * roomy.predicted))
+    elsewhere = roomy.model_copy(update={"tight": True, "surplus": 1.0})
+    assert climbed.choose(0, earlier=elsewhere) == roomy
+    again = climbed.choose(1)  # memory has run out
+    assert (again.tight, again.takes) == (True, again.predicted)
+    climbed.budget = over(roomy.predicted)
+    short = climbed.choose(0)
+    assert (short.tight, short.takes) == (True, short.predicted)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
+def test_of_several_trainings_in_a_process_one_that_is_short_of_memory_decides():
+    program = """
+from finetrial import fit
+fit.give_back_at_once()
+fit.keep_what_is_freed()
+before = fit.resident_bytes()
+held = [bytearray(100_000) for _ in range(2000)]
+held.clear()
+print(fit.resident_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 20e6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")

@@ -8,6 +8,8 @@ import transformers
 
 from finetrial.last_layer import narrow
 
+pytestmark = pytest.mark.usefixtures("as_in_a_run")
+
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
     "intermediate_size": 32, "num_labels": 3, "attn_implementation": "sdpa",

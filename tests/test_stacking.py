@@ -22,6 +22,8 @@ from finetrial.store import Home
 from test_pipeline import run_study, start, wait_for_running
 from tiny_runs import folder_of, make_spec, run
 
+pytestmark = pytest.mark.usefixtures("as_in_a_run")
+
 LOSS_TOLERANCE, WEIGHTS_TOLERANCE = 1e-4, 1e-3
 
 

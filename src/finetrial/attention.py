@@ -3,20 +3,25 @@
 PyTorch's fused kernel has no dropout on a CPU. What it falls back to makes half a dozen passes over tensors of
 [rows, heads, length, length], too large for any cache, and keeps three of them for the backward pass. Here all
 that is done with some rows while they are in the cache, and one such tensor is kept: the probabilities, with a
-minus sign where they were kept by the dropout. At 16 rows of 320 tokens it is 2.3 times as fast (docs/log.md).
+minus sign where they were kept by the dropout. At 16 rows of 320 tokens it is twice as fast (docs/log.md).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 # Of one [rows, heads, length, length] tensor of a piece; there are three, beside what the products touch.
 PIECE_BYTES = 1 << 20
+DRAWN_TOGETHER = 4  # elements of a mask, at most, from one word of random bits (dropout.py)
 
 
 def install() -> None:
@@ -29,10 +34,12 @@ def attention(
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, **options: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """The library's attention "sdpa", [rows, length, heads, features]; where it drops on a CPU, by pieces."""
-    causal = module.is_causal if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[:2] == key.shape[:2] == value.shape[:2]
     plain = attention_mask is not None or not causal or query.shape[2] == 1
     special = any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if attention_mask is not None:
+        special = special or attention_mask.ndim != 4 or attention_mask.requires_grad
     if query.device.type != "cpu" or not 0 < dropout < 1 or not alike or not plain or special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
@@ -49,26 +56,32 @@ def dropped(
 
     The three are [rows, heads, length, features], and what is given [rows, length, heads, features]. `mask` is
     added as it is, has no gradient, and may be of one row, head or query for all. Computed in fp32 whatever the
-    type of the three. What is dropped is what the library would drop from the same state of the generator. A
-    query that the mask leaves no key attends to all alike.
+    type of the three. What is dropped is what the library would drop from the same state of the generator, if
+    that draws by `dropout.py`. A query that the mask leaves no key attends to all alike.
     """
     return _Dropped.apply(query, key, value, mask, p, scale)
 
 
 def _added(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as something to add: of a boolean one, 0 where it is true."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
+    """A mask as something finite to add: of a boolean one, 0 where it is true."""
+    least = torch.finfo(torch.float32).min
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        return mask.float().clamp(min=least)
     if mask.shape[2] > 1 and mask.stride(2) == 0:  # one for all queries, written out by a view
         mask = mask[:, :, :1]
-    least = torch.finfo(torch.float32).min
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, least)
 
 
 def _pieces(query: torch.Tensor, key: torch.Tensor) -> Iterator[slice]:
-    one = 4 * query.shape[1] * query.shape[2] * key.shape[2]
-    rows = max(1, PIECE_BYTES // one)
-    return (slice(start, start + rows) for start in range(0, len(query), rows))
+    """Some rows each; so many that no piece but the last breaks off within a word that masks are drawn from."""
+    one = query.shape[1] * query.shape[2] * key.shape[2]
+    words = DRAWN_TOGETHER // math.gcd(DRAWN_TOGETHER, one)
+    rows = -(-max(1, PIECE_BYTES // (4 * one)) // words) * words
+    found = (slice(start, start + rows) for start in range(0, len(query), rows))
+    # Where only memory is counted, the second piece is as the others: its parts lie beside the first one's.
+    return itertools.islice(found, 2) if detect_fake_mode((query,)) else found
 
 
 def _flat(values: torch.Tensor) -> torch.Tensor:
@@ -109,7 +122,8 @@ class _Dropped(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         query, key, value, signed = ctx.saved_tensors
         found = [torch.empty_like(each) for each in (query, key, value)]
         with torch.autocast("cpu", enabled=False):

@@ -230,7 +230,7 @@ def _notes(found: Evidence, tasks: dict[str, TaskCheck]) -> list[str]:
         if rehearsal.could_be_bf16:
             said.append(
                 "this processor has instructions for bf16, and `train.precision: auto` trains in fp32 on it; "
-                "with `bf16` steps of MiniLM were 1.4 to 2 times as fast (docs/benchmarks.md)"
+                "with `bf16` steps of MiniLM were 1.3 to 1.7 times as fast (docs/log.md)"
             )
     for arm in {pilot.spec.arm for pilot in found.pilots}:
         task = tasks[arm.partition("/")[0]]

@@ -137,6 +137,8 @@ class Writer:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            if self._waiting is not None and (lost := self._waiting.exception()) is not None:
+                sys.stderr.write(f"the last checkpoint could not be written: {lost}\n")
 
 
 def save_best(folder: Path, step: int, model: Any) -> None:

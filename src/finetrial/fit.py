@@ -46,6 +46,8 @@ FIRST_TOUCHED_BYTES = 20_000_000
 ROOMY = 2.5
 LARGE_BLOCK_BYTES = 65_536
 KEPT_BLOCK_BYTES = 1 << 30
+DEFAULT_TRIM_BYTES = 128 << 10
+_gives_back = False
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 # Tensors per output in the coarse bound: twice what the largest of bench/memory.py holds, and their spread.
 COARSE = 8
@@ -108,7 +110,7 @@ class Ladder:
                 for name in ("device", "budget", "rows", "checkpointing_asked", "halvings", "stacked")
             )
         ):
-            return earlier.model_copy(update={"shared": asked.shared})
+            return self.roomy(earlier.model_copy(update={"shared": asked.shared}))
         count = count or how.packed
         if not count and halvings == 0 and how.memory_bytes is None and self.surely_fits():
             return asked
@@ -122,7 +124,20 @@ class Ladder:
                 f"{self.held / 1e6:.0f} MB), and of the budget of {self.budget / 1e6:.0f} MB a run may be "
                 f"foretold to take {self.most / 1e6:.0f} MB"
             )
-        return found
+        return self.roomy(found)
+
+    def roomy(self, found: Fit) -> Fit:
+        """With what its process does with what it frees, which depends on how much room there is here.
+
+        It changes no bit of the result, and so need not be what an earlier attempt did.
+        """
+        most, tight, surplus = self.budget, False, 1.0
+        if found.shared is not None:  # as many beside it as there are cores for
+            most = min(most, found.shared // max(1, cores() // self.spec.how.threads))
+        if self.device == "cpu" and found.predicted is not None:
+            tight = found.tokens is not None or ROOMY * found.predicted > most
+            surplus = 1.0 if tight else ROOMY
+        return found.model_copy(update={"tight": tight, "surplus": surplus})
 
     @property
     def most(self) -> int:
@@ -139,7 +154,7 @@ class Ladder:
             tokens = first.tokens or _padded(split(first, self.worst)[0])
             while tokens >= 2 * length:
                 tokens //= 2
-                less = {"tokens": tokens, "evaluation_tokens": min(tokens, EVALUATION_TOKENS), "tight": True}
+                less = {"tokens": tokens, "evaluation_tokens": min(tokens, EVALUATION_TOKENS)}
                 yield first.model_copy(update=less)
 
     def largest(self, asked: Fit) -> Fit | None:
@@ -150,12 +165,7 @@ class Ladder:
         evaluation = self.evaluation(self.judged)
         predicted = self.total(step, evaluation)
         if predicted <= self.most:
-            most = self.budget
-            if asked.shared is not None:  # as many beside it as there are cores for
-                most = min(most, asked.shared // max(1, cores() // self.spec.how.threads))
-            tight = self.device == "cpu" and ROOMY * predicted > most
-            surplus = ROOMY if self.device == "cpu" and not tight else 1.0
-            return asked.model_copy(update={"predicted": predicted, "tight": tight, "surplus": surplus})
+            return asked.model_copy(update={"predicted": predicted})
         one, two = (
             self.total(self.step([self.longest] * count, checkpointing=checkpointing, split=True))
             for count in (1, 2)
@@ -170,7 +180,7 @@ class Ladder:
         tokens = rows * len(self.longest.input_ids)
         found = {
             "predicted": one + (rows - 1) * (two - one), "tokens": tokens,
-            "evaluation_tokens": min(EVALUATION_TOKENS, tokens), "tight": self.device == "cpu",
+            "evaluation_tokens": min(EVALUATION_TOKENS, tokens),
         }  # fmt: skip
         return asked.model_copy(update=found)
 
@@ -306,14 +316,22 @@ def let_go() -> None:
 
 
 def give_back_at_once() -> None:
-    """From now on a large block goes back to the system when it is freed, where the C library can be told."""
+    """From now on a large block goes back to the system when it is freed, where the C library can be told.
+
+    Of several trainings in a process, it holds for all once one has asked for it.
+    """
+    global _gives_back
+    _gives_back = True
     if (library := _c_library()) is not None:
         library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_BYTES)
         library.malloc_trim(0)
 
 
 def give_back() -> None:
-    """Give the system what an earlier run of this process has freed and not given back."""
+    """Give the system what an earlier run of this process has freed and not given back; a new one begins."""
+    global _gives_back
+    _gives_back = False
     gc.collect()
     if (library := _c_library()) is not None:
         library.malloc_trim(0)
@@ -321,8 +339,10 @@ def give_back() -> None:
 
 def keep_what_is_freed() -> None:
     """The opposite: blocks above 32 MB too are used again, where the default maps each anew, page by page."""
-    if (library := _c_library()) is not None:
-        library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+    if not _gives_back and (library := _c_library()) is not None:
+        # Before glibc 2.35 no more than the default's own limit.
+        if not library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES):
+            library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

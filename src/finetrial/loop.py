@@ -225,6 +225,7 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of this step."""
+        self.writer.wait()  # before a second copy is taken
         self.clock.train()
         self.progress.decay_owed = self.used.owed if self.used is not None else 1.0
         place, judged = self.folder.checkpoint, self.progress.step - self.progress.unjudged

@@ -42,11 +42,12 @@ def precision_of(rules: LoopRules) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def could_be_bf16(rules: LoopRules) -> bool:
+def could_be_bf16(spec: RunSpec) -> bool:
     """Whether `auto` has chosen fp32 on a processor that has instructions for bf16: with them it is faster."""
-    found = torch.cpu.get_capabilities()
+    found = getattr(torch.cpu, "get_capabilities", dict)()
     native = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
-    return rules.precision == "auto" and not torch.cuda.is_available() and bool(native)
+    whole = how_to_step(spec).rounding == Stepping().rounding  # weights of bf16 are computed in that anyhow
+    return spec.rules.precision == "auto" and whole and not torch.cuda.is_available() and bool(native)
 
 
 def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:

@@ -101,7 +101,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         model_bytes=kept.model_bytes,
         probe_seconds=opened + kept.measure_seconds if measures else 0.0,
         contradictions=contradictions(features),
-        could_be_bf16=could_be_bf16(spec.rules),
+        could_be_bf16=could_be_bf16(spec),
     )
     return Result(
         run_id=spec.run_id, outcome="done", measures={"rehearsal": found.model_dump(mode="json")},

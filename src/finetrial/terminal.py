@@ -213,7 +213,7 @@ def show_run(path: Path, *, as_json: bool) -> None:
         table.add_row(name, f"{value}" if used in (None, value) else f"{value} (used {used:.6g})")
     if record.result:
         for name in sorted(record.result.settings_used.keys() - record.spec.settings.keys()):
-            table.add_row(name, f"{record.result.settings_used[name]} (by policy)")
+            table.add_row(name, f"{record.result.settings_used[name]} (follows)")
         for split, scores in record.result.scores.items():
             table.add_row(split, ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         if record.result.proof:
