@@ -40,9 +40,9 @@ MARGIN = 0.05
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
 # With the C library's defaults a run takes up to 2.1 times what it needs, for freed blocks are kept in case
-# they serve again (bench/memory.py). Where that is too much, large blocks are given back at once. Freed blocks
-# below the limit lie between a step's gradients and may not serve again: at 256 KB, SmolLM2 with LoRA took
-# 80 MB more.
+# they serve again (bench/memory.py, before those above 32 MB were kept, too). Where that is too much, large
+# blocks are given back at once. Freed blocks below the limit lie between a step's gradients and may not serve
+# again: at 256 KB, SmolLM2 with LoRA took 80 MB more.
 ROOMY = 2.5
 LARGE_BLOCK_BYTES = 65_536
 KEPT_BLOCK_BYTES = 1 << 30

@@ -149,9 +149,8 @@ def attention(
             mask = mask[rows, :, : group.length, : group.length]
         with GROUPS.drawing(group):
             own, _ = alone(module, query[cut], key[cut], value[cut], mask, dropout=dropout, **options)
-        found.append(
-            functional.pad(own, (0, 0, 0, 0, 0, whole - own.shape[1]))
-        )  # one query may be all there is
+        # Of its own length, for one query may be all there is.
+        found.append(functional.pad(own, (0, 0, 0, 0, 0, whole - own.shape[1])))
     return torch.cat(found), None
 
 

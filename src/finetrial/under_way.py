@@ -125,9 +125,8 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
     )  # fmt: skip
     try:
         folder.write_attempt(attempt)
-    except (
-        BaseException
-    ):  # no caller has the lease yet: the run would be held for as long as this process lives
+    except BaseException:
+        # No caller has the lease yet: the run would be held for as long as this process lives.
         leases.release(folder.lease_file, lease)
         raise
     return run
