@@ -138,7 +138,7 @@ def device_equals_cpu(model: ModelSource, root: Path, rows: int) -> dict[str, An
         batch = collate(features, built.tokenizer.pad_token_id, device)
         with torch.no_grad():
             outputs = tuned.to(device).eval()(**model_inputs(batch))
-            losses[device] = float(bench.task.head.loss_sum(outputs, batch)) / len(features)
+            losses[device] = float(bench.task.head.losses(outputs, batch).sum()) / len(features)
     device = pick_device()
     batches = [collate(features, built.tokenizer.pad_token_id, device)]
     layers = layer_drift(base.to(device).eval(), tuned.to(device).eval(), batches)

@@ -4,11 +4,11 @@
     python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
-scores of the single validation examples there; it may be stopped and goes on. `replay` searches as the study
-would, by `search.propose`, once with whole trials and once with halving; a proposal is answered by the recorded
-setting that lies nearest and is not yet used. Half of the validation examples are shown to the search; on the
-other half, which nobody has seen, the chosen setting's score at full length is its quality. Orders differ by
-seed and by halves.
+scores and losses of the single validation examples there; it may be stopped and goes on. `replay` searches as
+the study would, by `search.propose`, once with whole trials and once with halving; a proposal is answered by the
+recorded setting that lies nearest and is not yet used. Half of the validation examples are shown to the search;
+on the other half, which nobody has seen, the chosen setting's score at full length is its quality. Orders differ
+by seed and by halves.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ ENDS = RULES.ends
 
 
 class Curve(NamedTuple):
-    """A recorded setting: the validation examples' scores at every end (none: it diverged), and its tokens."""
+    """A recorded setting: what trials are compared by at every end, of each validation example (none: it
+    diverged), which is its loss and at the last its score; and its tokens."""
 
     settings: Mapping[str, Setting]
     examples: tuple[Mapping[str, float], ...]
@@ -126,9 +127,8 @@ def curves_of(folder: Path, task: str) -> list[Curve]:
         for run in parts:
             path = Home(folder / "home").run(run.spec.run_id).examples_file
             done = run.result.outcome == "done"
-            examples.append(
-                files.json_numbers(path, "validation", sha256=run.result.examples_sha256) if done else {}
-            )
+            of = "validation_loss" if run.spec.may_go_on else "validation"
+            examples.append(files.json_numbers(path, of, sha256=run.result.examples_sha256) if done else {})
             tokens.append(run.result.training.tokens)
         while len(examples) < len(ENDS):
             examples.append({})
@@ -191,11 +191,11 @@ def whole(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int
 
 
 def halved(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
-    going = proposed(curves, 0, shown, space, seed, metric)
+    going = proposed(curves, 0, shown, space, seed, halving.LOSS)
     tokens = sum(curves[index].tokens[0] for index in going)
     for end, most in enumerate(RULES.counts[1:], start=1):
         standings = [standing(n, curves[index], end - 1, shown) for n, index in enumerate(going)]
-        chosen = halving.chosen(standings, most, metric, final=end == len(ENDS) - 1)
+        chosen = halving.chosen(standings, most, halving.LOSS, final=end == len(ENDS) - 1)
         going = [going[n] for n in chosen]
         tokens += sum(curves[index].tokens[end] - curves[index].tokens[end - 1] for index in going)
     standings = [standing(n, curves[index], -1, shown) for n, index in enumerate(going)]

@@ -195,7 +195,7 @@ def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
         found = []
         for tensors in (own, wide):
             model.zero_grad(set_to_none=True)
-            loss = bench.task.head.loss_sum(model(**model_inputs(tensors)), tensors) / len(indices)
+            loss = bench.task.head.losses(model(**model_inputs(tensors)), tensors).sum() / len(indices)
             loss.backward()
             norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
             found.append((float(loss.detach()), float(norm)))

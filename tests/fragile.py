@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetrial.heads.extractive_qa import ExtractiveQa
@@ -54,9 +55,10 @@ TROUBLE = Trouble()
 class FragileHead(ExtractiveQa):
     """Extractive question answering that can be made to fail."""
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
-        if isinstance(batch["input_ids"], FakeTensor):  # its memory is counted; nothing is computed
-            return super().loss_sum(outputs, batch)
+    def losses(self, outputs: Any, batch: Mapping[str, Any]) -> Any:
+        counted = isinstance(batch["input_ids"], FakeTensor)  # its memory is; nothing is computed
+        if counted or not torch.is_grad_enabled():  # the latter within an evaluation
+            return super().losses(outputs, batch)
         TROUBLE.losses += 1
         lengths = batch["attention_mask"].sum(1).tolist()
         rows = batch["input_ids"].tolist()
@@ -67,7 +69,7 @@ class FragileHead(ExtractiveQa):
             os.kill(os.getpid(), signal.SIGTERM)
         if TROUBLE.error_at and TROUBLE.losses == TROUBLE.error_at[0]:
             raise TROUBLE.error_at[1]
-        loss = super().loss_sum(outputs, batch)
+        loss = super().losses(outputs, batch)
         return loss * math.nan if TROUBLE.losses == TROUBLE.nan_loss_at else loss
 
     def predictions(self, outputs: Any, batch: Mapping[str, Any]) -> list[Any]:

@@ -102,6 +102,6 @@ def test_padding_changes_no_loss(model, request, tmp_path):
     def loss(*chosen: Feature) -> float:
         batch = collate(chosen, built.tokenizer.pad_token_id)
         with torch.no_grad():
-            return float(QA.head.loss_sum(built.model(**model_inputs(batch)), batch))
+            return float(QA.head.losses(built.model(**model_inputs(batch)), batch).sum())
 
     assert loss(short, long) == pytest.approx(loss(short) + loss(long), rel=1e-6)

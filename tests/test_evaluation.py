@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finetrial.assemble import Workbench, open_workbench
+from finetrial.batching import collate, model_inputs
 from finetrial.engines.inline import Handle, Inline
 from finetrial.evaluation import Kept, evaluate
 from finetrial.notice import EXIT_CODE
@@ -68,6 +69,20 @@ def model(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path: Path) -> Mo
     asked: list[int] = []
     tuned.register_forward_hook(lambda *_: asked.append(1))
     return Model(bench, folder, tuned, built.tokenizer, asked)
+
+
+def test_every_example_has_its_own_loss(model):
+    """The head's of a batch of its inputs alone, whatever was beside them."""
+    losses = model.evaluate(None).losses
+    bench = model.bench
+    features = bench.encode(bench.splits.test, bench.build_base())
+    for row, example in enumerate(bench.splits.test):
+        tensors = collate([f for f in features if f.row == row], model.tokenizer.pad_token_id)
+        with torch.no_grad():
+            alone = bench.task.head.losses(model.tuned(**model_inputs(tensors)), tensors)
+        assert losses[example["id"]] == pytest.approx(float(alone.mean()), rel=1e-5)
+    assert len(losses) == len(bench.splits.test)
+    assert len(set(losses.values())) > 1
 
 
 def cut_off(model: Model, at: int) -> None:

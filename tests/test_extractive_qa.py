@@ -180,30 +180,30 @@ def random_batch(features: list[Feature], seed: int, spare: int = 0):
     return SimpleNamespace(start_logits=starts, end_logits=ends), batch
 
 
-def test_the_loss_is_the_sum_of_mean_cross_entropies_and_ignores_padding(wordpiece):
+def test_a_window_s_loss_is_its_mean_cross_entropy_and_ignores_padding(wordpiece):
     rows = [example(), example(answer=None), example(question="Who led them?", answer="Rollo")]
     features = HEAD.encode(rows, wordpiece, QaParams(), causal=False)
     outputs, batch = random_batch(features, 0)
-    expected = 0.0
+    expected = [0.0] * len(features)
     for row, feature in enumerate(features):
         count = len(feature.input_ids)
         for logits, name in ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions")):
             values = logits[row, :count].double().numpy()
-            expected += 0.5 * (np.log(np.exp(values).sum()) - values[feature.labels[name]])
-    loss = HEAD.loss_sum(outputs, batch)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-    assert HEAD.loss_sum(*random_batch(features, 0, spare=7)).item() == loss.item()
+            expected[row] += 0.5 * (np.log(np.exp(values).sum()) - values[feature.labels[name]])
+    losses = HEAD.losses(outputs, batch)
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+    assert HEAD.losses(*random_batch(features, 0, spare=7)).tolist() == losses.tolist()
     halves = SimpleNamespace(
         start_logits=outputs.start_logits.bfloat16(), end_logits=outputs.end_logits.bfloat16()
     )
-    assert HEAD.loss_sum(halves, batch).dtype == torch.float32
+    assert HEAD.losses(halves, batch).dtype == torch.float32
 
 
 def test_padding_gets_no_gradient(wordpiece):
     outputs, batch = random_batch(HEAD.encode([example()], wordpiece, QaParams(), causal=False), 0, spare=3)
     outputs.start_logits.requires_grad_()
-    HEAD.loss_sum(outputs, batch).backward()
+    HEAD.losses(outputs, batch).sum().backward()
     gradient = outputs.start_logits.grad
     assert torch.isfinite(gradient).all()
     assert (gradient[:, -3:] == 0).all()

@@ -109,7 +109,7 @@ def test_a_step_foretold_is_what_the_tracker_of_torch_sees(model, request, tmp_p
     shapes, built = climbed.bench.build_tuned(shapes_only=True)  # not the ladder's, which trains few rows
     batch = collate(climbed.worst, built.tokenizer.pad_token_id)
     adamw = partial(torch.optim.AdamW, fused=True)
-    foretold = memory.training_step(shapes, batch, climbed.bench.task.head.loss_sum, adamw)
+    foretold = memory.training_step(shapes, batch, climbed.bench.task.head.losses, adamw)
     tuned, _ = climbed.bench.build_tuned()
     optimizer = adamw(tuned.parameters())
     tuned.train()
@@ -118,7 +118,7 @@ def test_a_step_foretold_is_what_the_tracker_of_torch_sees(model, request, tmp_p
     peaks = []
     for _ in range(2):
         with tracker:
-            climbed.bench.task.head.loss_sum(tuned(**model_inputs(batch)), batch).backward()
+            climbed.bench.task.head.losses(tuned(**model_inputs(batch)), batch).sum().backward()
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -18,19 +19,19 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetrial import verify
-from finetrial.halving import Standing, chosen, is_worse, steps
+from finetrial import search, verify
+from finetrial.halving import LOSS, Standing, chosen, is_worse, steps
 from finetrial.plugins import Metric
-from finetrial.records import EarlyStopping, Result, Rung, RunSpec, short_hash
+from finetrial.records import EarlyStopping, Result, Rung, RunRecord, RunSpec, short_hash
 from finetrial.store import Home
 from finetrial.study import SearchRules
+from finetrial.study_file import parse_study
 from fragile import TROUBLE
 from test_pipeline import FINETRIAL, run_study, start, wait_for_running, without_measured
 from tiny_runs import folder_of, make_spec, records, run
 
 ENDS = (9, 3, 1)
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
-LOSS = Metric(name="loss", higher_is_better=False, worst=math.inf, best=0.0)
 
 
 # ---- who goes on -------------------------------------------------------------------------------------------
@@ -236,6 +237,43 @@ def test_a_halved_study_trains_what_it_says(halved):
     assert whole[arm["search"]["best"]] == max(whole.values())
     assert arm["search"]["curve"] is None
     assert "stopped at 1/9" in (home / "report" / "report.md").read_text()
+
+
+def by_rung(home: Path) -> list[dict[int, RunRecord]]:
+    runs = [folder.record() for folder in Home(home).find("trial.")]
+    return [{run.spec.number: run for run in runs if run.spec.rung.number == rung} for rung in (1, 2, 3)]
+
+
+def test_those_of_the_lowest_validation_loss_go_on_and_the_best_score_wins(halved):
+    _, home = halved
+    first, second, third = by_rung(home)
+    for before, after in ((first, second), (second, third)):
+        losses = {number: run.result.validation_loss for number, run in before.items()}
+        assert sorted(after) == sorted(sorted(losses, key=losses.get)[: len(after)])
+    assert all(run.result.validation_loss is None for run in third.values())
+    for each in [*first.values(), *second.values()]:
+        evaluations = [r for r in records(each.spec, home) if r["kind"] == "eval"]
+        assert each.result.validation_loss == min(r["loss"] for r in evaluations)
+        examples = json.loads(folder_of(each.spec, home).examples_file.read_text())
+        own = examples["validation_loss"]
+        assert statistics.fmean(own.values()) == pytest.approx(each.result.validation_loss)
+        assert own.keys() == examples["validation"].keys()
+
+
+def test_tpe_is_told_the_losses_at_the_first_end(halved):
+    study, home = halved
+    rules = parse_study(study.read_text(), file=str(study), base=study.parent)
+    past = [
+        search.Past(number, run.spec.settings, "done", run.result.validation_loss)
+        for number, run in by_rung(home)[0].items()
+    ]
+    for each in past[rules.search.startup_trials :]:
+        told = search.propose(
+            past[: each.number], rules.spaces["full"], number=each.number, seed=rules.search.seed,
+            startup=rules.search.startup_trials, sampler="tpe", metric=LOSS,
+        )  # fmt: skip
+        assert told == each.settings
+    assert past[rules.search.startup_trials :]
 
 
 def test_a_halved_study_is_rederived_from_its_folders(halved):

@@ -231,6 +231,7 @@ def _search(study: Study, arm: Arm) -> SearchSummary:
             settings_used=r.result.settings_used if r.result else {},
             startup=r.spec.number in at_random,
             share=1 / r.spec.rung.ends[-1] if r.spec.rung else 1.0,
+            loss=r.result.validation_loss if r.result else None,
         )
         for r in arm.trials
         if r.outcome

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from finetrial import export, files, halving, plan, search, settling
-from finetrial.evidence import best_trial, furthest, trial_score
+from finetrial.evidence import best_trial, furthest, standing_value
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
@@ -32,6 +32,11 @@ class ArmSearch:
     def metric(self) -> Metric:
         return metric_of(self.task)
 
+    @property
+    def yardstick(self) -> Metric:
+        """What trials are proposed by, and compared by until the last end."""
+        return halving.LOSS if self.study.search.ends else self.metric
+
     def lane(self) -> Lane:
         """Every trial; with halving to its first end, and from each end on those that are chosen.
 
@@ -50,7 +55,7 @@ class ArmSearch:
             runs = {run.spec.number: run for run in self.runs(rung=end)}
             final = end == len(rules.ends) - 1
             standings = [self._standing(run, examples=final) for run in runs.values()]
-            chosen = halving.chosen(standings, most, self.metric, final=final)
+            chosen = halving.chosen(standings, most, self.yardstick, final=final)
             # What has begun is gone on with, though others have come to be better.
             begun = [run.spec.number for run in self.runs(rung=end + 1) if run.outcome is None]
             chosen += [number for number in begun if number in runs and number not in chosen]
@@ -72,7 +77,7 @@ class ArmSearch:
         if self.stop() is not None:
             return True
         standings = [self._standing(run, examples=True) for run in runs]
-        stop = settling.settled(standings, rules.trials, self.metric)
+        stop = settling.settled(standings, rules.trials, self.yardstick)
         if stop is None:
             return False
         self.opened.home.stop_search(self.task.name, self.method.name, stop)
@@ -130,13 +135,13 @@ class ArmSearch:
         runs = self.first_runs()
         space = self.study.spaces[self.method.name]
         settings = search.propose(
-            [search.Past(run.spec.number, run.spec.settings, run.outcome, trial_score(run)) for run in runs],
+            [search.Past(run.spec.number, run.spec.settings, run.outcome, standing_value(run)) for run in runs],
             space,
             number=number,
             seed=rules.seed,
             startup=rules.startup_trials,
             sampler=rules.sampler,
-            metric=self.metric,
+            metric=self.yardstick,
         )
         warm = self._warm_start(number)
         if warm is not None:
@@ -186,14 +191,15 @@ class ArmSearch:
         scores = {}
         if examples and run.result and run.result.examples_sha256:
             path = self.opened.home.run(run.spec.run_id).examples_file
-            scores = files.json_numbers(path, "validation", sha256=run.result.examples_sha256)
-        return halving.Standing(run.spec.number, trial_score(run), scores)
+            of = "validation_loss" if run.spec.may_go_on else "validation"
+            scores = files.json_numbers(path, of, sha256=run.result.examples_sha256)
+        return halving.Standing(run.spec.number, standing_value(run), scores)
 
     def let_go_of_hopeless(self) -> None:
         """Of trials that will not go on, whatever the rest scores, the checkpoints take no more room."""
         runs = self.first_runs()
         most = self.study.search.counts[1]
-        chosen = halving.chosen([self._standing(run) for run in runs], most, self.metric, final=False)
+        chosen = halving.chosen([self._standing(run) for run in runs], most, self.yardstick, final=False)
         self._let_go(run for run in runs if run.spec.number not in chosen)
 
     def _let_go(self, runs: Iterable[RunRecord]) -> None:

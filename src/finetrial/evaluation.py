@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,7 @@ def evaluate(
     """Scores of a split, so many tokens at a time. Validation chooses the calibration; test is given it."""
     model.eval()
     predictions: list[Any] = [None] * len(features)
+    losses = [math.nan] * len(features)
 
     def key() -> str:
         weights = checkpoint.weights_hash(checkpoint.trained_tensors(accelerator.unwrap_model(model)))
@@ -146,6 +149,18 @@ def evaluate(
                 if kept is not None:
                     kept.add(number, outputs, last=number + 1 == len(batches))
             made = bench.task.head.predictions(outputs, tensors)
-            for index, prediction in zip(indices, made, strict=True):
-                predictions[index] = prediction
-    return bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
+            lost = bench.task.head.losses(outputs, tensors).tolist()
+            for index, prediction, loss in zip(indices, made, lost, strict=True):
+                predictions[index], losses[index] = prediction, loss
+    scored = bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
+    return replace(scored, losses=_by_example(losses, features, examples))
+
+
+def _by_example(
+    losses: Sequence[float], features: Sequence[Feature], examples: Sequence[Example]
+) -> dict[str, float]:
+    """Of each example the mean over its inputs."""
+    own: dict[str, list[float]] = {}
+    for loss, feature in zip(losses, features, strict=True):
+        own.setdefault(examples[feature.row]["id"], []).append(loss)
+    return {name: math.fsum(values) / len(values) for name, values in own.items()}

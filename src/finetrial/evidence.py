@@ -45,10 +45,15 @@ class Arm:
 def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:
     """The finished trial with the best validation score; among equals the lowest number.
 
-    With halving only those count that got as far as any: scores are compared at equal shares of the steps.
+    With halving only those count that got as far as any: they are compared at equal shares of the steps, where
+    others may go on from them by their loss.
     """
     sign = -1.0 if metric.higher_is_better else 1.0
-    scored = [(-_end(r), sign * score, r) for r in trials if (score := trial_score(r)) is not None]
+    scored = [
+        (-_end(r), value if r.spec.may_go_on else sign * value, r)
+        for r in trials
+        if (value := standing_value(r)) is not None
+    ]
     return min(scored, key=lambda item: (*item[:2], item[2].spec.number), default=(0, 0, None))[2]
 
 
@@ -76,6 +81,14 @@ def trial_score(record: RunRecord) -> float | None:
     if record.result.proof is not None and record.result.proof.void:
         return None
     return record.result.score if math.isfinite(record.result.score) else None
+
+
+def standing_value(record: RunRecord) -> float | None:
+    """What a finished trial is compared by: its score, or where halving may end it its loss on validation."""
+    score = trial_score(record)
+    if score is None or not record.spec.may_go_on:
+        return score
+    return record.result.validation_loss if record.result else None
 
 
 def arm_of(

@@ -208,7 +208,7 @@ class Ladder:
         """Bytes of a training step whose largest micro-batch is that."""
         checkpoint_gradients(self.shapes, on=checkpointing)
         return memory.training_step(
-            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.loss_sum,
+            self.shapes, collate(part, self.pad_token_id), self.bench.task.head.losses,
             partial(optimizer_without_values, self.spec), split=split,
             in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast, device=self.device,
         )  # fmt: skip

@@ -1,5 +1,8 @@
 """Successive halving: which trials of an arm go on after each end; one rule for all methods. Pure functions.
 
+Before the last end trials are compared by their loss on validation: it moves from the first steps on, where a
+metric that counts right answers may not have begun to.
+
 Synchronous (Jamieson and Talwalkar 2016, arXiv:1502.07943): all trials are compared after the same share of
 their own steps, under the schedule of all of them, so that going on trains no token twice. Nothing is read,
 written or started here.
@@ -15,9 +18,11 @@ from typing import NamedTuple
 from finetrial.plugins import Metric
 from finetrial.stats import ALPHA, one_sided_t
 
+LOSS = Metric(name="validation loss", higher_is_better=False, worst=math.inf, best=0.0)
+
 
 class Standing(NamedTuple):
-    """A trial at one end: its score there and, where they are known, its validation examples' own scores."""
+    """A trial at one end: its score or loss there and, where they are known, its validation examples' own."""
 
     number: int
     score: float | None  # None: it diverged, failed or is void

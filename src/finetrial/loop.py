@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -105,7 +106,7 @@ class Loop:
             tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
             torch.manual_seed(self.dropout_seed(index))
             outputs = self.model(**model_inputs(tensors))
-            loss = self.bench.task.head.loss_sum(outputs, tensors) / len(batch)
+            loss = self.bench.task.head.losses(outputs, tensors).sum() / len(batch)
             self.stepper.last_part = index == len(parts) - 1
             self.accelerator.backward(loss)
             total += float(loss.detach())
@@ -117,7 +118,7 @@ class Loop:
         self.model.train()
         tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
         torch.manual_seed(self.dropout_seed(number))
-        return float(self.bench.task.head.loss_sum(self.model(**model_inputs(tensors)), tensors))
+        return float(self.bench.task.head.losses(self.model(**model_inputs(tensors)), tensors).sum())
 
     def dropout_seed(self, part: int) -> int:
         """Dropout is a function of (replicate, step): no method's use of random numbers shifts another's."""
@@ -169,8 +170,16 @@ class Loop:
         score = scored.metrics[metric.name]
         if not math.isfinite(score):
             raise Diverged(progress.step, f"the score is {score}")
-        record = {"kind": "eval", "step": progress.step, "score": score, **scored.metrics, **scored.calibration}
+        loss = statistics.fmean(scored.losses.values())
+        if not math.isfinite(loss):
+            raise Diverged(progress.step, f"the loss on validation is {loss}")
+        record = {
+            "kind": "eval", "step": progress.step, "score": score, "loss": loss, **scored.metrics,
+            **scored.calibration,
+        }  # fmt: skip
         append_json_line(self.folder.metrics_file, record)
+        if bench.spec.may_go_on:
+            progress.lower(loss, scored)
         gain = math.inf
         if progress.peak_score is not None:
             gain = (score - progress.peak_score) * (1 if metric.higher_is_better else -1)

@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
 def training_step(
     model: torch.nn.Module,
     inputs: Inputs,
-    loss_of: Callable[[Any, Inputs], torch.Tensor],
+    losses_of: Callable[[Any, Inputs], torch.Tensor],
     optimizer_of: Callable[[list[torch.nn.Parameter]], Any],
     *,
     split: bool = False,
@@ -103,11 +103,11 @@ def training_step(
         optimizer = optimizer_of(trained)
         model.train()
         if split:
-            _forward_and_backward(model, batch, loss_of, autocast)
+            _forward_and_backward(model, batch, losses_of, autocast)
         if in_backward:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_free)
-        _forward_and_backward(model, batch, loss_of, autocast)
+        _forward_and_backward(model, batch, losses_of, autocast)
         backward_peak, live.peak = live.peak, live.now
         gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
         if isinstance(optimizer, Stated):
@@ -147,11 +147,11 @@ def evaluation_batch(
     return live.peak - weights
 
 
-def _forward_and_backward(model: Any, batch: Inputs, loss_of: Any, autocast: Autocast) -> None:
+def _forward_and_backward(model: Any, batch: Inputs, losses_of: Any, autocast: Autocast) -> None:
     with autocast():
         outputs = model(**model_inputs(batch))
     try:
-        loss = loss_of(outputs, batch)
+        loss = losses_of(outputs, batch).sum()
     except DataDependentOutputException:
         floats = [each for each in outputs.values() if torch.is_tensor(each) and each.is_floating_point()]
         loss = torch.stack([each.float().sum() for each in floats]).sum()

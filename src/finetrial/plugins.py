@@ -64,11 +64,14 @@ class Feature:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of one split: all metrics, what was calibrated, and one number per example."""
+    """Scores of one split: all metrics, what was calibrated, and numbers per example."""
 
     metrics: dict[str, float]
     calibration: dict[str, float]
     per_example: dict[str, float]  # example id -> the task's metric on it alone
+    losses: dict[str, float] = field(
+        default_factory=dict
+    )  # example id -> its inputs' mean loss; not the head's
 
 
 class Head(Protocol):
@@ -86,8 +89,8 @@ class Head(Protocol):
         """Model inputs of the examples, labelled where the examples are."""
         ...
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The sum (not the mean) of the losses of the batch's inputs, in fp32: a scalar."""
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of each of the batch's inputs, in fp32: [B]."""
         ...
 
     def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:

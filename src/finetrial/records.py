@@ -320,6 +320,7 @@ class Result(Frozen):
     outcome: Literal["done", "diverged"]
     reason: str | None = None  # why it diverged
     score: float | None = None  # the task's metric on validation
+    validation_loss: float | None = None  # the lowest of its evaluations; trials that may go on
     scores: dict[str, dict[str, float]] = {}  # split -> metric -> value
     calibration: dict[str, float] = {}  # chosen on validation, used on test (e.g. no_answer_threshold)
     settings_used: dict[str, Setting] = {}  # read back from the optimiser, schedule and modules

@@ -69,7 +69,8 @@ def _stopped(row: LedgerRow) -> str:
     after, planned, gain, noise = (
         getattr(row.search_stop, key) for key in ("after", "planned", "gain", "noise")
     )
-    return f"after {after} of {planned}: {gain:.2g} more expected, noise {noise:.2g}"
+    what = "less loss" if row.search_ends else "more"
+    return f"after {after} of {planned}: {gain:.2g} {what} expected, noise {noise:.2g}"
 
 
 def _counts(row: LedgerRow) -> str:

@@ -275,7 +275,8 @@ def trials(summary: Summary, task: TaskSummary) -> Table:
                 outcome = Badge("warning", text.outcome_word(trial.outcome))
             score = text.missing("no score") if trial.score is None else text.fixed(trial.score, places)
             if trial.share < 1 and trial.outcome == "done":
-                outcome = f"stopped at 1/{round(1 / trial.share)}"
+                loss = "" if trial.loss is None else f", loss {trial.loss:.3f}"
+                outcome = f"stopped at 1/{round(1 / trial.share)}{loss}"
             shown = (
                 text.setting(trial.settings[n]) if n in trial.settings else text.missing("no such setting")
                 for n in names

@@ -133,7 +133,7 @@ class Stack:
             if parts[index]:
                 head = loop.bench.task.head
                 own = _outputs_of(group, outputs, cut=head.kind == "question_answering")
-                losses[index] = head.loss_sum(own, group.tensors)
+                losses[index] = head.losses(own, group.tensors).sum()
         return losses
 
     def _lay_out(self, parts: Sequence[Sequence[Feature]], number: int) -> dict[str, torch.Tensor]:

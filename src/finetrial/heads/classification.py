@@ -67,11 +67,11 @@ class Classification:
                 features.append(Feature(ids, begin + place, label, types, content))
         return features
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The cross-entropies of the batch's inputs, summed, in fp32."""
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The cross-entropy of each of the batch's inputs, in fp32."""
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(outputs.logits.float(), batch["labels"], reduction="sum")
+        return cross_entropy(outputs.logits.float(), batch["labels"], reduction="none")
 
     def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
         """Each input's logits: float32 [classes]."""

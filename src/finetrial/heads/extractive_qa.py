@@ -96,20 +96,20 @@ class ExtractiveQa:
                 features.extend(_feature(window, begin + index, trimmed, answer, params) for window in group)
         return features
 
-    def loss_sum(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Sum over windows of the mean of start and end cross-entropy, in fp32; padding takes no share."""
+    def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of each window the mean of start and end cross-entropy, in fp32; padding takes no share."""
         import torch
         from torch.nn.functional import cross_entropy
 
         padding_BT = batch["attention_mask"] == 0
-        total = torch.zeros((), dtype=torch.float32, device=padding_BT.device)
+        total_B = torch.zeros(len(padding_BT), dtype=torch.float32, device=padding_BT.device)
         for logits_BT, target in (
             (outputs.start_logits, batch["start_positions"]),
             (outputs.end_logits, batch["end_positions"]),
         ):
             masked_BT = logits_BT.float().masked_fill(padding_BT, float("-inf"))
-            total = total + cross_entropy(masked_BT, target, reduction="sum")
-        return total / 2
+            total_B = total_B + cross_entropy(masked_BT, target, reduction="none")
+        return total_B / 2
 
     def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[WindowPrediction]:
         """The best starts and ends of each window's context, and its null score."""
