@@ -4,11 +4,11 @@
     python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
-scores and losses of the single validation examples there; it may be stopped and goes on. `replay` searches as
-the study would, by `search.propose`, once with whole trials and once with halving; a proposal is answered by the
-recorded setting that lies nearest and is not yet used. Half of the validation examples are shown to the search;
-on the other half, which nobody has seen, the chosen setting's score at full length is its quality. Orders differ
-by seed and by halves.
+scores and losses of the single validation examples there; it may be stopped and goes on. `replay` searches
+as the study would, by `search.propose`, once with whole trials and once with halving; a proposal is answered
+by the recorded setting that lies nearest and is not yet used. Half of the validation examples are shown to
+the search; on the other half, which nobody has seen, the chosen setting's score at full length is its
+quality. Orders differ by seed and by halves.
 """
 
 from __future__ import annotations

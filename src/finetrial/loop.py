@@ -32,6 +32,10 @@ from finetrial.store import RunFolder
 from finetrial.tables import UsedRows
 from finetrial.training_state import Clock, Progress, guard
 
+# At which steps the weights' sizes are looked at, a pass over them: the first, where they blow up if they do,
+# and some of the others.
+WEIGHED_ALWAYS, WEIGHED_EVERY = 20, 4
+
 
 class Turn(NamedTuple):
     """A step that waits for its gradients: of this loop's model, of the mean loss over this batch."""
@@ -76,7 +80,8 @@ class Loop:
         self.stepper.lost(progress)
         if self.used is not None:
             self.used.put_back(self.optimizer)
-        progress.weigh(self.stepper.weight_sizes())
+        if progress.step <= WEIGHED_ALWAYS or progress.step % WEIGHED_EVERY == 0:
+            progress.weigh(self.stepper.weight_sizes())
         progress.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         progress.examples += len(batch)

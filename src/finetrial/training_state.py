@@ -35,7 +35,7 @@ class Progress:
     gradient_norm: float = 0.0  # of the last step, before clipping
     learning_rate: float = 0.0  # that the last step was made with
     first_weight_sizes: list[float] = field(default_factory=list)  # each trained tensor's, at the start
-    weight_growth: float = 1.0  # the median tensor's size after the last, as a multiple of its start
+    weight_growth: float = 1.0  # the median tensor's size when last weighed, as a multiple of its start
     first_losses: list[float] = field(default_factory=list)  # what divergence is measured against
     steps_above_start: int = 0
     unlogged_losses: list[float] = field(default_factory=list)  # since the last train record
