@@ -129,6 +129,8 @@ def curves_of(folder: Path, task: str) -> list[Curve]:
             done = run.result.outcome == "done"
             of = "validation_loss" if run.spec.may_go_on else "validation"
             examples.append(files.json_numbers(path, of, sha256=run.result.examples_sha256) if done else {})
+            if done and not examples[-1]:
+                raise SystemExit(f"{path} has no {of}: record anew, in an empty folder")
             tokens.append(run.result.training.tokens)
         while len(examples) < len(ENDS):
             examples.append({})
@@ -167,7 +169,8 @@ def standing(number: int, curve: Curve, end: int, shown: Sequence[str]) -> halvi
 def proposed(
     curves: Sequence[Curve], end: int, shown: Sequence[str], space: Space, seed: int, metric: Metric
 ) -> list[int]:
-    """Which recorded settings a search of 15 trials takes, in turn, if it is told their scores at that end."""
+    """Which recorded settings a search of 15 trials takes, in turn, if it is told what they are compared by at
+    that end."""
     history: list[search.Past] = []
     taken: list[int] = []
     for number in range(TRIALS):

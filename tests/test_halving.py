@@ -20,7 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetrial import search, verify
+from finetrial.arm_search import ArmSearch
+from finetrial.evidence import best_trial
 from finetrial.halving import LOSS, Standing, chosen, is_worse, steps
+from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Metric
 from finetrial.records import EarlyStopping, Result, Rung, RunRecord, RunSpec, short_hash
 from finetrial.store import Home
@@ -109,7 +112,10 @@ def test_told_apart_is_scipys_paired_test(seed, count, shift, sign):
 
 # ---- in parts as in one piece ------------------------------------------------------------------------------
 
-LEARNT = ("score", "scores", "calibration", "weights_sha256", "settings_used", "input_sha256")
+LEARNT = (
+    "score", "scores", "calibration", "weights_sha256", "settings_used", "input_sha256", "validation_loss",
+    "examples_sha256",
+)  # fmt: skip
 
 
 def part(model: Path, ends: tuple[int, ...], after: str | None = None, **changes) -> RunSpec:
@@ -171,6 +177,31 @@ def test_evaluations_at_ends_do_not_count_for_early_stopping(tiny_bert, tmp_path
     TROUBLE.reset()
     assert result.training.steps == 6  # at 2 an end alone; at 6 the first epoch's
     assert result.training.stopped_early
+
+
+@pytest.mark.parametrize(("keep", "as_after"), [("best", 1), ("last", 2)])
+def test_a_part_is_compared_by_the_lowest_loss_so_far_or_the_one_whose_weights_are_kept(
+    tiny_bert, tmp_path, keep, as_after
+):
+    TROUBLE.reset(loss_factors=[1.0, 5.0])
+    first = part(tiny_bert, ENDS[:1], rules={"keep": keep})
+    second = part(tiny_bert, ENDS[:2], first.run_id, rules={"keep": keep})
+    results = [run(first, tmp_path), run(second, tmp_path)]
+    TROUBLE.reset()
+    losses = [r["loss"] for r in records(second, tmp_path) if r["kind"] == "eval"]
+    assert losses[1] > 2 * losses[0]
+    assert results[0].validation_loss == losses[0]
+    assert results[1].validation_loss == losses[as_after - 1]
+    own = json.loads(folder_of(second, tmp_path).examples_file.read_text())["validation_loss"]
+    assert statistics.fmean(own.values()) == pytest.approx(losses[as_after - 1])
+
+
+def test_a_loss_on_validation_that_is_no_number_ends_the_run(tiny_bert, tmp_path):
+    TROUBLE.reset(loss_factors=[math.nan])
+    result = run(part(tiny_bert, ENDS[:1]), tmp_path)
+    TROUBLE.reset()
+    assert result.outcome == "diverged"
+    assert result.reason == "diverged at step 2: the loss on validation is nan"
 
 
 def test_from_a_damaged_checkpoint_the_same_comes_out(tiny_bert, tmp_path):
@@ -258,6 +289,27 @@ def test_those_of_the_lowest_validation_loss_go_on_and_the_best_score_wins(halve
         own = examples["validation_loss"]
         assert statistics.fmean(own.values()) == pytest.approx(each.result.validation_loss)
         assert own.keys() == examples["validation"].keys()
+
+
+def test_trials_are_told_apart_by_what_they_are_compared_by(halved):
+    path, home = halved
+    study = parse_study(path.read_text(), file=str(path), base=path.parent)
+    opened = open_home(study, Home(home), resolve_inputs(study))
+    ((task, method),) = study.arms
+    arm = ArmSearch(study, opened, task, method, note=print)
+    for rung, of in enumerate(("validation_loss", "validation_loss", "validation"), start=1):
+        for each in arm.runs(rung=rung):
+            standing = arm.standing(each, examples=True)
+            assert standing.examples == json.loads(folder_of(each.spec, home).examples_file.read_text())[of]
+            assert standing.score == (each.result.score if rung == 3 else each.result.validation_loss)
+
+
+def test_among_stopped_trials_the_best_is_of_the_lowest_loss(halved):
+    first, second, third = (list(runs.values()) for runs in by_rung(halved[1]))
+    metric = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
+    for runs in (first, second):
+        assert best_trial(runs, metric) == min(runs, key=lambda r: r.result.validation_loss)
+    assert best_trial([*first, *third], metric) == max(third, key=lambda r: r.result.score)
 
 
 def test_tpe_is_told_the_losses_at_the_first_end(halved):

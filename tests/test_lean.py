@@ -250,6 +250,36 @@ def test_each_tensor_is_clipped_to_its_share_of_the_limit_whatever_the_method(ti
         assert float(optimizer.state[parameter]["exp_avg"].norm()) == pytest.approx(norm / 10, rel=1e-4)
 
 
+def test_a_gradient_is_clipped_as_torch_clips_it(tiny_bert, tmp_path):
+    """One whose norm is beyond the limit, then one within it: a plain clip_grad_norm_ before a plain AdamW."""
+    from finetrial.assemble import open_workbench
+    from finetrial.optimisation import make_optimizer, prepare_optimisation
+    from finetrial.plugins import Stepping
+    from finetrial.stepping import Stepper
+    from finetrial.train import make_accelerator
+
+    spec = make_spec(tiny_bert, "full", rules={"max_grad_norm": 1.0})
+    bench = open_workbench(spec, folder_of(spec, tmp_path).home)
+    mine, plain = ([p for p in bench.build_tuned()[0].parameters() if p.requires_grad] for _ in range(2))
+    optimizer, _ = prepare_optimisation(make_accelerator(spec.rules), mine, spec, 10)
+    stepper, other = Stepper(mine, optimizer, spec.rules, Stepping()), make_optimizer(plain, spec)
+    for group, own in zip(other.param_groups, optimizer.param_groups, strict=True):
+        group["lr"] = own["lr"] = 1e-3
+    for step, norm in enumerate((7.0, 0.5)):
+        for index, (one, two) in enumerate(zip(mine, plain, strict=True)):
+            gradient = torch.randn(one.shape, generator=generator(1000 * step + index))
+            one.grad = gradient * (norm / math.sqrt(len(mine)) / gradient.norm())
+            two.grad = one.grad.clone()
+        assert stepper.finish() == pytest.approx(norm, rel=1e-5)
+        torch.nn.utils.clip_grad_norm_(plain, 1.0)
+        other.step()
+        for one, two in zip(mine, plain, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                optimizer.state[one]["exp_avg"], other.state[two]["exp_avg"], rtol=1e-5, atol=1e-9
+            )
+
+
 def test_a_bad_gradient_in_the_backward_pass_ends_the_run(tiny_bert, tmp_path):
     TROUBLE.reset(nan_loss_at=5)
     spec = make_spec(tiny_bert, "full", method_params=OPTIONS["all"], rules={"clip": "per_tensor"})

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetrial.halving import LOSS
 from finetrial.plugins import Metric
 from finetrial.records import Outcome
 from finetrial.search import Past, propose, warm
@@ -26,7 +27,6 @@ pytestmark = [
 ]
 
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
-LOSS = Metric(name="loss", higher_is_better=False, worst=100.0, best=0.0)
 RATE = Range(low=5e-5, high=5e-3, log=True)
 SPACE: Space = {**COMMON_SPACE, "learning_rate": RATE, "rank": Choice(choices=(4, 8, 16, 64))}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetrial.halving import Standing
+from finetrial.halving import LOSS, Standing
 from finetrial.plugins import Metric
 from finetrial.settling import expected_gain, noise, settled
 from test_pipeline import run_study
 
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
-LOSS = Metric(name="loss", higher_is_better=False, worst=math.inf, best=0.0)
 
 
 def test_the_gain_by_hand():

@@ -391,6 +391,16 @@ def test_weights_far_from_their_start_have_diverged_whatever_the_loss_says(start
     assert seen == said
 
 
+def test_weights_are_looked_at_in_the_first_twenty_steps_and_at_every_fourth(tiny_bert, tmp_path):
+    settings = {"epochs": 4, "batch_size": 4}
+    spec = make_spec(tiny_bert, "full", settings=settings, how={"log_steps": 1})
+    run(spec, tmp_path)
+    growth = {r["step"]: r["weight_growth"] for r in records(spec, tmp_path) if r["kind"] == "train"}
+    changed = [step for step in sorted(growth) if step > 1 and growth[step] != growth[step - 1]]
+    assert changed == [*range(2, 21), 24]
+    assert max(growth) == 24
+
+
 def test_half_of_the_tensors_must_have_grown_but_one_that_is_not_finite_is_enough():
     progress = Progress(first_weight_sizes=[1.0, 1.0, 1.0])
     progress.weigh([1.0, 2.0, 1000.0])

@@ -7,7 +7,6 @@ replicate without a valid score is counted and named, never averaged over and ne
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from finetrial.evidence import (
     arm_of,
     best_trial,
     run_of_task,
+    searched,
     trained,
     trial_score,
     void_reason,
@@ -136,28 +136,11 @@ def _complete(study: Study, arms: Sequence[Arm], ordered: Sequence[RunRecord]) -
     if any(run_of_task(ordered, t.name, "baseline", trained=True) is None for t in study.tasks):
         return False
     return all(
-        _searched(study, arm)
+        searched(arm, study.search)
         and (best_trial(arm.trials, arm.metric) is None or len(arm.replicates) == study.train.seeds)
         and (not study.measure or all(r.spec.number in arm.probes for r in arm.valid))
         for arm in arms
     )
-
-
-def _searched(study: Study, arm: Arm) -> bool:
-    """Whether every trial of an arm has begun, and with halving of the later ends as many as must."""
-    if len(arm.trials) < (arm.stop.after if arm.stop else study.search.trials):
-        return False
-    reached = [
-        [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
-        for end in range(1, len(study.search.ends) + 1)
-    ]
-    mosts = study.search.counts
-    for end, (before, after) in enumerate(itertools.pairwise(reached), start=1):
-        scored = sum(trial_score(run) is not None for run in before)
-        least = 1 if end == len(reached) - 1 else mosts[end]  # before the last what is told apart is left out
-        if len(after) < min(scored, least):
-            return False
-    return True
 
 
 # ---- tasks and arms ------------------------------------------------------------------------------------

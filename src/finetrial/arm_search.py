@@ -54,7 +54,7 @@ class ArmSearch:
         for end, most in enumerate(rules.counts[1:], start=1):
             runs = {run.spec.number: run for run in self.runs(rung=end)}
             final = end == len(rules.ends) - 1
-            standings = [self._standing(run, examples=final) for run in runs.values()]
+            standings = [self.standing(run, examples=final) for run in runs.values()]
             chosen = halving.chosen(standings, most, self.yardstick, final=final)
             # What has begun is gone on with, though others have come to be better.
             begun = [run.spec.number for run in self.runs(rung=end + 1) if run.outcome is None]
@@ -76,7 +76,7 @@ class ArmSearch:
             return False
         if self.stop() is not None:
             return True
-        standings = [self._standing(run, examples=True) for run in runs]
+        standings = [self.standing(run, examples=True) for run in runs]
         stop = settling.settled(standings, rules.trials, self.yardstick)
         if stop is None:
             return False
@@ -187,7 +187,8 @@ class ArmSearch:
     def _name(self) -> str:
         return f"trial.{self.task.name}.{self.method.name}."
 
-    def _standing(self, run: RunRecord, *, examples: bool = False) -> halving.Standing:
+    def standing(self, run: RunRecord, *, examples: bool = False) -> halving.Standing:
+        """What a trial is compared by. `examples`: with each validation example's own."""
         scores = {}
         if examples and run.result and run.result.examples_sha256:
             path = self.opened.home.run(run.spec.run_id).examples_file
@@ -199,7 +200,7 @@ class ArmSearch:
         """Of trials that will not go on, whatever the rest scores, the checkpoints take no more room."""
         runs = self.first_runs()
         most = self.study.search.counts[1]
-        chosen = halving.chosen([self._standing(run) for run in runs], most, self.yardstick, final=False)
+        chosen = halving.chosen([self.standing(run) for run in runs], most, self.yardstick, final=False)
         self._let_go(run for run in runs if run.spec.number not in chosen)
 
     def _let_go(self, runs: Iterable[RunRecord]) -> None:

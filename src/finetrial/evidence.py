@@ -5,6 +5,7 @@ Pure: run records in, arms out. Not for numbers over several runs (`analyse.py`,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from finetrial.plugins import Metric
 from finetrial.records import MethodSpec, RunRecord, SearchStop, TaskSpec
+from finetrial.study import SearchRules
 
 ENDED_WELL = ("done", "diverged")
 LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
@@ -45,8 +47,7 @@ class Arm:
 def best_trial(trials: Sequence[RunRecord], metric: Metric) -> RunRecord | None:
     """The finished trial with the best validation score; among equals the lowest number.
 
-    With halving only those count that got as far as any: they are compared at equal shares of the steps, where
-    others may go on from them by their loss.
+    With halving only those count that got as far as any: by score at the last end, before it by their loss.
     """
     sign = -1.0 if metric.higher_is_better else 1.0
     scored = [
@@ -89,6 +90,23 @@ def standing_value(record: RunRecord) -> float | None:
     if score is None or not record.spec.may_go_on:
         return score
     return record.result.validation_loss if record.result else None
+
+
+def searched(arm: Arm, rules: SearchRules) -> bool:
+    """Whether every trial of an arm has begun, and with halving of the later ends as many as must."""
+    if len(arm.trials) < (arm.stop.after if arm.stop else rules.trials):
+        return False
+    reached = [
+        [r for r in arm.search_runs if r.spec.rung and r.spec.rung.number == end]
+        for end in range(1, len(rules.ends) + 1)
+    ]
+    mosts = rules.counts
+    for end, (before, after) in enumerate(itertools.pairwise(reached), start=1):
+        scored = sum(standing_value(run) is not None for run in before)
+        least = 1 if end == len(reached) - 1 else mosts[end]  # before the last what is told apart is left out
+        if len(after) < min(scored, least):
+            return False
+    return True
 
 
 def arm_of(

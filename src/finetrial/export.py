@@ -17,7 +17,7 @@ from finetrial.space import Space
 from finetrial.store import Home
 
 HEADER = """\
-# The optimum of this arm: the trial with the best validation score. Written by `finetrial run`; the training
+# The optimum of this arm: the best trial on validation. Written by `finetrial run`; the training
 # phase reads `settings` from here. A change is seen by its SHA-256 and undone by the next `finetrial run`.
 # `edges` names settings within 5 % of the end of their range: the optimum may lie outside it, so widen the
 # range and search again.

@@ -32,8 +32,7 @@ from finetrial.store import RunFolder
 from finetrial.tables import UsedRows
 from finetrial.training_state import Clock, Progress, guard
 
-# At which steps the weights' sizes are looked at, a pass over them: the first, where they blow up if they do,
-# and some of the others.
+# At which steps the weights' sizes are looked at, which is a pass over all of them.
 WEIGHED_ALWAYS, WEIGHED_EVERY = 20, 4
 
 
@@ -184,7 +183,7 @@ class Loop:
         }  # fmt: skip
         append_json_line(self.folder.metrics_file, record)
         if bench.spec.may_go_on:
-            progress.lower(loss, scored)
+            progress.compare_by(loss, scored, last=rules.keep == "last")
         gain = math.inf
         if progress.peak_score is not None:
             gain = (score - progress.peak_score) * (1 if metric.higher_is_better else -1)

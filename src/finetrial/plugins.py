@@ -33,7 +33,7 @@ Example = dict[str, Any]  # a row as read, with at least "id" (str, unique in it
 
 
 class Metric(NamedTuple):
-    """What a task is judged by. `worst` is what the search is told of a diverged trial."""
+    """What trials are judged by. `worst` is what the search is told of a diverged one."""
 
     name: str
     higher_is_better: bool
@@ -69,9 +69,7 @@ class Scored:
     metrics: dict[str, float]
     calibration: dict[str, float]
     per_example: dict[str, float]  # example id -> the task's metric on it alone
-    losses: dict[str, float] = field(
-        default_factory=dict
-    )  # example id -> its inputs' mean loss; not the head's
+    losses: dict[str, float] = field(default_factory=dict)  # example id -> its loss; filled in by `evaluate`
 
 
 class Head(Protocol):
@@ -86,11 +84,11 @@ class Head(Protocol):
     def encode(
         self, examples: Sequence[Example], tokenizer: Any, params: Any, *, causal: bool
     ) -> list[Feature]:
-        """Model inputs of the examples, labelled where the examples are."""
+        """Model inputs of the examples, all labelled."""
         ...
 
     def losses(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of each of the batch's inputs, in fp32: [B]."""
+        """The loss of each of the batch's inputs, in fp32: [B]. `outputs` as in `predictions`."""
         ...
 
     def predictions(self, outputs: Any, batch: Mapping[str, torch.Tensor]) -> list[Any]:
@@ -376,9 +374,8 @@ def _import(noun: str, name: str, module_name: str, attribute: str, base: Path |
         if error.name != module_name.partition(".")[0]:
             raise PluginError(f"the {noun} {name!r} needs {error.name!r}, which is not installed") from error
         where = f"beside the study file, in {base}," if base else "beside the study file"
-        raise PluginError(
-            f"the {noun} {name!r} is not there: put {module_name}.py {where} or install it"
-        ) from error
+        missing = f"the {noun} {name!r} is not there: put {module_name}.py {where} or install it"
+        raise PluginError(missing) from error
     except (Exception, SystemExit) as error:  # foreign code: whatever it raises is the answer
         line = f" in line {error.lineno}" if isinstance(error, SyntaxError) else ""
         reason = f"{type(error).__name__}{line}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

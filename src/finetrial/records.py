@@ -308,7 +308,7 @@ class SearchStop(Frozen):
     schema_version: SchemaVersion = SCHEMA_VERSION
     after: int  # trials
     planned: int
-    gain: float  # that the rest of them was expected to bring, in the score's unit
+    gain: float  # that the rest of them was expected to bring; of the score, with halving of the loss
     noise: float  # the standard error of the best two's difference, in the same unit
 
 
@@ -320,7 +320,7 @@ class Result(Frozen):
     outcome: Literal["done", "diverged"]
     reason: str | None = None  # why it diverged
     score: float | None = None  # the task's metric on validation
-    validation_loss: float | None = None  # the lowest of its evaluations; trials that may go on
+    validation_loss: float | None = None  # what halving compares it by; of trials that may go on alone
     scores: dict[str, dict[str, float]] = {}  # split -> metric -> value
     calibration: dict[str, float] = {}  # chosen on validation, used on test (e.g. no_answer_threshold)
     settings_used: dict[str, Setting] = {}  # read back from the optimiser, schedule and modules

@@ -286,4 +286,6 @@ def trials(summary: Summary, task: TaskSummary) -> Table:
     columns = columns_of(
         "Trial", f"#{task.metric}, validation", "Drawn", *(f"#{name}" for name in names), "Outcome"
     )
-    return Table(f"trials.{task.name}", f"Every trial on {task.name}", columns, tuple(rows))
+    halved = any(row.search_ends for row in summary.ledger)
+    note = "Until the last end halving compares trials by their loss on validation." if halved else ""
+    return Table(f"trials.{task.name}", f"Every trial on {task.name}", columns, tuple(rows), note)

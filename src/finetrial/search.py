@@ -8,7 +8,7 @@ What TPE is told (measured by `bench/search_surface.py`; options read in Optuna 
 
 | a trial that                                     | is shown as                                             |
 |--------------------------------------------------|---------------------------------------------------------|
-| is `done`, with a score                          | finished, with its score                                |
+| is `done`, with a score                          | finished, with its score (with halving, its loss)       |
 | `diverged` or ran `out_of_memory`                | finished, with the metric's worst value                 |
 | is running, or waits to be resumed               | running: the constant liar keeps others away from it    |
 | failed for good in any other way                 | failed: says nothing about its settings                 |
@@ -58,7 +58,7 @@ class Past(NamedTuple):
     number: int
     settings: Mapping[str, Setting]
     outcome: Outcome | None  # None while it runs, or waits to be resumed
-    score: float | None  # the task's metric on validation
+    score: float | None  # what `metric` says, on validation
 
 
 def propose(
@@ -86,7 +86,7 @@ def propose(
         seed: the study's seed.
         startup: how many trials are drawn before TPE guides.
         sampler: "tpe", or "random" to draw every trial.
-        metric: says which direction is better, and the value told for a trial that went wrong.
+        metric: of the scores; says which direction is better, and the value told for a trial that went wrong.
 
     Returns:
         Dimension name -> plain bool, int, float or str, sorted by name; floats have six significant digits

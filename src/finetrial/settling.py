@@ -33,7 +33,7 @@ def expected_gain(scores: Sequence[float], planned: int, *, higher_is_better: bo
 
 
 def noise(standings: Sequence[Standing], metric: Metric) -> float | None:
-    """The standard error of the difference between the best and the next that answers differently.
+    """The standard error of the difference between the best and the next that differs on an example.
 
     Over the validation examples that both have, of their own scores; where the task's score is no mean of
     them (F1, Matthews), theirs stands in. None: no two are known to differ.

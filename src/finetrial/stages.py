@@ -122,7 +122,7 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
     scores = {"validation": progress.best_metrics}
     per_example = {"validation": progress.best_per_example}
     if spec.may_go_on:
-        per_example["validation_loss"] = progress.lowest_losses
+        per_example["validation_loss"] = progress.losses
     saved_bytes, measures = 0, {}
     if scored is not None:
         scores["test"], per_example["test"] = scored.metrics, scored.per_example
@@ -140,7 +140,7 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
         run_id=spec.run_id,
         outcome="done",
         score=progress.best_score,
-        validation_loss=progress.lowest_loss if spec.may_go_on else None,
+        validation_loss=progress.loss if spec.may_go_on else None,
         scores=scores,
         calibration=progress.best_calibration,
         measures=measures,

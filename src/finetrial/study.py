@@ -45,7 +45,7 @@ class SearchRules(Frozen):
     startup: int | None = Field(default=None, ge=1)
     # The method whose best trial says where the others' guided trials begin, by their `learning_rate_factor`.
     warm_start: str | None = None
-    early_stop: bool = False  # once more trials are expected to gain less than the noise of the scores
+    early_stop: bool = False  # once more trials are expected to gain less than the noise
     # Only the best 1/halving of the trials go on at 1/halving^2 of their steps, and of these at 1/halving.
     halving: int | None = Field(default=None, ge=2, le=10)
 

@@ -47,8 +47,8 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     best_calibration: dict[str, float] = field(default_factory=dict)
     best_per_example: dict[str, float] = field(default_factory=dict)
-    lowest_loss: float | None = None  # of an evaluation, kept or not: the mean over validation's examples
-    lowest_losses: dict[str, float] = field(default_factory=dict)  # and each one's then; trials that may go on
+    loss: float | None = None  # by which halving compares: the mean over validation's examples
+    losses: dict[str, float] = field(default_factory=dict)  # and each one's; of trials that may go on alone
     peak_score: float | None = None  # the best of all evaluations, kept or not: what early stopping compares
     evaluations_without_gain: int = 0
     stopped_early: bool = False
@@ -88,10 +88,10 @@ class Progress:
         self.best_calibration = dict(scored.calibration)
         self.best_per_example = dict(scored.per_example)
 
-    def lower(self, loss: float, scored: Scored) -> None:
-        """Remember an evaluation as that of the lowest loss, if it is; halving compares by it."""
-        if self.lowest_loss is None or loss < self.lowest_loss:
-            self.lowest_loss, self.lowest_losses = loss, dict(scored.losses)
+    def compare_by(self, loss: float, scored: Scored, *, last: bool) -> None:
+        """Remember an evaluation's losses if their mean is the lowest so far, or those of the `last` count."""
+        if last or self.loss is None or loss < self.loss:
+            self.loss, self.losses = loss, dict(scored.losses)
 
 
 def guard(progress: Progress, rules: LoopRules, loss: float) -> None:
