@@ -5,10 +5,11 @@
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
 scores and losses of the single validation examples there; it may be stopped and goes on. `replay` searches
-as the study would, by `search.propose`, once with whole trials and once with halving; a proposal is answered
-by the recorded setting that lies nearest and is not yet used. Half of the validation examples are shown to
-the search; on the other half, which nobody has seen, the chosen setting's score at full length is its
-quality. Orders differ by seed and by halves.
+as the study would, by `search.propose`, with whole trials; a proposal is answered by the recorded setting
+that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
+(`choice`), and of those that it proposes itself (`search`). Half of the validation examples are shown to the
+search; on the other half, which nobody has seen, the chosen setting's score at full length is its quality.
+Orders differ by seed and by halves.
 """
 
 from __future__ import annotations
@@ -186,15 +187,16 @@ def proposed(
     return taken
 
 
-def whole(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
-    taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
+def whole(curves: Sequence[Curve], taken: Sequence[int], shown: Sequence[str], metric: Metric) -> Chosen:
+    """The best of these settings, all trained whole."""
     standings = [standing(n, curves[index], -1, shown) for n, index in enumerate(taken)]
     best = halving.chosen(standings, 1, metric, final=False)
     return Chosen(taken[best[0]] if best else None, sum(curves[index].tokens[-1] for index in taken))
 
 
-def halved(curves: Sequence[Curve], shown: Sequence[str], space: Space, seed: int, metric: Metric) -> Chosen:
-    going = proposed(curves, 0, shown, space, seed, halving.LOSS)
+def halved(curves: Sequence[Curve], taken: Sequence[int], shown: Sequence[str], metric: Metric) -> Chosen:
+    """What halving chooses of these settings."""
+    going = list(taken)
     tokens = sum(curves[index].tokens[0] for index in going)
     for end, most in enumerate(RULES.counts[1:], start=1):
         standings = [standing(n, curves[index], end - 1, shown) for n, index in enumerate(going)]
@@ -215,26 +217,34 @@ def replay(folder: Path, orders: int) -> dict[str, Any]:
         if len(curves) <= TRIALS:
             continue
         names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
-        differences, savings, same = [], [], 0
+        apart: dict[str, list[float]] = {"search": [], "choice": []}
+        savings, same = [], 0
         for seed in range(orders):
             mixed = np.random.default_rng(stream_seed("halves", task.name, seed)).permutation(names).tolist()
             shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
-            plain = whole(curves, shown, space, seed, metric)
-            part = halved(curves, shown, space, seed, metric)
-            qualities = [
+            taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
+            plain, choice = whole(curves, taken, shown, metric), halved(curves, taken, shown, metric)
+            part = halved(curves, proposed(curves, 0, shown, space, seed, halving.LOSS), shown, metric)
+            plain_score, choice_score, part_score = (
                 score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
-                for each in (plain, part)
-            ]
-            differences.append(qualities[1] - qualities[0])
+                for each in (plain, choice, part)
+            )
+            apart["search"].append(part_score - plain_score)
+            apart["choice"].append(choice_score - plain_score)
             savings.append(plain.tokens / part.tokens)
-            same += plain.number == part.number
+            same += plain.number == choice.number
         report[task.name] = {
             "settings": len(curves), "orders": orders, "scores_at_full_length": sorted(
                 round(found, 2) for curve in curves if (found := score(curve, -1, names)) is not None
             ),
-            "halved_minus_whole": statistics.fmean(differences),
-            "standard_error": statistics.stdev(differences) / math.sqrt(orders),
-            "spread_of_one_order": statistics.stdev(differences),
+            "halved_minus_whole": {
+                name: {
+                    "mean": statistics.fmean(values),
+                    "standard_error": statistics.stdev(values) / math.sqrt(orders),
+                    "spread_of_one_order": statistics.stdev(values),
+                }
+                for name, values in apart.items()
+            },
             "same_setting": same / orders,
             "times_fewer_tokens": {
                 "median": statistics.median(savings), "least": min(savings), "most": max(savings)

@@ -96,12 +96,12 @@ def overhead(found: dict[str, Any]) -> str:
 def halving(found: dict[str, Any]) -> str:
     rows = []
     for task, row in found.items():
-        fewer = row["times_fewer_tokens"]
+        fewer, apart = row["times_fewer_tokens"], row["halved_minus_whole"]
         rows.append(
             (
                 task, str(row["settings"]), str(row["orders"]),
                 f"{fewer['median']:.2f} ({fewer['least']:.2f} .. {fewer['most']:.2f})",
-                f"{row['halved_minus_whole']:+.2f} ± {row['standard_error']:.2f}",
+                *(f"{apart[n]['mean']:+.2f} ± {apart[n]['standard_error']:.2f}" for n in ("choice", "search")),
                 f"{100 * row['same_setting']:.0f} %",
             )
         )  # fmt: skip
@@ -109,7 +109,8 @@ def halving(found: dict[str, Any]) -> str:
         "settings",
         "orders",
         "times fewer tokens",
-        "chosen score, halved minus whole",
+        "chosen of the same trials, minus the best of them",
+        "chosen of its own, minus the best of the other search",
         "the same chosen",
     )
     return table(("task", *columns), rows)
