@@ -71,7 +71,7 @@ class Stepper:
     def _clip_all(self) -> float:
         """As torch's clip_grad_norm_, which multiplies by 1 where there is nothing to clip.
 
-        The fused AdamW divides within its own pass, as it does after a scaled loss: half of the step's time.
+        The fused AdamW divides within its own pass, as it does after a scaled loss (timed in docs/log.md).
         """
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         found = torch.nn.utils.get_total_norm(gradients)

@@ -38,7 +38,7 @@ class TrialPoint(Frozen):
     settings_used: dict[str, Setting]
     startup: bool  # drawn at random, whatever the others scored; the rest TPE has guided
     share: float = 1.0  # of its steps, up to where halving has stopped it
-    loss: float | None = None  # its lowest on validation, by which it was compared there
+    loss: float | None = None  # on validation, by which it was compared there
 
 
 class DimensionSummary(Frozen):
