@@ -18,6 +18,7 @@ from finetrial.records import (
     MethodSpec,
     ModelSource,
     Result,
+    Rung,
     RunRecord,
     RunSpec,
     Seeds,
@@ -122,6 +123,28 @@ def test_replicates_show_a_mean_and_probes_their_name():
         "measure  2 arms, 2 runs",
         "measure  squad_v2  1/1  baseline done",
         "measure  squad_v2/lora  1/1  probe_1 done",
+    ]
+
+
+def test_a_halved_search_shows_the_trial_that_it_would_go_on_with():
+    accuracy = Metric(name="accuracy", higher_is_better=True, worst=0.0, best=1.0)
+    screen = Screen(terminal=False)
+
+    def halved(number, ends, score, loss):
+        spec = make_spec(number).model_copy(update={"rung": Rung(ends=ends)})
+        record = ended(spec, score)
+        return record._replace(result=record.result.model_copy(update={"validation_loss": loss}))
+
+    with make_progress(screen.console, interactive=False) as progress:
+        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 3}, metrics={"squad_v2/lora": accuracy})
+        progress.finished(halved(0, (3,), 0.8, 0.6))
+        progress.finished(halved(1, (3,), 0.7, 0.5))
+        progress.finished(halved(1, (3, 1), 0.6, None))
+    best = [line.split("(")[1] for line in screen.text.splitlines()[1:]]
+    assert best == [
+        "lowest loss: 0.800, trial_0 to 1/3: learning rate 1.9e-05)",
+        "lowest loss: 0.700, trial_1 to 1/3: learning rate 1.9e-05)",
+        "best 0.600, trial_1: learning rate 1.9e-05)",
     ]
 
 

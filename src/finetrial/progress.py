@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
+from finetrial.evidence import best_trial
 from finetrial.plugins import Metric
 from finetrial.records import RunRecord, RunSpec, Setting
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 REFRESH_SECONDS = 0.2  # ticks come oftener than a terminal needs to be drawn
 REASON_CHARACTERS = 100
+SCORE = Metric(name="score", higher_is_better=True, worst=-math.inf, best=math.inf)
 STOPPING = ("bug", "refused")  # outcomes that end the study at once
 
 
@@ -51,8 +53,8 @@ class Arm:
     ended: int = 0
     diverged: int = 0
     failed: int = 0
-    scores: list[float] = field(default_factory=list)
-    best: tuple[float, RunSpec] | None = None
+    scores: list[float] = field(default_factory=list)  # of replicates
+    best: RunRecord | None = None  # of a search
     seconds: list[float] = field(default_factory=list)  # of ended runs, over all their attempts
     running: dict[str, Running] = field(default_factory=dict)  # run id -> state
 
@@ -66,15 +68,10 @@ class Arm:
         elif record.outcome != "done":
             self.failed += 1
         elif score is not None and math.isfinite(score):
-            self.scores.append(score)
-            sign = -1 if self.metric and not self.metric.higher_is_better else 1
-            if self.best is None or _rank(sign, score, record.spec) > _rank(sign, *self.best):
-                self.best = (score, record.spec)
-
-
-def _rank(sign: int, score: float, spec: RunSpec) -> tuple[int, float, int]:
-    """What got further counts for more, then what scored better, then the lower number."""
-    return (spec.rung.number if spec.rung else 0, sign * score, -spec.number)
+            if record.spec.stage != "trial":
+                self.scores.append(score)
+            else:
+                self.best = best_trial([record, *([self.best] if self.best else [])], self.metric or SCORE)
 
 
 class Progress:
@@ -288,14 +285,13 @@ def ended_text(record: RunRecord, arm: Arm) -> str:
 
 def score_text(arm: Arm) -> str:
     """A search's best with its trial and learning rate; otherwise the mean, since no seed is chosen."""
-    if arm.best is None:
-        return ""
-    score, spec = arm.best
-    if spec.stage != "trial":
-        return f"mean {_number(math.fsum(arm.scores) / len(arm.scores), arm.metric)}"
+    if arm.best is None or arm.best.result is None or arm.best.result.score is None:
+        return f"mean {_number(math.fsum(arm.scores) / len(arm.scores), arm.metric)}" if arm.scores else ""
+    spec = arm.best.spec
     rate = spec.settings.get("learning_rate")
     detail = "" if rate is None else f": learning rate {_rate(rate)}"
-    return f"best {_number(score, arm.metric)}, {run_label(spec)}{detail}"
+    what = "lowest loss:" if spec.may_go_on else "best"  # halving goes by the loss until the last end
+    return f"{what} {_number(arm.best.result.score, arm.metric)}, {run_label(spec)}{detail}"
 
 
 def run_seconds(record: RunRecord) -> float:
