@@ -47,7 +47,7 @@ def standing(number: int, score: float | None, right: list[int]) -> Standing:
     return Standing(number, score, {f"e{i}": 100.0 * value for i, value in enumerate(right)})
 
 
-def test_noise_is_of_the_two_best():
+def test_noise_is_of_the_best_and_the_first_below_the_best_third():
     best = standing(0, 75.0, [1, 1, 1, 0])
     second = standing(1, 50.0, [1, 1, 0, 0])
     worst = standing(2, 25.0, [0, 0, 0, 1])
@@ -59,6 +59,8 @@ def test_noise_is_of_the_two_best():
     assert noise([best, twin], F1) is None
     assert noise([best, Standing(1, None)], F1) is None
     assert noise([best, Standing(1, 50.0)], F1) is None
+    between = standing(4, 74.0, [0, 0, 1, 0])
+    assert noise([best, between, second, worst], F1) == pytest.approx(np.std(differences, ddof=1) / 2)
 
 
 def test_a_search_has_settled_where_the_gain_is_below_the_noise():
@@ -80,15 +82,16 @@ tasks:
   synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
 methods:
   full: {{search: {{learning_rate: {{low: 5e-3, high: 1e-2}}}}}}
-search: {{trials: 12, startup: 3, early_stop: true, space: {{epochs: 3, batch_size: 8}}}}
+search: {{trials: 12, startup: 3, early_stop: true, {halving}space: {{epochs: 3, batch_size: 8}}}}
 train: {{seeds: 1}}
 run: {{threads: 1, log_steps: 1}}
 """
 
 
-def test_a_study_that_has_settled_stops_and_is_complete(tiny_bert: Path, tmp_path: Path):
+@pytest.mark.parametrize("halving", ["", "halving: 3, "], ids=["whole", "halved"])
+def test_a_study_that_has_settled_stops_and_is_complete(tiny_bert: Path, tmp_path: Path, halving: str):
     study = tmp_path / "study.yaml"
-    study.write_text(STUDY.format(model=tiny_bert))
+    study.write_text(STUDY.format(model=tiny_bert, halving=halving))
     done = run_study(study, tmp_path / "home")
     summary = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
     assert summary["complete"]

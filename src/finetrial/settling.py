@@ -27,21 +27,27 @@ def expected_gain(scores: Sequence[float], planned: int, *, higher_is_better: bo
     if len(scores) < 2:
         raise ValueError(f"{len(scores)} score tells of no spacing")
     ordered = sorted(scores if higher_is_better else [-score for score in scores], reverse=True)
-    top = max(1, math.ceil(len(ordered) / 3))
-    scale = math.fsum(ordered[:top]) / top - ordered[min(top, len(ordered) - 1)]
+    top = _top(len(ordered))
+    scale = math.fsum(ordered[:top]) / top - ordered[top]
     return scale * math.fsum(1 / n for n in range(len(ordered) + 1, planned + 1))
 
 
-def noise(standings: Sequence[Standing], metric: Metric) -> float | None:
-    """The standard error of the difference between the best and the next that differs on an example.
+def _top(count: int) -> int:
+    """How many of so many are the best third; fewer than all."""
+    return min(math.ceil(count / 3), count - 1)
 
-    Over the validation examples that both have, of their own scores; where the task's score is no mean of
-    them (F1, Matthews), theirs stands in. None: no two are known to differ.
+
+def noise(standings: Sequence[Standing], metric: Metric) -> float | None:
+    """The standard error of the difference between the best and the first below the best third.
+
+    As the gain's scale is of these; if the two differ on no example, of the best and the next below. Over the
+    validation examples that both have, of their own scores; where the task's score is no mean of them (F1,
+    Matthews), theirs stands in. None: no two are known to differ.
     """
     sign = -1.0 if metric.higher_is_better else 1.0
     scored = [standing for standing in standings if standing.score is not None]
     ranked = sorted(scored, key=lambda each: (sign * (each.score or 0.0), each.number))
-    for other in ranked[1:]:
+    for other in ranked[_top(len(ranked)) :]:
         best = ranked[0]
         shared = sorted(best.examples.keys() & other.examples.keys())
         apart = [best.examples[name] - other.examples[name] for name in shared]
