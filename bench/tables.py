@@ -117,18 +117,24 @@ def halving(found: dict[str, Any]) -> str:
 
 
 def study(found: dict[str, Any]) -> str:
-    rows = [
-        (
-            row["task"], f"{row['seconds']:,.0f}",
-            *(
-                f"{row[f'{baseline}_s']:,.0f}: {row[f'faster_than_{baseline}']:.1f}"
-                for baseline in ("trainer", "recipe")
-            ),
-        )
+    taken = [
+        (row["task"], *(row[name] for name in ("seconds", "trainer_s", "recipe_s")))
         for row in found["rows"]
         if row["size"] == "whole" and row["variant"] == "finetrial" and "seconds" in row
-    ]  # fmt: skip
-    return table(("task", "finetrial, s", "(a) reckoned, s: times", "(c) reckoned, s: times"), rows)
+    ]
+    taken.append(("both", *(sum(row[column] for row in taken) for column in (1, 2, 3))))
+    rows = [
+        (
+            task,
+            f"{own:,.0f}",
+            f"{trainer:,.0f}",
+            f"{trainer / own:.1f}",
+            f"{recipe:,.0f}",
+            f"{recipe / own:.1f}",
+        )
+        for task, own, trainer, recipe in taken
+    ]
+    return table(("task", "finetrial, s", "(a) reckoned, s", "times", "(c) reckoned, s", "times"), rows)
 
 
 def study_scores(found: dict[str, Any]) -> str:
@@ -139,11 +145,12 @@ def study_scores(found: dict[str, Any]) -> str:
             for row in found["rows"]
             if (row["size"], row["task"]) == ("whole", task)
         }
-        for method, gap in by_method.items():
-            means = (statistics.fmean(own[variant][method]) for variant in ("finetrial", "as-trainer"))
+        for arm, gap in by_method.items():
+            method, name = arm.split()
+            means = (statistics.fmean(own[variant][method][name]) for variant in ("finetrial", "as-trainer"))
             interval = f"{gap['estimate']:+.2f} ({gap['low']:+.2f} .. {gap['high']:+.2f})"
-            rows.append((task, METHODS[method], *(f"{mean:.2f}" for mean in means), interval))
-    columns = ("score of test", "as (a) searches and trains", "difference, 95 % interval")
+            rows.append((task, METHODS[method], name, *(f"{mean:.2f}" for mean in means), interval))
+    columns = ("on test", "finetrial", "as (a) searches and trains", "difference, 95 % interval")
     return table(("task", "method", *columns), rows)
 
 
