@@ -1,13 +1,13 @@
 """A whole study beside what users put together for the same: seconds, and the test scores that they buy.
 
-    python bench/study.py run FOLDER [--size whole] [--variants finetrial]    (an hour, idle)
-    python bench/study.py run FOLDER --size small --variants finetrial,whole-trials,one-at-a-time,fp32
-    python bench/study.py run FOLDER --variants as-trainer                    (two hours; for its scores alone)
+    python bench/study.py run FOLDER                           (an hour, idle)
+    python bench/study.py run FOLDER --size small              (an hour, idle; one thing switched off at a time)
+    python bench/study.py run FOLDER --variants as-trainer     (three hours; for its scores alone)
     python bench/study.py baselines FOLDER [--steps 8]
     python bench/study.py table FOLDER [--output bench/results/study.json]
 
 MiniLM on 10,000 rows of SST-2 and a part of SQuAD v2, full fine-tuning and LoRA: 15 trials of each, then 5
-replicates at the best. `run` does it with finetrial; on a smaller one, with one thing switched off at a time. A
+replicates at the best. `run` does it with finetrial, and a smaller one with one thing switched off at a time. A
 study that was interrupted is gone on with, but its time then says nothing. The baselines take days, so they are
 timed on a sample of their work, the same rows and settings: so many optimiser steps and so many rows of an
 evaluation, by which the whole is reckoned.
@@ -81,7 +81,7 @@ SIZES = {
     },
     "small": {
         "sst2": Part(1200, 1200, 400, 400, 128),
-        "squad_v2": Part(150, 250, 100, 100, 384, "max_length: 384"),
+        "squad_v2": Part(100, 150, 100, 100, 384, "max_length: 384"),
     },
 }
 # What is switched off: one thing at a time, and all that changes what is learnt.
@@ -89,9 +89,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "finetrial": {},
     "whole-trials": {"halving": ""},
     "one-at-a-time": {"run": "parallel: 1"},
+    "fresh-python": {"run": "parallel: auto, engine: spawn"},
     "fp32": {"precision": "fp32"},
     "as-trainer": {"halving": "", "precision": "fp32"},
 }
+USUAL = {"whole": ["finetrial"], "small": [name for name in VARIANTS if name != "as-trainer"]}
 DEFAULTS = {"halving": ", halving: 3", "precision": "bf16", "run": "parallel: auto"}
 METHODS = ("full", "lora")
 TRIALS, SEEDS, EPOCHS, BATCH = 15, 5, 2, 16
@@ -258,12 +260,13 @@ def main() -> int:
     parser.add_argument("verb", choices=("run", "baselines", "table"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="whole")
-    parser.add_argument("--variants", default="finetrial")
+    parser.add_argument("--variants")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.verb == "run":
-        run(given.folder.resolve(), given.size, given.variants.split(","))
+        variants = given.variants.split(",") if given.variants else USUAL[given.size]
+        run(given.folder.resolve(), given.size, variants)
     elif given.verb == "baselines":
         baselines(given.folder, given.steps)
     else:
