@@ -110,17 +110,16 @@ def text_of(task: str, variant: str, size: str = "whole") -> str:
     )
 
 
-def run(folder: Path, size: str, variants: list[str]) -> None:
-    for variant in variants:
-        for task in SIZES[size]:
-            place = folder / size / variant / task
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "study.yaml").write_text(text_of(task, variant, size))
-            command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
-            fresh, begun = not (place / "home").exists(), time.perf_counter()
-            subprocess.run([*command, "--home", str(place / "home")], check=True)
-            if fresh:
-                (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
+def run(folder: Path, size: str, variants: list[str], tasks: list[str]) -> None:
+    for task, variant in itertools.product(tasks, variants):
+        place = folder / size / variant / task
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "study.yaml").write_text(text_of(task, variant, size))
+        command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
+        fresh, begun = not (place / "home").exists(), time.perf_counter()
+        subprocess.run([*command, "--home", str(place / "home")], check=True)
+        if fresh:
+            (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
 
 
 def sample(task: str, method: str, variant: str, steps: int) -> dict[str, float]:
@@ -261,12 +260,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="whole")
     parser.add_argument("--variants")
+    parser.add_argument("--tasks", default=",".join(SCORES))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.verb == "run":
         variants = given.variants.split(",") if given.variants else USUAL[given.size]
-        run(given.folder.resolve(), given.size, variants)
+        run(given.folder.resolve(), given.size, variants, given.tasks.split(","))
     elif given.verb == "baselines":
         baselines(given.folder, given.steps)
     else:
