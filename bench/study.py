@@ -1,7 +1,7 @@
 """A whole study beside what users put together for the same: seconds, and the test scores that they buy.
 
     python bench/study.py run FOLDER                           (an hour, idle)
-    python bench/study.py run FOLDER --size small              (an hour, idle; one thing switched off at a time)
+    python bench/study.py run FOLDER --size small              (an hour and a half, idle; one thing off each)
     python bench/study.py run FOLDER --variants as-trainer     (three hours; for its scores alone)
     python bench/study.py baselines FOLDER [--steps 8]
     python bench/study.py table FOLDER [--output bench/results/study.json]
