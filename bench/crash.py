@@ -2,8 +2,8 @@
 
     python bench/crash.py [--faults 1000] [--kinds KIND ...] [--seed 0] [--jobs 2] [--nth] [--output FILE]
 
-The study (`crash_field.py`) is small (a random two-layer model, two arms, trials, replicates, probes, a
-tracker) and otherwise real: processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each
+The study (`crash_field.py`) is small (a random two-layer model, two arms, trials by halving, replicates,
+probes, a tracker) and otherwise real: processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each
 fault (`crash_faults.py`) happen at a point before or after a call, in the coordinator or in a worker. A *chain*
 is one study that meets several faults, one after the other; whenever it has ended, the same command is run
 again. In the end: no run lost, none done twice, nothing left running, attempts numbered in sequence, and every

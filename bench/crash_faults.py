@@ -44,7 +44,7 @@ NOT_YET_HELD = "opening.resolve_inputs"
 KINDS = sorted(
     {*OF_CHILD, *OF_PARENT, *REFUSED_WRITES, *DAMAGE, *(k for ks in OF_TRACKER.values() for k in ks)}
 )
-CHAIN = 12
+CHAIN = 16
 
 
 @dataclass(frozen=True)

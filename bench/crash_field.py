@@ -29,7 +29,7 @@ tasks:
 methods:
   full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
   lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
-search: {{trials: 2, space: {{epochs: 1, batch_size: 8}}}}
+search: {{trials: 3, startup: 2, halving: 3, warm_start: full, space: {{epochs: 1, batch_size: 8}}}}
 train: {{seeds: 2, evaluations_per_epoch: 2}}
 measure: {{drift: {{rows: 16}}}}
 track: ['counting_tracker:PLUGIN']

@@ -27,7 +27,9 @@ import time
 from pathlib import Path
 
 PLAN = os.environ.get("FINETRIAL_CRASH")
-RUN = re.compile(r"(?:baseline|trial|replicate|probe)\.[\w.]+\.\d{3}(?=-)|(?:baseline|probe)\.\w+\.\d{3}(?=-)")
+RUN = re.compile(
+    r"(?:baseline|trial|replicate|probe)\.[\w.]+\.\d{3}(?:\.rung\d)?(?=-)|(?:baseline|probe)\.\w+\.\d{3}(?=-)"
+)
 
 # Module -> function (or Class.method) -> phase.
 POINTS = {
@@ -35,7 +37,7 @@ POINTS = {
     "finetrial.engines.local": {"Local.start": "import", "Nursery.start": "import"},
     "finetrial.assemble": {"open_workbench": "import", "Workbench.build_base": "import"},
     "finetrial.search": {"propose": "ask"},
-    "finetrial.plan": {"trial": "ask", "replicate": "ask"},
+    "finetrial.plan": {"trial": "ask", "further": "ask", "replicate": "ask"},
     "finetrial.lease": {"claim": "ask", "release": "result"},
     "finetrial.store": {
         "RunFolder.create": "ask", "RunFolder.write_attempt": "ask", "RunFolder.write_result": "result",
