@@ -3,12 +3,12 @@
     python bench/crash.py [--faults 1000] [--kinds KIND ...] [--seed 0] [--jobs 2] [--nth] [--output FILE]
 
 The study (`crash_field.py`) is small (a random two-layer model, two arms, trials by halving, replicates,
-probes, a tracker) and otherwise real: processes, Optuna, checkpoints, report. `crash_shim/sitecustomize.py` makes each
-fault (`crash_faults.py`) happen at a point before or after a call, in the coordinator or in a worker. A *chain*
-is one study that meets several faults, one after the other; whenever it has ended, the same command is run
-again. In the end: no run lost, none done twice, nothing left running, attempts numbered in sequence, and every
-number and weight hash equal to the undisturbed study's. `--nth` adds `crash_nth.py`: the n-th write, fsync,
-replace and spawn fails, for every n.
+probes, a tracker) and otherwise real: processes, Optuna, checkpoints, report.
+`crash_shim/sitecustomize.py` makes each fault (`crash_faults.py`) happen at a point before or after a call, in
+the coordinator or in a worker. A *chain* is one study that meets several faults, one after the other; whenever
+it has ended, the same command is run again. In the end: no run lost, none done twice, nothing left running,
+attempts numbered in sequence, and every number and weight hash equal to the undisturbed study's. `--nth` adds
+`crash_nth.py`: the n-th write, fsync, replace and spawn fails, for every n.
 """
 
 from __future__ import annotations
