@@ -118,7 +118,7 @@ def run(folder: Path, size: str, variants: list[str], tasks: list[str]) -> None:
         command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
         fresh, begun = not (place / "home").exists(), time.perf_counter()
         subprocess.run([*command, "--home", str(place / "home")], check=True)
-        if fresh:
+        if fresh and variant != "as-trainer":  # whose scores alone are asked for
             (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
 
 
@@ -202,12 +202,16 @@ def baselines(folder: Path, steps: int) -> None:
     (folder / "baselines.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def table(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "baselines.json").read_text())
+def table(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """What the folder holds, and of what it does not hold what was recorded before."""
+    sampled = folder / "baselines.json"
+    found = json.loads(sampled.read_text()) if sampled.exists() else before["sample"]
+    recorded = {(row["size"], row["task"], row["variant"]): row for row in before.get("rows", [])}
     rows = []
     for size, task, variant in itertools.product(SIZES, SIZES["whole"], VARIANTS):
         place, part = folder / size / variant / task, SIZES[size][task]
         if not Home(place / "home").summary_file.exists():
+            rows += [recorded[key] for key in [(size, task, variant)] if key in recorded]
             continue
         row: dict[str, Any] = {"size": size, "task": task, "variant": variant} | learnt(place, task)
         if (place / "seconds.json").exists():
@@ -270,7 +274,8 @@ def main() -> int:
     elif given.verb == "baselines":
         baselines(given.folder, given.steps)
     else:
-        text = json.dumps(table(given.folder), indent=1) + "\n"
+        before = json.loads(given.output.read_text()) if given.output and given.output.exists() else {}
+        text = json.dumps(table(given.folder, before), indent=1) + "\n"
         sys.stdout.write(text)
         if given.output:
             given.output.write_text(text)
