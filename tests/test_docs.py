@@ -376,6 +376,13 @@ def test_every_make_target_in_the_pages_exists():
             assert target in targets, (page.name, target)
 
 
+def test_every_make_target_is_made_again_though_a_folder_has_its_name():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert phony is not None
+    assert set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE)) == set(phony[1].split())
+
+
 STUDIES = [(page, text) for page in PAGES for text in blocks(page, "yaml") if re.search(r"^study:", text, re.M)]
 
 
