@@ -47,6 +47,7 @@ methods:
 {methods}
 
 # Phase 1: the same number of trials for every method, on at most so many training rows (or `all`).
+# `halving: 3` ends most of them after a ninth or a third of their steps: about a quarter of the tokens.
 search:
   trials: 15
   rows: all
@@ -62,7 +63,7 @@ measure: [drift]
 # Declared before there are results; each becomes a verdict.
 claims:{claims}
 
-# Where and how; not part of the study's identity.
+# Where and how; not part of the study's identity. `parallel: auto` fills the cores, as memory allows.
 run: {{engine: local, parallel: 1, trial_limit: 2 h}}
 """
 
