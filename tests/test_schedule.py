@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import time
 from collections.abc import Iterator
@@ -227,6 +228,74 @@ def test_out_of_memory_beside_others_is_tried_again_with_fewer_and_not_with_less
     assert packing.most == 1
 
 
+def test_runs_that_run_out_of_memory_at_the_same_time_are_none_of_them_charged_for_it(bench):
+    """Whoever is looked at last has nobody beside it any more; and three places become two, not none."""
+    method = MethodSpec(name="m", use="full", params={})
+    runs = [make_spec(n, stage="trial", method=method) for n in range(3)]
+    for number, spec in enumerate(runs):
+        fit = Fit(device="cpu", budget=100, predicted=10, shared=100, evaluation_tokens=1)
+        waits = (
+            f"import os, time\nopen('fit.json', 'w').write({fit.model_dump_json()!r})\n"
+            f"open('../begun-{number}', 'w')\n"
+            "while not all(os.path.exists(f'../begun-{n}') for n in range(3)): time.sleep(0.01)\n"
+            f"time.sleep({0.4 * number})\n"
+        )
+        bench.programs[spec.run_id] = [waits + failed(spec, "out_of_memory", "no more"), takes(spec, 10)]
+    packing = Packing(3, by_memory=True)
+    bench.run(iter([runs]), packing=packing)
+    assert [bench.outcomes(spec) for spec in runs] == [["cancelled", "done"]] * 3
+    assert [bench.home.run(spec.run_id).out_of_memory() for spec in runs] == [0, 0, 0]
+    assert packing.most == 2
+
+
+def test_a_run_that_passes_its_own_budget_leaves_the_places_to_the_others(bench):
+    method = MethodSpec(name="m", use="full", params={})
+    one, two = (make_spec(n, stage="trial", method=method) for n in range(2))
+    bench.programs[one.run_id] = [takes(one, 10, seconds=1.0)]
+    over = failed(two, "out_of_memory", "it took more than it may", own_budget=True)
+    bench.programs[two.run_id] = [over, takes(two, 10)]
+    packing = Packing(4, by_memory=True)
+    bench.run(iter([[one, two]]), packing=packing)
+    assert bench.outcomes(two) == ["out_of_memory", "done"]
+    assert packing.most == 4
+
+
+@pytest.mark.parametrize("how_it_ends", ["out_of_memory", "timed_out"])
+def test_runs_that_were_stacked_in_vain_go_on_each_alone(bench, how_it_ends):
+    method = MethodSpec(name="m", use="lora", params={})
+    how = How(limit_seconds=0.4)
+    specs = [make_spec(n, stage="trial", method=method, how=how) for n in range(3)]
+    ends = {
+        "out_of_memory": failed(specs[0], "out_of_memory", "too much for so many"),
+        "timed_out": SLEEP,
+    }
+    bench.programs |= {spec.run_id: [done(spec)] for spec in specs}
+    bench.programs[specs[0].run_id] = [ends[how_it_ends], done(specs[0])]
+    bench.run(iter([specs]), packing=Packing(1, stack=3), attempts=1)
+    assert bench.engine.started[0] == specs[0].run_id
+    assert sorted(bench.engine.started[1:]) == sorted(spec.run_id for spec in specs)
+    for spec in specs:
+        folder = bench.home.run(spec.run_id)
+        assert folder.spec().how.stacked == 1
+        assert bench.outcomes(spec)[-1] == "done"
+        assert not folder.attempt_records()[0].counts
+
+
+def test_what_a_stack_takes_is_the_mean_of_what_its_runs_say_of_as_many_like_themselves(bench):
+    method = MethodSpec(name="m", use="lora", params={})
+    specs = [make_spec(n, stage="trial", method=method, how=How(stacked=2)) for n in range(2)]
+    lead, other = (bench.home.run(spec.run_id) for spec in specs)
+    for spec, folder in zip(specs, (lead, other), strict=True):
+        folder.create(spec)
+    lead.stack_with([other])
+    packing = Packing(4, by_memory=True, stack=2)
+    fit = Fit(device="cpu", budget=100, predicted=20, shared=100, evaluation_tokens=1, stacked=2)
+    lead.write_fit(fit)
+    assert packing.taken(lead) is None
+    other.write_fit(fit.model_copy(update={"predicted": 80}))
+    assert packing.taken(lead) == 50
+
+
 def test_on_several_gpus_each_process_is_on_the_emptiest_and_each_gpu_has_its_own_room(bench):
     """Two of 60 fit together only because they are on two GPUs; the third waits for one of them."""
     taken = packed(bench, [60, 60, 60], packing=Packing(8, by_memory=True, gpus=("0", "3")))
@@ -416,7 +485,7 @@ def test_who_shares_a_process_with_one_that_takes_too_long_is_not_charged_for_it
     assert bench.outcomes(slow) == ["timed_out", "done"]
     assert bench.outcomes(lead) == ["crashed", "done"]
     counted = [bench.home.run(spec.run_id).attempt_records()[0].counts for spec in (lead, slow)]
-    assert counted == [False, True]
+    assert counted == [False, False]  # nobody knows whose doing it was
 
 
 def test_what_a_crashed_run_left_running_is_ended(bench):
@@ -541,6 +610,58 @@ def test_ctrl_c_ends_every_run_and_the_same_command_goes_on(bench):
         bench.programs[spec.run_id] = [done(spec)]
     bench.run(*(iter([spec]) for spec in specs), parallel=2)
     assert [bench.outcomes(spec) for spec in specs] == [["cancelled", "done"]] * 2
+
+
+def test_all_runs_are_asked_to_end_before_the_first_is_waited_for(bench):
+    """Each ends only when all have been asked: one after the other they would be killed."""
+    waits = (
+        "import os, signal, time\n"
+        "def end(*_):\n"
+        "    open('../asked-' + os.path.basename(os.getcwd()), 'w')\n"
+        "    while len([n for n in os.listdir('..') if n.startswith('asked-')]) < 3: time.sleep(0.01)\n"
+        "    open('left', 'w')\n"
+        "    raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "open('ready', 'w')\n"
+        "time.sleep(600)"
+    )
+    specs = [bench.spec(number, waits) for number in range(3)]
+    folders = [bench.home.run(spec.run_id).path for spec in specs]
+
+    def lane() -> Iterator[RunSpec]:
+        while not all((folder / "ready").exists() for folder in folders):
+            time.sleep(0.01)
+        raise OSError("the disk is full")
+        yield
+
+    with pytest.raises(OSError, match="disk is full"):
+        bench.run(*(iter([spec]) for spec in specs), lane(), parallel=4)
+    assert all((folder / "left").exists() for folder in folders)
+
+
+def test_lanes_that_wait_for_each_other_are_said_and_not_waited_for(bench):
+    def waiting() -> Lane:
+        while True:
+            yield []
+
+    with pytest.raises(FinetrialError, match="nothing runs"):
+        bench.run(waiting(), iter([bench.spec(0)]), waiting())
+
+
+def test_a_lane_that_waits_is_asked_again_when_a_run_has_ended_and_not_before(bench):
+    asked = []
+
+    def waiting() -> Lane:
+        while len(asked) < 3:
+            asked.append(time.monotonic())
+            yield []
+
+    specs = [
+        bench.spec(number, f"import time; time.sleep(0.5)\n{done(make_spec(number))}") for number in range(2)
+    ]
+    bench.run(iter(specs), waiting(), parallel=2)
+    assert len(asked) == 3
+    assert min(later - earlier for earlier, later in itertools.pairwise(asked)) > 0.4
 
 
 def test_any_error_of_the_coordinator_ends_its_runs_too(bench):

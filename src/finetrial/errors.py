@@ -111,5 +111,9 @@ class OutOfMemory(FinetrialError):
     """A run took more memory than there is or than it may use; it goes on with smaller micro-batches."""
 
 
+class OverBudget(OutOfMemory):
+    """A run passed the budget that is its own, whatever else was on the machine."""
+
+
 class DoesNotFit(OutOfMemory):
     """A run does not fit into its memory even with its smallest micro-batch: it is given up."""

@@ -118,22 +118,27 @@ class Packing:
             self.known[kind] = max(self.known.get(kind, 0), peak)
 
     def _foretold(self, folder: RunFolder) -> int | None:
-        fit = folder.fit()
-        if fit is None or fit.takes is None or fit.stacked != folder.spec().how.stacked:
-            return None
-        if fit.shared is not None:
-            self.room[self._gpu(folder)] = fit.shared
-        return fit.takes + (CONTEXT_BYTES if fit.device == "cuda" else 0)
+        fits, stacked = [], folder.spec().how.stacked
+        for one in (folder, *(folder.stacked_with() if stacked > 1 else ())):
+            fit = one.fit()
+            if fit is None or fit.takes is None or fit.stacked != stacked:
+                return None
+            fits.append(fit)
+        if fits[0].shared is not None:
+            self.room[self._gpu(folder)] = fits[0].shared
+        # Each says what the process would take were all as it is: the whole is the mean of that.
+        takes = sum(fit.takes or 0 for fit in fits) // len(fits)
+        return takes + (CONTEXT_BYTES if fits[0].device == "cuda" else 0)
 
     def back_off(self, beside: int) -> bool:
-        """Memory ran out for a process beside so many others (on its GPU): whether fewer at once may help.
+        """Memory ran out for a process that had so many others beside it (on its GPU): whether fewer may help.
 
-        It may until there is one at a time: so often at most, as the limit falls every time.
+        They may until there is one at a time. Others that ran out at the same time lower the limit no further.
         """
         limit = self.each if self.gpus else self.most
-        if not self.by_memory or beside == 0 or limit == 1:
+        if not self.by_memory or beside == 0:
             return False
-        limit = max(1, min(limit - 1, beside))
+        limit = min(limit, beside)
         if self.gpus:
             self.each = limit
         else:

@@ -234,7 +234,7 @@ class Exit(NamedTuple):
 
 @runtime_checkable
 class Engine(Protocol):
-    """engines/<name>.py: start a run's process, see it end, end it."""
+    """engines/<name>.py: start a run's process, see it end, end it; if it has `ask(handle)`, ask it to end."""
 
     def start(self, run_folder: Path, spec: RunSpec) -> Any:
         """A handle with `pid`. The child's output goes to the folder's log.txt."""

@@ -54,6 +54,9 @@ class FreshPython:
         end_group(handle.pid, signal.SIGKILL)  # whatever the child left behind
         return exit_of(code)
 
+    def ask(self, handle: Handle) -> None:
+        end_group(handle.pid, signal.SIGTERM)
+
     def stop(self, handle: Handle, grace_seconds: float) -> None:
         started = descendants(handle.pid)
         end_group(handle.pid, signal.SIGTERM)

@@ -345,6 +345,7 @@ class Failure(Frozen):
     log_tail: str = ""
     attempt: int
     final: bool = False  # it would end the same way again, whatever is tried
+    own_budget: bool = False  # out of the memory that was its own: who was beside it does not matter
 
     @property
     def goes_on(self) -> bool:

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from finetrial import lease as leases
 from finetrial import processes
@@ -22,15 +23,16 @@ from finetrial.progress import Progress
 from finetrial.records import Failure, Outcome, RunRecord, RunSpec
 from finetrial.store import Home, RunFolder
 from finetrial.under_way import (
+    BESIDE,
     COORDINATOR_ENDED,
     RENEW_SECONDS,
-    STOPPED_WITH,
     Lane,
     Process,
     Queue,
     Running,
     claim,
     close,
+    goes_alone,
     launch,
     leads,
     release,
@@ -50,7 +52,15 @@ RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
 MOST_HALVINGS = 12
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 PUT_OFF = "put off: the runs beside it leave it too little memory"
-BESIDE = "not alone, so it is tried again with fewer beside it"
+
+
+class Ending(NamedTuple):
+    """How an attempt ended: what it was, why, whether for good, and whether of memory that was its own."""
+
+    outcome: Outcome
+    reason: str | None
+    final: bool = False
+    own_budget: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,21 +84,32 @@ class Scheduler:
             FinetrialError: a run was refused: what the study names is not there.
             Incomplete: a person stopped it; running again goes on from here.
         """
-        queues, running = [Queue(lane) for lane in lanes], []
+        queues, running, idle = [Queue(lane) for lane in lanes], [], 0
         try:
             while self._fill(queues, running) or running:
+                idle = 0 if running else self._ask_again(queues, idle)
                 for run in list(running):
                     ended = self._watch(run, last=sum(other.process is run.process for other in running) == 1)
                     if ended is None:
                         continue
                     running.remove(run)
-                    self._end(run, ended, running)
+                    self._end(run, ended)
+                    for queue in queues:
+                        queue.waits = False
                 self._make_room(running)
                 time.sleep(POLL_SECONDS if running else 0)
         except KeyboardInterrupt:
             raise Incomplete("stopped; everything finished is kept: run the same command to go on") from None
         finally:
             self._cancel(running)  # none, unless something was raised
+
+    def _ask_again(self, queues: Sequence[Queue], idle: int) -> int:
+        """Have lanes that wait for each other asked again, though nothing runs; how often in a row that was."""
+        for queue in queues:
+            queue.waits = False
+        if idle > len(queues):  # each could have given way to the next by now
+            raise FinetrialError("nothing runs, and what is left waits for runs that nobody does: our fault")
+        return idle + 1
 
     def _fill(self, queues: Sequence[Queue], running: list[Running]) -> bool:
         """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
@@ -111,6 +132,9 @@ class Scheduler:
             specs = [spec.model_copy(update={"how": spec.how.model_copy(update=place)}) for spec in specs]
             self.check_room()
             running += self._start(queue, specs)
+            here = {id(run.process): run.process for run in running if run.spec.how.gpu == specs[0].how.gpu}
+            for process in here.values():
+                process.beside = max(process.beside, len(here) - 1)
             names = {spec.run_id for spec in specs}
             queue.ready = [waiting for waiting in queue.ready if waiting.run_id not in names]
             queue.under_way += len(specs)
@@ -127,9 +151,8 @@ class Scheduler:
         first, *others = queue.ready
         if self.packing.stack == 1 or not stacks(first):
             return [first]
-        # One that has failed goes on by itself: its process may have died of another one's doing.
         alike = [spec for spec in (first, *others) if spec.arm == first.arm]
-        fresh = [spec for spec in alike if not self.home.run(spec.run_id).has_failed()]
+        fresh = [spec for spec in alike if not goes_alone(self.home.run(spec.run_id))]
         if first not in fresh:
             return [first]
         fresh = [spec for spec in fresh if spec is first or not self._has_ended(self.home.run(spec.run_id))]
@@ -165,20 +188,19 @@ class Scheduler:
             return
         newest = next(run.process for run in running if run.folder.path == folder.path)
         newest.stop(GRACE_SECONDS)
+        self.packing.ended(folder)
         for run in [run for run in running if run.process is newest]:
             running.remove(run)
             if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
-                self._end(run, Exit(None, outcome="crashed", reason=PUT_OFF), running)
+                self._end(run, Exit(None, outcome="crashed", reason=PUT_OFF))
             else:
                 release(run, "cancelled", PUT_OFF, counts=False)
                 self.progress.finished(run.folder.record())
                 run.queue.again(run.spec)
 
-    def _end(self, run: Running, ended: Exit, running: Sequence[Running]) -> None:
+    def _end(self, run: Running, ended: Exit) -> None:
         """Settle a run whose process has ended, or its part of it; to be resumed, it waits for a place."""
-        here = [other for other in running if other.spec.how.gpu == run.spec.how.gpu]
-        beside = len({id(other.process) for other in here} - {id(run.process)})
-        if self._settle(run, ended, beside=beside):
+        if self._settle(run, ended):
             run.queue.under_way -= 1
         else:
             self.progress.finished(run.folder.record())  # for now
@@ -216,15 +238,12 @@ class Scheduler:
         self.progress.tick(run.spec, run.folder.last_metrics())
         return None
 
-    def _settle(self, run: Running, ended: Exit, *, beside: int) -> bool:
-        """Record how an attempt ended; True if that ends the run, False if it is to be resumed.
-
-        `beside`: how many others went on meanwhile.
-        """
+    def _settle(self, run: Running, ended: Exit) -> bool:
+        """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
         self.packing.ended(run.folder)
-        outcome, reason, final = self._outcome(run, ended)
-        crowded = outcome == "out_of_memory" and not final
-        if crowded and (run.stacked or self.packing.back_off(beside)):  # a stack is tried again run by run
+        ending = self._outcome(run, ended)
+        outcome, reason = ending.outcome, ending.reason
+        if self._is_crowded(run, ending):
             run.folder.failure_file.unlink(missing_ok=True)
             close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
             leases.release(run.folder.lease_file, run.lease)
@@ -233,14 +252,15 @@ class Scheduler:
         # Killed after it had got further: that may happen any number of times, for the steps are finite.
         further = run.folder.checkpoint_step() > run.attempt.from_step
         further = (further or run.folder.kept_outputs() > run.kept_outputs) and outcome != "timed_out"
-        further = further or ended.reason == STOPPED_WITH  # another's doing
+        if run.stacked and outcome in RESUMED:  # it may be another's doing
+            reason, further = f"{reason}; {BESIDE}", True
         past = run.folder.current_attempts()
-        count = sum(a.outcome in RESUMED and a.counts for a in past) + (0 if further else 1)
+        count = sum(a.outcome in RESUMED and a.counts for a in past) + (not further)
         halved = sum(a.outcome == "out_of_memory" for a in past)
         if outcome == "out_of_memory":
-            gave_up, further = final or halved >= MOST_HALVINGS, True
+            gave_up, further = ending.final or halved >= MOST_HALVINGS, True
         else:
-            gave_up = outcome in RESUMED and count >= self.attempts
+            gave_up = outcome in RESUMED and not further and count >= self.attempts
         close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
         leases.release(run.folder.lease_file, run.lease)
         if outcome in RESUMED or outcome == "out_of_memory":
@@ -256,35 +276,42 @@ class Scheduler:
                 )
             )  # fmt: skip
         record = run.folder.record()
-        # Of one that is stacked the process may still work there, and does that.
-        if record.result is not None and (not run.stacked or run.process.exit is not None):
-            self._drop_checkpoint(run.folder)
+        # Where a process still works, that is its own to do; it may not have lived to.
+        for folder in run.process.folders if run.process.exit is not None else ():
+            if folder.result_file.exists():
+                self._drop_checkpoint(folder)
         self.progress.finished(record)
         self.on_finished(record)
         self._stop_on_fault(record)
         return True
+
+    def _is_crowded(self, run: Running, ending: Ending) -> bool:
+        """Whether memory may suffice with fewer beside it; of runs that are stacked, for each alone."""
+        if ending.outcome != "out_of_memory" or ending.final:
+            return False
+        return run.stacked or (not ending.own_budget and self.packing.back_off(run.process.beside))
 
     def _drop_checkpoint(self, folder: RunFolder) -> None:
         left = None if folder.spec().may_go_on else folder.drop_checkpoint()  # else it is for its lane to say
         if left is not None:
             self.progress.note(left)
 
-    def _outcome(self, run: Running, ended: Exit) -> tuple[Outcome, str | None, bool]:
-        """What an ending was, why, and whether for good, by what the folder holds.
+    def _outcome(self, run: Running, ended: Exit) -> Ending:
+        """What an ending was, by what the folder holds.
 
         The exit code alone proves nothing; but killed while the system killed for want of memory is just that.
         """
         result = run.folder.result()
         if result is not None:
-            return result.outcome, result.reason, True
+            return Ending(result.outcome, result.reason, final=True)
         failure = run.folder.failure()
         if failure is not None and failure.attempt == run.attempt.number:
-            return failure.kind, failure.reason, failure.final
+            return Ending(failure.kind, failure.reason, failure.final, failure.own_budget)
         if ended.code == -signal.SIGKILL and processes.memory_kills() > run.memory_kills:
-            return "out_of_memory", "killed by the system, which ran out of memory", False
+            return Ending("out_of_memory", "killed by the system, which ran out of memory")
         if ended.outcome is not None:
-            return ended.outcome, ended.reason, False
-        return "crashed", ended.reason or "it ended without a result", False
+            return Ending(ended.outcome, ended.reason)
+        return Ending("crashed", ended.reason or "it ended without a result")
 
     @staticmethod
     def _stop_on_fault(record: RunRecord) -> None:
@@ -300,8 +327,12 @@ class Scheduler:
         )
 
     def _cancel(self, running: Sequence[Running]) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS  # of all together: so long a platform may wait
         for run in running:
             with contextlib.suppress(OSError):
-                run.process.stop(GRACE_SECONDS)
+                run.process.ask()
+        for run in running:
+            with contextlib.suppress(OSError):
+                run.process.stop(max(0.0, deadline - time.monotonic()))
         for run in running:
             release(run, "cancelled", "stopped with its coordinator")

@@ -25,6 +25,8 @@ RENEW_SECONDS = 10.0
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 STOPPED_WITH = "the process that it shared was stopped"
+# Likewise, and such a run shares no process again.
+BESIDE = "not alone, so it is tried again with fewer beside it"
 
 
 @dataclass
@@ -35,15 +37,16 @@ class Queue:
     ready: list[RunSpec] = field(default_factory=list)
     under_way: int = 0
     over: bool = False
+    waits: bool = False  # for other lanes: it is asked again when one of their runs has ended
 
     def next(self) -> RunSpec | None:
         """What may be begun next; nothing while that depends on what goes on."""
-        while not self.ready and not self.under_way and not self.over:
+        while not self.ready and not self.under_way and not self.over and not self.waits:
             given = next(self.lane, None)
             if given is None:
                 self.over = True
             elif not given:  # nothing yet
-                break
+                self.waits = True
             else:
                 self.ready = [given] if isinstance(given, RunSpec) else list(given)
         return self.ready[0] if self.ready else None
@@ -62,11 +65,18 @@ class Process:
     engine: Engine
     handle: Any = None  # None: not started
     exit: Exit | None = None
+    folders: list[RunFolder] = field(default_factory=list)  # of its runs
+    beside: int = 0  # the most other processes that there were on its GPU or machine while it ran
 
     def poll(self) -> Exit | None:
         if self.exit is None and self.handle is not None:
             self.exit = self.engine.poll(self.handle)
         return self.exit
+
+    def ask(self) -> None:
+        """Ask it to end, where its engine can without waiting for it."""
+        if self.handle is not None and self.poll() is None and hasattr(self.engine, "ask"):
+            self.engine.ask(self.handle)
 
     def stop(self, grace_seconds: float) -> None:
         if self.handle is not None and self.poll() is None:
@@ -123,6 +133,7 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
         queue, spec, folder, process, lease, attempt, clock + limit if limit is not None else None,
         clock + RENEW_SECONDS, processes.memory_kills(), folder.kept_outputs(),
     )  # fmt: skip
+    process.folders.append(folder)
     try:
         folder.write_attempt(attempt)
     except BaseException:
@@ -140,6 +151,12 @@ def launch(runs: Sequence[Running]) -> None:
         run.stacked = len(runs) > 1
         run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
         run.folder.write_attempt(run.attempt)
+
+
+def goes_alone(folder: RunFolder) -> bool:
+    """Whether a run shares no process with others any more: one that it shared may have died of its doing."""
+    reasons = [attempt.reason or "" for attempt in folder.attempt_records()]
+    return folder.has_failed() or any(reason.endswith(BESIDE) for reason in reasons)
 
 
 def time_limit(spec: RunSpec) -> float | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from finetrial import plugins
-from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, disk_fault
+from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, OverBudget, disk_fault
 from finetrial.lease import FileLock
 from finetrial.records import Failure, Outcome, Result, RunSpec
 from finetrial.secrets_guard import hidden_output
@@ -156,6 +156,7 @@ def _conclude(
             run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
             # What does not fit beside others may fit alone.
             attempt=_attempt(folder), final=isinstance(error, DoesNotFit) and spec.how.stacked == 1,
+            own_budget=isinstance(error, OverBudget),
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)

@@ -177,6 +177,12 @@ class Local:
             return Exit(None, reason="the process that it was forked from was killed, and it with that")
         return None
 
+    def ask(self, handle: Forked | processes.Handle) -> None:
+        if isinstance(handle, processes.Handle):
+            self.fresh.ask(handle)
+        else:
+            self._signal(handle, signal.SIGTERM)
+
     def stop(self, handle: Forked | processes.Handle, grace_seconds: float) -> None:
         if isinstance(handle, processes.Handle):
             self.fresh.stop(handle, grace_seconds)
