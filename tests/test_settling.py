@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from finetrial.halving import LOSS, Standing
 from finetrial.plugins import Metric
 from finetrial.settling import expected_gain, noise, settled
+from finetrial.store import Home
 from test_pipeline import run_study
 
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
@@ -102,3 +104,12 @@ def test_a_study_that_has_settled_stops_and_is_complete(tiny_bert: Path, tmp_pat
     run_study(study, tmp_path / "home")
     again = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
     assert again["ledger"] == summary["ledger"]
+    if not halving:
+        (last,) = Home(tmp_path / "home").find(
+            f"trial.synthetic_qa.full.{row['search_stop']['after'] - 1:03d}-"
+        )
+        shutil.rmtree(last.path)
+        run_study(study, tmp_path / "home")
+        assert last.result() is not None  # done anew, though the search had ended after it
+        again = json.loads((tmp_path / "home" / "analysis" / "summary.json").read_text())
+        assert again["complete"]

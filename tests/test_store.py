@@ -116,6 +116,29 @@ def test_what_a_damaged_run_was_to_do_is_kept(tmp_path):
     assert folder.record() == RunRecord(SPEC, None, None, ())
 
 
+def test_a_damaged_run_that_is_half_set_aside_is_not_done_and_keeps_its_spec(tmp_path, monkeypatch):
+    home = Home(tmp_path)
+    folder = written(home)
+    folder.write_attempt(Attempt(number=1, host="h", pid=1, started_at=0.0, outcome="done"))
+    (folder.attempts / "1.json").write_text("{")
+    rename, moved = Path.rename, []
+
+    def killed_at_the_second(path: Path, to: Path) -> Path:
+        moved.append(path.name)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        home.set_aside_damaged()
+    monkeypatch.setattr(Path, "rename", rename)
+    assert moved[0] == "result.json"
+    assert folder.spec() == SPEC
+    home.set_aside_damaged()
+    assert folder.record() == RunRecord(SPEC, None, None, ())
+
+
 def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
     home = Home(tmp_path)
     folder = written(home)

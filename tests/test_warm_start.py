@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finetrial import verify
-from finetrial.records import short_hash
+from finetrial.arm_search import ArmSearch
+from finetrial.opening import open_home, resolve_inputs
+from finetrial.records import Failure, Result, short_hash
+from finetrial.schedule import GIVEN_UP, TRIED_AGAIN
 from finetrial.store import Home
 from finetrial.study_file import parse_study
+from scripted import COST
 from test_pipeline import run_study
 from wrong_study_files import text_of
 
@@ -57,6 +62,31 @@ def test_the_first_guided_trial_begins_at_ten_times_the_other_searchs_best_rate(
         in (home / "report" / "report.md").read_text()
     )
     assert not verify.verify(home).differences
+
+
+def test_it_waits_for_a_trial_that_this_command_tries_again(tiny_bert, tmp_path):
+    """A fault of the program stopped the study at the other search's last trial, which will be done."""
+    file, home = tmp_path / "study.yaml", tmp_path / "home"
+    file.write_text(STUDY.format(model=tiny_bert, halving=""))
+    study = parse_study(file.read_text(), file=str(file), base=file.parent)
+    opened = open_home(study, Home(home), resolve_inputs(study))
+    full, lora = (ArmSearch(study, opened, *arm, print) for arm in study.arms)
+    records = []
+    for number in range(5):
+        record = opened.home.run(full.trial(number).run_id)
+        record.create(full.trial(number))
+        record.write_result(Result(run_id=record.path.name, outcome="done", cost=COST, score=float(number)))
+        records.append(record)
+    assert lora._told()
+    records[4].result_file.unlink()
+    assert not lora._told()
+    failure = Failure(run_id=records[4].path.name, kind="bug", reason="no", attempt=1)
+    records[4].write_failure(failure)
+    assert not lora._told()
+    records[4].write_failure(failure.model_copy(update={"kind": "crashed", "final": True}))
+    assert lora._told()
+    again = replace(lora, tried_again=TRIED_AGAIN | GIVEN_UP)
+    assert not again._told()
 
 
 def test_without_it_a_study_is_what_it_was():

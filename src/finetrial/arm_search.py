@@ -9,8 +9,8 @@ from finetrial import export, files, halving, plan, search, settling
 from finetrial.evidence import best_trial, furthest, standing_value
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
-from finetrial.schedule import Lane
+from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
+from finetrial.schedule import TRIED_AGAIN, Lane
 from finetrial.study import Study
 
 
@@ -23,6 +23,7 @@ class ArmSearch:
     task: TaskSpec
     method: MethodSpec
     note: Callable[[str], None]
+    tried_again: frozenset[Outcome] = TRIED_AGAIN  # failures that are not the end of a run, in this command
 
     @property
     def arm(self) -> str:
@@ -74,8 +75,8 @@ class ArmSearch:
         rules, runs = self.study.search, self.first_runs()
         if not rules.early_stop or any(run.spec.number >= number for run in runs):
             return False
-        if self.stop() is not None:
-            return True
+        if (decided := self.stop()) is not None:
+            return number >= decided.after  # one before that may have to be done anew
         standings = [self.standing(run, examples=True) for run in runs]
         stop = settling.settled(standings, rules.trials, self.yardstick)
         if stop is None:
@@ -104,13 +105,16 @@ class ArmSearch:
         if source is None or self._begun(self.study.search.startup_trials):
             return True
         runs, stop = source.first_runs(), source.stop()
-        ended = [run for run in runs if run.outcome and not (run.failure and run.failure.goes_on)]
+        ended = [run for run in runs if run.result or run.outcome not in (None, *self.tried_again)]
+        ended = [run for run in ended if not (run.failure and run.failure.goes_on)]
         return len(ended) == (stop.after if stop else self.study.search.trials)
 
     def _warm_start(self, number: int) -> tuple[WarmStart, RunSpec] | None:
         """From which trial the settings of this one are taken."""
         source, factor = self._source, self._factor
         if number != self.study.search.startup_trials or source is None or factor is None:
+            return None
+        if any(run.spec.warm_start for run in self.first_runs()):  # when fewer trials were planned
             return None
         best = best_trial(source.first_runs(), self.metric)
         if best is None:

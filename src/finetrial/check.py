@@ -51,7 +51,8 @@ def check_study(study: Study, home_path: Path, progress: Progress) -> Checked:
             if not _faults(found):
                 story.phase("control", "probe", story.controls(), totals=dict.fromkeys(story.task_names, 1))
                 task, method = _most_demanding(story, found)
-                number = min(PILOTS, study.search.trials)
+                rules = study.search  # a trial that another search tells where to begin has to wait for that
+                number = min(PILOTS, rules.startup_trials if rules.warm_start else rules.trials)
                 lane = (story.search_of(task, method).trial(index) for index in range(number))
                 story.phase("pilot", "trial", [lane], totals={f"{task.name}/{method.name}": number})
                 found = _evidence(story, pilots=(task, method))

@@ -6,7 +6,9 @@ and that there is room for another run.
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
 from finetrial import files
@@ -75,12 +77,17 @@ def check_room(home: Home, budget_bytes: int | None) -> None:
 def used(home: Home) -> dict[str, int]:
     """Bytes by what they are: models, checkpoints, cache ..., the largest first; links are not followed."""
     parts: dict[str, int] = {}
-    for path in home.path.rglob("*"):
-        if path.is_symlink() or not path.is_file():
-            continue
-        first, *rest = path.relative_to(home.path).parts
-        part = "checkpoints" if first == "runs" and "checkpoint" in rest else first
-        parts[part] = parts.get(part, 0) + path.stat().st_size
+    for place, _, names in os.walk(home.path):  # passes over folders that workers delete meanwhile
+        for path in (Path(place) / name for name in names):
+            try:
+                found = path.lstat()
+            except FileNotFoundError:  # likewise
+                continue
+            if not stat.S_ISREG(found.st_mode):
+                continue
+            first, *rest = path.relative_to(home.path).parts
+            part = "checkpoints" if first == "runs" and "checkpoint" in rest else first
+            parts[part] = parts.get(part, 0) + found.st_size
     return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 

@@ -186,7 +186,7 @@ class Story:
         return [self.search_of(task, method).lane() for task, method in self.study.arms]
 
     def search_of(self, task: TaskSpec, method: MethodSpec) -> ArmSearch:
-        return ArmSearch(self.study, self.opened, task, method, self.progress.note)
+        return ArmSearch(self.study, self.opened, task, method, self.progress.note, self.tried_again)
 
     def export_optima(self) -> None:
         """Write each arm's best trial to `best/`, where the training phase reads it."""

@@ -204,8 +204,9 @@ class RunFolder:
 
     def take_over_metrics(self, before: RunFolder) -> None:
         """Begin with the metrics of the run that this one goes on from."""
-        text = before.metrics_file.read_text(encoding="utf-8") if before.metrics_file.exists() else ""
-        files.write_text(self.metrics_file, text)
+        # As they are: a damaged line is dropped when they are read.
+        data = before.metrics_file.read_bytes() if before.metrics_file.exists() else b""
+        files.write_bytes(self.metrics_file, data)
 
     def drop_checkpoint(self) -> str | None:
         """Delete the checkpoints; a warning if that could not be done, which changes no result."""
@@ -287,12 +288,23 @@ class Home:
         return said
 
     def _set_aside(self, folder: RunFolder, spec: RunSpec | None) -> Path:
-        """Move a run to `damaged/`, and leave its spec, if that holds; where it lies now."""
+        """Move a run to `damaged/`, and leave its spec, if that holds; where it lies now.
+
+        What says that it is done goes first, and its spec stays where it is: killed on the way, it is a run
+        that is not done, with the settings that it had.
+        """
         place = self._free_place(folder.path.name)
         place.parent.mkdir(exist_ok=True)
-        folder.path.rename(place)
-        if spec is not None:
-            folder.create(spec)
+        if spec is None:
+            folder.path.rename(place)
+            return place
+        place.mkdir()
+        others = {path for path in folder.path.iterdir() if path != folder.spec_file}
+        first = [path for path in (folder.result_file, folder.failure_file) if path in others]
+        for path in (*first, *sorted(others - set(first))):
+            path.rename(place / path.name)
+        shutil.copy(folder.spec_file, place)
+        folder.create(spec)
         return place
 
     def _free_place(self, name: str) -> Path:

@@ -34,7 +34,7 @@ class Mirror:
             marker = folder / "replayed" / record.spec.run_id
             # A run that failed and was tried again ends a second time, and that end is the one to show.
             state = f"{record.outcome} after {len(record.attempts)} attempts\n"
-            if marker.exists() and marker.read_text() == state:
+            if marker.exists() and marker.read_bytes() == state.encode():
                 continue
             error = self._replay(name, record, folder, marker, state)
             if isinstance(error, Exception | SystemExit):  # foreign code must never fail a run
