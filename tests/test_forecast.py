@@ -13,6 +13,7 @@ from finetrial import plan
 from finetrial.forecast import Evidence, epoch_seconds, forecast, makespan
 from finetrial.records import Attempt, Cost, Result, RunRecord
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
+from finetrial.study import Study
 from finetrial.study_file import parse_study
 from wrong_study_files import text_of
 
@@ -141,3 +142,35 @@ def test_checkpoints_cost_what_they_take():
     often = STUDY.model_copy(update={"run": STUDY.run.model_copy(update={"checkpoint_seconds": 10.0})})
     before, after = (forecast(each, evidence(), 2).arms[f"{TASK.name}/full"] for each in (STUDY, often))
     assert after.trial_seconds - before.trial_seconds == pytest.approx(math.floor((2 * 7.5 + 4) / 10))
+
+
+def halved() -> Study:
+    return STUDY.model_copy(update={"search": STUDY.search.model_copy(update={"halving": 3})})
+
+
+def test_a_halved_search_by_hand():
+    """One or three epochs, 7.5 steps of 1 s each; an evaluation after every epoch, and at the ends 1/9, 1/3, 1.
+
+    Of one epoch: at 1/9, at 1/3, at the end. Of three: at 1/9, at 1/3 (both in one), at 2/3 and the end.
+    """
+    full = forecast(halved(), evidence(), 2).arms[f"{TASK.name}/full"]
+    first, second, third = 15 / 9 + 2.0, 2 * 15 / 9 + 2.0, 2 * 15 / 3 + (1 + 2) / 2 * 2.0
+    counts = halved().search.counts
+    assert counts == (4, 2, 1)
+    expected = sum(count * (1 + 5 + part) for count, part in zip(counts, (first, second, third), strict=True))
+    assert full.search_seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_pilot_at_its_rehearsals_pace_corrects_nothing_with_halving(epochs):
+    settings = {
+        "learning_rate": 1e-3,
+        "epochs": epochs,
+        "batch_size": 20,
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+    }
+    spec = plan.trial(halved(), TASK, STUDY.methods[0], 0, settings, INPUTS, 1)
+    took = {"train_seconds": 5.0 * epochs / 9, "evaluate_seconds": 2.0}
+    pilot = record(spec, 35.0, 36.0, cost=took)
+    assert forecast(halved(), evidence(pilots=[pilot]), 2).correction == pytest.approx(1.0)

@@ -7,12 +7,14 @@ scheduler fills them; where settings are searched, the mean over the space stand
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
-from finetrial import halving, search
+from finetrial import search
 from finetrial.records import Frozen, RunRecord, canonical_json
 from finetrial.rehearsed import Pace, Phase, Rehearsal
 from finetrial.space import Fixed, Space, spread
@@ -67,11 +69,15 @@ def forecast(study: Study, found: Evidence, most: int) -> Forecast:
     for task, method in study.arms:
         name = f"{task.name}/{method.name}"
         space, given = study.spaces[method.name], rehearsal_of(found.rehearsals[name])
-        trial = start + _training(study, space, given, given.search, correction)
-        evaluation = given.validation_seconds * correction
-        searches[name] = _search(study, trial, start + given.search.setup_seconds, evaluation)
+        ends = study.search.ends or (1,)
+        up_to = [
+            _training(study, space, given, given.search, correction, ends[:count])
+            for count in range(1, len(ends) + 1)
+        ]
+        parts = [now - before for before, now in itertools.pairwise([given.search.setup_seconds, *up_to])]
+        searches[name] = _search(study, [start + given.search.setup_seconds + part for part in parts])
         arms[name] = ArmForecast(
-            trial_seconds=trial,
+            trial_seconds=start + _training(study, space, given, given.search, correction),
             search_seconds=math.fsum(map(math.fsum, searches[name])),
             replicate_seconds=start
             + _training(study, space, given, given.train, correction)
@@ -101,18 +107,9 @@ def forecast(study: Study, found: Evidence, most: int) -> Forecast:
     )  # fmt: skip
 
 
-def _search(study: Study, trial: float, setup: float, evaluation: float) -> list[list[float]]:
-    """Seconds of an arm's trials, in groups that go one after the other.
-
-    A whole trial takes `trial`, of which `setup` before its first step; an evaluation takes `evaluation`, and
-    with halving there is one more at every end but the last.
-    """
+def _search(study: Study, each: Sequence[float]) -> list[list[float]]:
+    """Seconds of an arm's trials, in groups one after the other. `each`: of a trial's run to each end."""
     rules = study.search
-    extra = [evaluation] * (len(rules.ends) - 1) + [0.0]
-    each = [
-        setup + step * (trial - setup) + more
-        for step, more in zip(halving.steps(rules.ends), extra, strict=True)
-    ]
     at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
     groups = [[each[0]] * at_random, *([each[0]] for _ in range(rules.trials - at_random))]
     return groups + [[seconds] * count for count, seconds in zip(rules.counts[1:], each[1:], strict=True)]
@@ -170,18 +167,34 @@ def span(record: RunRecord) -> float:
     return math.fsum(a.ended_at - a.started_at for a in record.attempts if a.ended_at is not None)
 
 
-def _training(study: Study, space: Space, given: Rehearsal, phase: Phase, correction: float) -> float:
-    """Seconds of a run whose settings are drawn from the space, without its start and its test."""
+def _evaluations(epochs: float, per_epoch: int, ends: Sequence[int]) -> int:
+    """How many evaluations there are up to the last of these ends: the regular ones, and one at every end."""
+    regular = math.ceil(epochs) * per_epoch
+    places = {Fraction(number, regular) for number in range(1, regular + 1)} | {
+        Fraction(1, end) for end in ends
+    }
+    return sum(place <= Fraction(1, ends[-1]) for place in places)
+
+
+def _training(
+    study: Study, space: Space, given: Rehearsal, phase: Phase, correction: float, ends: Sequence[int] = (1,)
+) -> float:
+    """Seconds of a run whose settings are drawn from the space, without its start and its test.
+
+    `ends`: those of a halved trial so far; up to the last of them.
+    """
     epochs = [float(value) for value in spread(space["epochs"])]
     sizes = [float(value) for value in spread(space["batch_size"])]
     steps = statistics.fmean(epochs) * statistics.fmean(epoch_seconds(phase.paces, size) for size in sizes)
-    evaluations = statistics.fmean(math.ceil(value) for value in epochs) * study.train.evaluations_per_epoch
-    seconds = (steps + evaluations * given.validation_seconds) * correction
+    evaluations = statistics.fmean(
+        _evaluations(value, study.train.evaluations_per_epoch, ends) for value in epochs
+    )
+    seconds = (steps / ends[-1] + evaluations * given.validation_seconds) * correction
     every = study.run.checkpoint_seconds
     checkpoints = math.floor(seconds / every) * given.checkpoint_seconds if every else 0.0
     if study.run.checkpoint_steps is not None:
         mean_steps = statistics.fmean(epochs) * statistics.fmean(pace.steps for pace in phase.paces)
-        checkpoints += mean_steps / study.run.checkpoint_steps * given.checkpoint_seconds
+        checkpoints += mean_steps / ends[-1] / study.run.checkpoint_steps * given.checkpoint_seconds
     return phase.setup_seconds + seconds + checkpoints
 
 
@@ -196,9 +209,8 @@ def _correction(study: Study, found: Evidence) -> float:
         given = rehearsal_of(found.rehearsals[record.spec.arm])
         space: Space = {name: Fixed(value=value) for name, value in record.spec.settings.items()}
         without = given.search.model_copy(update={"setup_seconds": 0.0})
-        whole = _training(study, space, given, without, 1.0)
         rung = record.spec.rung
-        foretold += whole / rung.ends[-1] + given.validation_seconds if rung else whole
+        foretold += _training(study, space, given, without, 1.0, rung.ends if rung else (1,))
         took += record.result.cost.train_seconds + record.result.cost.evaluate_seconds
     ratio = took / foretold if took and foretold else 1.0
     return min(max(ratio, LEAST_CORRECTION), MOST_CORRECTION)
