@@ -84,6 +84,21 @@ def test_a_table_of_which_few_rows_are_read_takes_their_gradient_and_moments_alo
     assert step.resident == step.weights == held + 4 * len(rows) * table.shape[1]
 
 
+def test_each_training_of_a_stack_takes_its_own_weights_gradients_moments_and_activations(tiny_bert, tmp_path):
+    """And nothing less for the embeddings, which lie on the disk whether it is one or eight."""
+    totals = []
+    for stacked in (2, 3, 8):
+        climbed = ladder(make_spec(tiny_bert, "lora", how={"stacked": stacked}), tmp_path / str(stacked))
+        step = climbed.step(climbed.worst, checkpointing=False, split=False)
+        totals.append(climbed.total(step) - climbed.held)
+    tuned, _ = climbed.bench.build_tuned()
+    trained = sum(p.numel() * p.element_size() for p in tuned.parameters() if p.requires_grad)
+    buffers = step.weights - sum(p.numel() * p.element_size() for p in tuned.parameters())
+    own = trained + buffers + step.gradients + step.optimizer + step.activations
+    assert totals[1] - totals[0] == own
+    assert totals[2] - totals[1] == 5 * own
+
+
 def ladder(spec, home):
     bench = open_workbench(spec, folder_of(spec, home).home)
     shapes, built = bench.build_tuned(shapes_only=True)

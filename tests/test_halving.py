@@ -170,13 +170,14 @@ def test_ends_that_fall_together_leave_what_the_next_goes_on_from(tiny_bert, tmp
 
 
 def test_evaluations_at_ends_do_not_count_for_early_stopping(tiny_bert, tmp_path):
-    """One a step would end it at once; of the regular ones the second is the first without a gain."""
-    TROUBLE.reset(scores=[50.0, 40.0, 30.0, 20.0, 10.0])
+    """Of the regular ones the second is the first without a gain, with ends between them and without."""
     rules = {"early_stopping": EarlyStopping(patience=1), "evaluations_per_epoch": 1}
-    result = run(part(tiny_bert, ENDS, rules=rules), tmp_path)
-    TROUBLE.reset()
-    assert result.training.steps == 6  # at 2 an end alone; at 6 the first epoch's
-    assert result.training.stopped_early
+    for name, ends in (("halved", ENDS), ("whole", None)):
+        TROUBLE.reset(scores=[50.0] * (ends is not None) + [40.0, 30.0, 20.0, 10.0])
+        result = run(part(tiny_bert, ends, rules=rules), tmp_path / name)
+        TROUBLE.reset()
+        assert result.training.steps == 12  # 2 is an end alone; 6 is the first epoch's
+        assert result.training.stopped_early
 
 
 @pytest.mark.parametrize(("keep", "as_after"), [("best", 1), ("last", 2)])
@@ -210,6 +211,19 @@ def test_from_a_damaged_checkpoint_the_same_comes_out(tiny_bert, tmp_path):
     run(first, home)
     (weights,) = folder_of(first, home).checkpoint.glob("step-*/weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
+    second = part(tiny_bert, ENDS[:2], first.run_id)
+    run(first, tmp_path / "whole")
+    assert learnt(run(second, home)) == learnt(run(second, tmp_path / "whole"))
+
+
+def test_from_damaged_metrics_the_same_comes_out(tiny_bert, tmp_path):
+    home = tmp_path / "damaged"
+    first = part(tiny_bert, ENDS[:1])
+    run(first, home)
+    metrics = folder_of(first, home).metrics_file
+    data = bytearray(metrics.read_bytes())
+    data[3] |= 0x80  # no UTF-8 any more
+    metrics.write_bytes(data)
     second = part(tiny_bert, ENDS[:2], first.run_id)
     run(first, tmp_path / "whole")
     assert learnt(run(second, home)) == learnt(run(second, tmp_path / "whole"))

@@ -20,6 +20,7 @@ from finetrial.notice import termination_notice
 from finetrial.records import Outcome, Result, RunSpec
 from finetrial.store import Home
 from test_pipeline import run_study, start, wait_for_running
+from tiny_models import write_roberta
 from tiny_runs import folder_of, make_spec, run
 
 pytestmark = pytest.mark.usefixtures("as_in_a_run")
@@ -106,6 +107,20 @@ def test_passes_are_really_made_together(tiny_bert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loop, "backward", never)
     together(eight(tiny_bert)[:3], tmp_path)
+
+
+def test_dropout_in_a_head_is_no_reason_to_train_alone(tiny_bert, tmp_path, monkeypatch):
+    """RoBERTa's classifier has one of its own."""
+    (tmp_path / "roberta").mkdir()
+    model = write_roberta(tmp_path / "roberta", tiny_bert)
+    specs = eight(model, task=reviews(tmp_path))[:3]
+    alone = [run(spec, tmp_path / "alone") for spec in specs]
+    monkeypatch.setattr("finetrial.loop.Loop.backward", None)  # a step alone would fail
+    results = together(specs, tmp_path / "stacked")
+    for spec, one, other in zip(specs, results, alone, strict=True):
+        mine, theirs = losses(spec, tmp_path / "stacked"), losses(spec, tmp_path / "alone")
+        assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+        assert one.score == pytest.approx(other.score, abs=1e-6)
 
 
 def test_one_that_diverges_leaves_without_touching_the_others(tiny_bert, tmp_path):

@@ -25,7 +25,7 @@ import torch
 from finetrial import lean, memory
 from finetrial.assemble import Workbench, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, micro_batches
-from finetrial.errors import DoesNotFit, OutOfMemory
+from finetrial.errors import DoesNotFit, OverBudget
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
 from finetrial.processes import cores
@@ -39,11 +39,10 @@ SHARE = 0.85
 MARGIN = 0.05
 # First touched during a step (code of kernels, workspaces): bench/memory.py.
 FIRST_TOUCHED_BYTES = 20_000_000
-# With the C library's defaults a run takes up to 2.1 times what it needs, for freed blocks are kept in case
-# they serve again (bench/memory.py, before those above 32 MB were kept, too). Where that is too much, large
-# blocks are given back at once. Freed blocks below the limit lie between a step's gradients and may not serve
-# again: at 256 KB, SmolLM2 with LoRA took 80 MB more.
-ROOMY = 2.5
+# Where all that is freed is kept in case it serves again, a run takes up to 1.7 times what it needs
+# (bench/memory.py). Where that is too much, large blocks are given back at once. Freed blocks below the limit
+# lie between a step's gradients and may not serve again: at 256 KB, SmolLM2 with LoRA took 80 MB more.
+ROOMY = 2.0
 LARGE_BLOCK_BYTES = 65_536
 KEPT_BLOCK_BYTES = 1 << 30
 DEFAULT_TRIM_BYTES = 128 << 10
@@ -77,7 +76,7 @@ class Ladder:
         self.device = pick_device().type
         self.budget = budget_of(bench.spec.how.memory_bytes, bench.spec.how.parallel)
         shrink(shapes, features, pad_token_id, bench.spec, self.device)
-        self.stacked, self.frozen = bench.spec.how.stacked, _frozen_bytes(shapes)
+        self.stacked, self.frozen = bench.spec.how.stacked, _frozen_bytes(shapes, self.device)
         self.held = process_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
         lengths = [len(feature.input_ids) for feature in features]
         self.worst = [features[i] for i in heaviest(planned_batches(lengths, bench.spec), lengths)]
@@ -230,8 +229,10 @@ class Ladder:
         return self.held + 2 * self.frozen + self.stacked * (own - self.frozen)
 
 
-def _frozen_bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+def _frozen_bytes(model: Any, device: str) -> int:
+    """What is not trained and lies in memory: on a CPU all but embedding tables, as `memory.Step.resident`."""
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return frozen - (memory.left_on_disk(model) if device == "cpu" else 0)
 
 
 def optimizer_without_values(spec: RunSpec, trained: list[torch.nn.Parameter]) -> Any:
@@ -356,8 +357,8 @@ def check(fit: Fit) -> None:
     """Whether the run has kept to its budget so far.
 
     Raises:
-        OutOfMemory: it has not.
+        OverBudget: it has not.
     """
     peak = peak_bytes()
     if peak > fit.budget:
-        raise OutOfMemory(f"it took {peak / 1e6:.0f} MB of the {fit.budget / 1e6:.0f} MB that it may use")
+        raise OverBudget(f"it took {peak / 1e6:.0f} MB of the {fit.budget / 1e6:.0f} MB that it may use")

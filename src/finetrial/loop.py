@@ -184,9 +184,7 @@ class Loop:
         append_json_line(self.folder.metrics_file, record)
         if bench.spec.may_go_on:
             progress.compare_by(loss, scored, last=rules.keep == "last")
-        gain = math.inf
-        if progress.peak_score is not None:
-            gain = (score - progress.peak_score) * (1 if metric.higher_is_better else -1)
+        gain = self._gain(score, progress.peak_score)
         if gain > 0:
             progress.peak_score = score
         if gain > 0 or rules.keep == "last":
@@ -196,9 +194,17 @@ class Loop:
                 checkpoint.save_best(self.folder.checkpoint, progress.step, self.model)
         stopping = rules.early_stopping
         if stopping is not None and regular:
+            gain = self._gain(score, progress.regular_peak)
+            if gain > 0:
+                progress.regular_peak = score
             enough = gain > stopping.min_delta
             progress.evaluations_without_gain = 0 if enough else progress.evaluations_without_gain + 1
             progress.stopped_early = progress.evaluations_without_gain >= stopping.patience
+
+    def _gain(self, score: float, peak: float | None) -> float:
+        """By how much a score is better than the best before it."""
+        sign = 1 if metric_of(self.bench.spec.task).higher_is_better else -1
+        return math.inf if peak is None else sign * (score - peak)
 
     def prove(self, batch: Sequence[Feature]) -> None:
         """One step on the heaviest batch that leaves no trace: whether the memory foretold suffices.

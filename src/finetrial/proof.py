@@ -10,6 +10,8 @@ from finetrial import checkpoint
 from finetrial.assemble import Workbench
 from finetrial.records import GroupProof, Proof
 
+PIECE = 1 << 20  # numbers at a time
+
 
 def prove(bench: Workbench, model: Any) -> Proof:
     """Which trained tensors moved from their start, and by how much.
@@ -23,10 +25,10 @@ def prove(bench: Workbench, model: Any) -> Proof:
     before = checkpoint.trained_tensors(start)
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for name, tensor in checkpoint.trained_tensors(model).items():
-        old = before[name].detach().double()
-        change = float(torch.linalg.vector_norm(tensor.detach().cpu().double() - old))
         group = plugin.group(_plain_name(name), built.head_names)
-        groups.setdefault(group, []).append((name, change, float(torch.linalg.vector_norm(old))))
+        groups.setdefault(group, []).append(
+            (name, *_change_and_size(tensor.detach().cpu(), before[name].detach()))
+        )
     proofs = {}
     for group, rows in groups.items():
         change = sum(row[1] ** 2 for row in rows) ** 0.5
@@ -42,6 +44,16 @@ def prove(bench: Workbench, model: Any) -> Proof:
         largest={name: change for name, change, _ in largest},
         void=f"nothing moved in: {', '.join(still)}" if still else None,
     )
+
+
+def _change_and_size(now: torch.Tensor, start: torch.Tensor) -> tuple[float, float]:
+    """Norms of a tensor's change and of its start, in double precision; by pieces, as a table may be large."""
+    change = size = 0.0
+    for one, other in zip(now.reshape(-1).split(PIECE), start.reshape(-1).split(PIECE), strict=True):
+        old = other.double()
+        change += float((one.double() - old).square().sum())
+        size += float(old.square().sum())
+    return change**0.5, size**0.5
 
 
 def _counts_as_moved(group: str, rows: list[tuple[str, float, float]]) -> bool:

@@ -91,6 +91,8 @@ class Stack:
 
         Draws and passes that leave no trace; the first parts of these batches.
         """
+        for loop in self.loops:  # the heads that they have of their own: their dropout
+            loop.model.train()
         parts = [split(loop.fit, batch)[0] for loop, batch in zip(self.loops, batches, strict=True)]
         with torch.no_grad():
             stacked = [float(loss) for loss in self._losses(parts, 0).values()]

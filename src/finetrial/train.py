@@ -103,6 +103,8 @@ def train(
         spec.settings, loop.optimizer, loop.scheduler, progress.largest_batch, planned_steps, steps_per_epoch
     )
     used |= bench.method()[0].read_back(trained)
+    loop.optimizer.zero_grad(set_to_none=True)  # what comes after needs neither gradients nor moments, but room
+    loop.optimizer.state.clear()
     if keeps_best(spec) and progress.best_step != progress.step:
         checkpoint.load_best(folder.checkpoint, progress.best_step or 0, loop.model)
     return Trained(trained, loop.accelerator, used)

@@ -49,7 +49,8 @@ class Progress:
     best_per_example: dict[str, float] = field(default_factory=dict)
     loss: float | None = None  # by which halving compares: the mean over validation's examples
     losses: dict[str, float] = field(default_factory=dict)  # and each one's; of trials that may go on alone
-    peak_score: float | None = None  # the best of all evaluations, kept or not: what early stopping compares
+    peak_score: float | None = None  # the best of all evaluations, kept or not
+    regular_peak: float | None = None  # and of the regular ones, which early stopping compares
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     unjudged: bool = False  # the evaluation of this step is still to be made
