@@ -108,7 +108,10 @@ class Scheduler:
         for queue in queues:
             queue.waits = False
         if idle > len(queues):  # each could have given way to the next by now
-            raise FinetrialError("nothing runs, and what is left waits for runs that nobody does: our fault")
+            raise FinetrialError(
+                "nothing runs, and what is left waits for runs that nobody does. That is a fault of finetrial: "
+                "please report it; what is finished is kept"
+            )
         return idle + 1
 
     def _fill(self, queues: Sequence[Queue], running: list[Running]) -> bool:
