@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetrial.batching import EVALUATION_TOKENS, collate, epoch_batches, evaluation_batches, model_inputs
+from finetrial.batching import (
+    EVALUATION_TOKENS,
+    collate,
+    epoch_batches,
+    evaluation_batches,
+    heaviest,
+    model_inputs,
+)
 from finetrial.plugins import Feature
 from fragile import QA
 
@@ -105,3 +112,15 @@ def test_padding_changes_no_loss(model, request, tmp_path):
             return float(QA.head.losses(built.model(**model_inputs(batch)), batch).sum())
 
     assert loss(short, long) == pytest.approx(loss(short) + loss(long), rel=1e-6)
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_no_batch_has_more_tokens_or_attention_than_the_heaviest(batches):
+    def of(batch):
+        return len(batch) * max(batch), len(batch) * max(batch) ** 2
+
+    made = [[Feature([0] * length, row=0, labels={}) for length in b] for b in batches]
+    found = [of([len(feature.input_ids) for feature in batch]) for batch in heaviest(made)]
+    assert len(found) <= 2
+    for which in (0, 1):
+        assert max(each[which] for each in found) == max(of(batch)[which] for batch in batches)

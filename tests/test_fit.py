@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from finetrial import memory
 from finetrial.assemble import open_workbench
-from finetrial.batching import collate, micro_batches, model_inputs
+from finetrial.batching import collate, heaviest, micro_batches, model_inputs
 from finetrial.engines.inline import Inline
 from finetrial.errors import DoesNotFit, OutOfMemory
 from finetrial.fit import MARGIN, ROOMY, Ladder, budget_of
@@ -77,7 +78,7 @@ def test_a_table_of_which_few_rows_are_read_takes_their_gradient_and_moments_alo
     assert used.rows.tolist() == rows
     table = used.table.weight
     trained = sum(p.numel() * 4 for p in tuned.parameters()) - 4 * (table.shape[0] - len(rows)) * table.shape[1]
-    step = climbed.step(climbed.worst, checkpointing=False, split=False)
+    step = climbed.step(climbed.worst[0], checkpointing=False, split=False)
     assert step.gradients == trained
     assert step.optimizer == pytest.approx(2 * trained, rel=0.01)  # two moments, and the counts of steps
     held = sum(t.numel() * t.element_size() for t in (*tuned.parameters(), *tuned.buffers()))
@@ -89,7 +90,7 @@ def test_each_training_of_a_stack_takes_its_own_weights_gradients_moments_and_ac
     totals = []
     for stacked in (2, 3, 8):
         climbed = ladder(make_spec(tiny_bert, "lora", how={"stacked": stacked}), tmp_path / str(stacked))
-        step = climbed.step(climbed.worst, checkpointing=False, split=False)
+        step = climbed.step(climbed.worst[0], checkpointing=False, split=False)
         totals.append(climbed.total(step) - climbed.held)
     tuned, _ = climbed.bench.build_tuned()
     trained = sum(p.numel() * p.element_size() for p in tuned.parameters() if p.requires_grad)
@@ -104,7 +105,7 @@ def ladder(spec, home):
     shapes, built = bench.build_tuned(shapes_only=True)
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
-    return Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
+    return Ladder(bench, shapes, features, [validation], built.tokenizer.pad_token_id)
 
 
 def asked(climbed):
@@ -122,7 +123,7 @@ def test_a_step_foretold_is_what_the_tracker_of_torch_sees(model, request, tmp_p
     spec = make_spec(request.getfixturevalue(model), "full")
     climbed = ladder(spec, tmp_path)
     shapes, built = climbed.bench.build_tuned(shapes_only=True)  # not the ladder's, which trains few rows
-    batch = collate(climbed.worst, built.tokenizer.pad_token_id)
+    batch = collate(climbed.worst[0], built.tokenizer.pad_token_id)
     adamw = partial(torch.optim.AdamW, fused=True)
     foretold = memory.training_step(shapes, batch, climbed.bench.task.head.losses, adamw)
     tuned, _ = climbed.bench.build_tuned()
@@ -147,12 +148,34 @@ def test_only_what_is_trained_has_gradients_and_an_optimiser(tiny_bert, tmp_path
     climbed = ladder(make_spec(tiny_bert, "lora"), tmp_path)
     tuned, _ = climbed.bench.build_tuned()
     trained = sum(p.numel() * 4 for p in tuned.parameters() if p.requires_grad)
-    step = climbed.step(climbed.worst, checkpointing=False, split=False)
+    step = climbed.step(climbed.worst[0], checkpointing=False, split=False)
     assert step.gradients == trained
     assert 2 * trained <= step.optimizer < 2.1 * trained
     assert step.weights == sum(t.numel() * t.element_size() for t in [*tuned.parameters(), *tuned.buffers()])
     table = tuned.get_input_embeddings().weight
     assert step.weights - step.resident >= table.numel() * 4
+
+
+def test_no_batch_takes_more_than_is_foretold_be_it_full_short_or_of_the_test(tiny_bert, tmp_path):
+    spec = make_spec(tiny_bert, "full", settings={"batch_size": 4})
+    climbed = ladder(spec, tmp_path)
+    bench, (feature, *_) = climbed.bench, climbed.worst[0]
+
+    def of(length):
+        return replace(feature, input_ids=[5] * length, token_type_ids=[0] * length)
+
+    def foretold(batches, *evaluated):
+        shapes, _ = bench.build_tuned(shapes_only=True)
+        those = Ladder(bench, shapes, [of(20)] * 4, evaluated, pad_token_id=0)
+        those.worst = heaviest(batches)
+        return those.largest(asked(those)).predicted - those.held
+
+    # More tokens than the short one, and less attention: either may take more.
+    full, short = [of(20)] * 4, [of(79)]
+    assert foretold([full, short], [of(1)]) == foretold([short], [of(1)]) > foretold([full], [of(1)])
+    short = [of(45)]
+    assert foretold([full, short], [of(1)]) == foretold([full], [of(1)]) > foretold([short], [of(1)])
+    assert foretold([full], [of(20)], [of(60)] * 40) > foretold([full], [of(20)] * 40)
 
 
 def test_the_largest_micro_batch_that_fits_is_taken(tiny_bert, tmp_path):

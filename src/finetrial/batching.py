@@ -70,9 +70,25 @@ def micro_batches(lengths: Sequence[int], *, rows: int | None = None, tokens: in
     return [*parts, slice(start, len(lengths))]
 
 
-def heaviest(batches: Iterable[Sequence[int]], lengths: Sequence[int]) -> Sequence[int]:
-    """The batch that takes the most memory: attention's part of it grows with the square of the length."""
-    return max(batches, key=lambda batch: len(batch) * max(lengths[i] for i in batch) ** 2)
+def longest(batch: Iterable[Feature]) -> int:
+    """Tokens of the longest input."""
+    return max(len(feature.input_ids) for feature in batch)
+
+
+def padded(batch: Sequence[Feature]) -> int:
+    """Tokens of a batch, padding included."""
+    return len(batch) * longest(batch)
+
+
+def heaviest(batches: Sequence[Sequence[Feature]]) -> list[Sequence[Feature]]:
+    """The batches one of which takes the most memory: that of the most tokens and that of the most attention.
+
+    Attention's part grows with the square of the length, all else with the length: which of a full batch and
+    a short one of longer inputs takes more depends on the model. One batch, where it is the same.
+    """
+    tokens = max(batches, key=padded)
+    attention = max(batches, key=lambda batch: padded(batch) * longest(batch))
+    return [tokens] if tokens is attention else [tokens, attention]
 
 
 def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:

@@ -24,7 +24,14 @@ import torch
 
 from finetrial import lean, memory
 from finetrial.assemble import Workbench, pick_device
-from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, heaviest, micro_batches
+from finetrial.batching import (
+    EVALUATION_TOKENS,
+    collate,
+    evaluation_batches,
+    heaviest,
+    micro_batches,
+    padded,
+)
 from finetrial.errors import DoesNotFit, OverBudget
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
@@ -64,12 +71,13 @@ def split(fit: Fit, batch: Sequence[Feature]) -> list[Sequence[Feature]]:
 class Ladder:
     """The ways in which a trial or replicate can be fitted to its memory, each smaller than the one before.
 
-    `shapes` is its model with the method attached, on the meta device; it is used up.
+    `shapes` is its model with the method attached, on the meta device; it is used up. `features` are trained
+    on, and each of `evaluated` is a split that is evaluated.
     """
 
     def __init__(
-        self, bench: Workbench, shapes: Any, features: Sequence[Feature], validation: Sequence[Feature],
-        pad_token_id: int,
+        self, bench: Workbench, shapes: Any, features: Sequence[Feature],
+        evaluated: Sequence[Sequence[Feature]], pad_token_id: int,
     ):  # fmt: skip
         self.bench, self.spec, self.shapes, self.pad_token_id = bench, bench.spec, shapes, pad_token_id
         self.asked = bench.spec.how.gradient_checkpointing
@@ -79,10 +87,15 @@ class Ladder:
         self.stacked, self.frozen = bench.spec.how.stacked, _frozen_bytes(shapes, self.device)
         self.held = process_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
         lengths = [len(feature.input_ids) for feature in features]
-        self.worst = [features[i] for i in heaviest(planned_batches(lengths, bench.spec), lengths)]
+        self.worst = heaviest([[features[i] for i in batch] for batch in planned_batches(lengths, bench.spec)])
         self.longest = max(features, key=lambda feature: len(feature.input_ids))
-        sizes = [len(feature.input_ids) for feature in validation]
-        self.judged = [validation[i] for i in heaviest(evaluation_batches(sizes), sizes)]
+        self.judged = heaviest(
+            [
+                [split[i] for i in batch]
+                for split in evaluated
+                for batch in evaluation_batches([len(feature.input_ids) for feature in split])
+            ]
+        )
 
     def choose(self, halvings: int, *, earlier: Fit | None = None, count: bool = False) -> Fit:
         """The largest that fits, or so many rungs below it: one for every time that memory ran out.
@@ -150,7 +163,7 @@ class Ladder:
             if first is None:
                 continue
             yield first
-            tokens = first.tokens or _padded(split(first, self.worst)[0])
+            tokens = first.tokens or max(padded(split(first, batch)[0]) for batch in self.worst)
             while tokens >= 2 * length:
                 tokens //= 2
                 less = {"tokens": tokens, "evaluation_tokens": min(tokens, EVALUATION_TOKENS)}
@@ -159,10 +172,13 @@ class Ladder:
     def largest(self, asked: Fit) -> Fit | None:
         """The largest micro-batch that fits, or None if one row does not."""
         checkpointing = asked.checkpointing
-        parts = split(asked, self.worst)
-        step = self.step(max(parts, key=_padded), checkpointing=checkpointing, split=len(parts) > 1)
-        evaluation = self.evaluation(self.judged)
-        predicted = self.total(step, evaluation)
+        parts = [split(asked, batch) for batch in self.worst]
+        several = any(len(those) > 1 for those in parts)
+        evaluation = max(self.evaluation(batch) for batch in self.judged)
+        predicted = max(
+            self.total(self.step(part, checkpointing=checkpointing, split=several), evaluation)
+            for part in heaviest([part for those in parts for part in those])
+        )
         if predicted <= self.most:
             return asked.model_copy(update={"predicted": predicted})
         one, two = (
@@ -198,7 +214,7 @@ class Ladder:
         outputs = sum(weight.shape[-1 if weight.ndim == 1 else 0] for weight in weights if weight is not None)
         tables = [m for m in self.shapes.modules() if isinstance(m, torch.nn.Embedding)]
         outputs += sum(table.embedding_dim - table.num_embeddings for table in tables)
-        most = max(_padded(self.worst), _padded(self.judged))
+        most = max(padded(batch) for batch in (*self.worst, *self.judged))
         per_token = outputs + heads * layers * len(self.longest.input_ids)
         parameters = sum(parameter.numel() for parameter in self.shapes.parameters())
         return self.held + 4 * self.stacked * (6 * parameters + COARSE * most * per_token) < self.most
@@ -241,10 +257,6 @@ def optimizer_without_values(spec: RunSpec, trained: list[torch.nn.Parameter]) -
     if how == Stepping():
         return make_optimizer(trained, spec)
     return memory.Stated(*lean.bytes_of(trained, rounding=how.rounding, quantised=how.state == "8bit"))
-
-
-def _padded(part: Sequence[Feature]) -> int:
-    return len(part) * max(len(feature.input_ids) for feature in part)
 
 
 def checkpoint_gradients(model: Any, *, on: bool = True) -> None:

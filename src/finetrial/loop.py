@@ -206,8 +206,8 @@ class Loop:
         sign = 1 if metric_of(self.bench.spec.task).higher_is_better else -1
         return math.inf if peak is None else sign * (score - peak)
 
-    def prove(self, batch: Sequence[Feature]) -> None:
-        """One step on the heaviest batch that leaves no trace: whether the memory foretold suffices.
+    def prove(self, batches: Sequence[Sequence[Feature]]) -> None:
+        """A step on each of the heaviest batches that leaves no trace: whether the memory foretold suffices.
 
         The rate is zero, so that AdamW leaves every weight as it is, bit for bit; its state is thrown away.
 
@@ -219,11 +219,12 @@ class Loop:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(batch)
-        norm = self.stepper.finish()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(0, f"before the first step, the loss is {loss} and the gradient norm {norm}")
+        for batch in batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.backward(batch)
+            norm = self.stepper.finish()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(0, f"before the first step, the loss is {loss} and the gradient norm {norm}")
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.optimizer.state.clear()
@@ -231,7 +232,7 @@ class Loop:
         vars(self.progress).update(vars(before))
         check(self.fit)
         self.folder.write_fit(self.fit.model_copy(update={"proved": True}))
-        self.folder.event("memory proved", peak_bytes=peak_bytes(), rows=len(batch))
+        self.folder.event("memory proved", peak_bytes=peak_bytes(), rows=[len(batch) for batch in batches])
 
     def keep_to_budget(self) -> None:
         """End a run that has taken more memory than it may, with a checkpoint: it goes on with less at once."""

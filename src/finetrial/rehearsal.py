@@ -16,6 +16,7 @@ from typing import Any
 
 from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
+from finetrial.batching import heaviest, padded
 from finetrial.data import cap_rows
 from finetrial.errors import Diverged
 from finetrial.evaluation import evaluate
@@ -58,7 +59,9 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     search_encoded = lap()
     features = bench.encode(bench.splits.train, built)
     train_encoded = lap()
-    ladder = Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
+    test = bench.encode(bench.splits.test, built)
+    lap()
+    ladder = Ladder(bench, shapes, features, [validation, test], built.tokenizer.pad_token_id)
     fit = ladder.choose(folder.out_of_memory(), count=True)
     keep_to(fit)
     counted = lap()
@@ -146,11 +149,12 @@ def _batches(spec: RunSpec, features: Sequence[Feature], size: int) -> list[Sequ
 def _seconds_per_token(loop: Loop, features: Sequence[Feature], size: int) -> float:
     """Of training, padding included: from batches that are spread evenly over the sizes there are.
 
-    The heaviest goes first and is not timed: it is the peak of memory, and warms up what has to be.
+    The heaviest go first and are not timed: they are the peak of memory, and warm up what has to be.
     """
     batches = _batches(loop.bench.spec, features, size)
-    alone(loop.step(max(batches, key=lambda batch: len(batch) * _longest(batch) ** 2)))
-    ordered = sorted(batches, key=lambda batch: _padded(loop.fit, batch))
+    for batch in heaviest(batches):
+        alone(loop.step(batch))
+    ordered = sorted(batches, key=lambda batch: _tokens(loop.fit, batch))
     count = min(TIMED_BATCHES, len(ordered))
     places = [int((index + 0.5) / count * len(ordered)) for index in range(count)]
     places.sort(key=lambda place: abs(place - len(ordered) / 2))  # if time runs out, the usual ones were timed
@@ -161,23 +165,19 @@ def _seconds_per_token(loop: Loop, features: Sequence[Feature], size: int) -> fl
         lap()
         alone(loop.step(ordered[place]))
         seconds += lap()
-        tokens += _padded(loop.fit, ordered[place])
+        tokens += _tokens(loop.fit, ordered[place])
     return seconds / tokens
 
 
 def _pace(spec: RunSpec, features: Sequence[Feature], fit: Fit, size: int, seconds_per_token: float) -> Pace:
     batches = _batches(spec, features, size)
-    tokens = sum(_padded(fit, batch) for batch in batches)
+    tokens = sum(_tokens(fit, batch) for batch in batches)
     return Pace(batch_size=size, steps=len(batches), padded_tokens=tokens, seconds=tokens * seconds_per_token)
 
 
-def _longest(batch: Sequence[Feature]) -> int:
-    return max(len(feature.input_ids) for feature in batch)
-
-
-def _padded(fit: Fit, batch: Sequence[Feature]) -> int:
+def _tokens(fit: Fit, batch: Sequence[Feature]) -> int:
     """Tokens of an effective batch, padding included, as it is split."""
-    return sum(len(part) * _longest(part) for part in split(fit, batch))
+    return sum(padded(part) for part in split(fit, batch))
 
 
 def _judge(loop: Loop, validation: Sequence[Feature]) -> float:

@@ -84,7 +84,8 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
     shapes, built = bench.build_tuned(shapes_only=True)
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
-    ladder = Ladder(bench, shapes, features, validation, built.tokenizer.pad_token_id)
+    test = bench.encode(bench.splits.test, built) if spec.stage != "trial" else []
+    ladder = Ladder(bench, shapes, features, [validation, test], built.tokenizer.pad_token_id)
     tokens = sum(len(feature.input_ids) for feature in features)
     folder.event("encoded", inputs=len(features), tokens=tokens, validation_inputs=len(validation))
     mine, before = folder.fit(), folder.before(spec)
@@ -104,7 +105,6 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
             peak = peak_bytes()  # of training: what comes after holds a second model
             folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)
             if spec.stage != "trial":
-                test = bench.encode(bench.splits.test, built)
                 hashes["test"] = input_hash(test)
                 scored = evaluate(
                     trained.accelerator, trained.model, bench, built.tokenizer, test, bench.splits.test,

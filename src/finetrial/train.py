@@ -122,7 +122,8 @@ def _turns(
     due = checkpoint.rule(spec.how, progress.step)
     lengths = [len(feature.input_ids) for feature in features]
     if progress.step == 0 and not fit.proved and (fit.predicted or 0) > PROVED_SHARE * fit.budget:
-        loop.prove([features[i] for i in heaviest(planned_batches(lengths, spec), lengths)])
+        planned = [[features[i] for i in batch] for batch in planned_batches(lengths, spec)]
+        loop.prove(heaviest(planned))
     if progress.unjudged:  # the last attempt left within that evaluation
         loop.judge(validation, asked, regular=progress.step in regular)
     over = progress.stopped_early or progress.step >= ends[-1]
