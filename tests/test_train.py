@@ -327,7 +327,6 @@ def test_a_learning_rate_of_ten_diverges_within_twenty_steps(tiny_bert, tmp_path
     assert result.outcome == "diverged"
     assert result.training.planned_steps > 20
     assert result.training.steps <= 20
-    assert "trained weights are" in result.reason
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def folder_of(spec: RunSpec, home: Path) -> RunFolder:
 
 def run(spec: RunSpec, home: Path) -> Result:
     """The run's result; what the worker does, without its failure handling."""
-    from finetrial import stages
+    from finetrial import worker
 
-    return stages.run(spec, folder_of(spec, home))
+    return worker.prepare(spec).run(spec, folder_of(spec, home))
 
 
 def records(spec: RunSpec, home: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def _do(folder: RunFolder) -> int:
     """One run."""
     spec = folder.spec()
     try:
-        stages = _prepare(spec)
+        stages = prepare(spec)
         _say_begin(folder, spec)
         outcome: Result | BaseException = stages.run(spec, folder)
     except Exception as error:  # noqa: BLE001 - the one place: whatever happened becomes a typed failure
@@ -93,7 +93,7 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
         with folder.log_file.open("a", encoding="utf-8") as log:
             log.write(f"done together with {folders[0].path.name}, in one process: its log has the output\n")
     try:
-        stages = _prepare(specs[0])
+        stages = prepare(specs[0])
         from finetrial import stacking
         from finetrial.fit import remember_process_bytes
         from finetrial.notice import termination_notice
@@ -114,7 +114,7 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
     return max(codes)
 
 
-def _prepare(spec: RunSpec) -> ModuleType:
+def prepare(spec: RunSpec) -> ModuleType:
     """Make this process what every run's is; the module that knows the stages."""
     plugins.make_importable(Path(spec.how.base))
     import numpy
