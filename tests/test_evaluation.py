@@ -174,6 +174,7 @@ def test_a_notice_to_end_is_answered_in_the_test_too(tiny_bert, tmp_path, method
     assert folder_of(spec, tmp_path / "cut").kept_outputs() == 1
     TROUBLE.reset()
     again = run(spec, tmp_path / "cut")
+    assert TROUBLE.losses == 0  # nothing is trained twice
     measured = {"cost", "training"}
     assert again.model_dump(exclude=measured) == whole.model_dump(exclude=measured)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoModelForCausalLM
 
 from finetrial import memory
 from finetrial.assemble import open_workbench
@@ -105,7 +107,7 @@ def ladder(spec, home):
     shapes, built = bench.build_tuned(shapes_only=True)
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
-    return Ladder(bench, shapes, features, [validation], built.tokenizer.pad_token_id)
+    return Ladder(bench, shapes, features, [validation], built)
 
 
 def asked(climbed):
@@ -160,13 +162,14 @@ def test_no_batch_takes_more_than_is_foretold_be_it_full_short_or_of_the_test(ti
     spec = make_spec(tiny_bert, "full", settings={"batch_size": 4})
     climbed = ladder(spec, tmp_path)
     bench, (feature, *_) = climbed.bench, climbed.worst[0]
+    _, built = bench.build_tuned(shapes_only=True)
 
     def of(length):
         return replace(feature, input_ids=[5] * length, token_type_ids=[0] * length)
 
     def foretold(batches, *evaluated):
         shapes, _ = bench.build_tuned(shapes_only=True)
-        those = Ladder(bench, shapes, [of(20)] * 4, evaluated, pad_token_id=0)
+        those = Ladder(bench, shapes, [of(20)] * 4, evaluated, built)
         those.worst = heaviest(batches)
         return those.largest(asked(those)).predicted - those.held
 
@@ -176,6 +179,20 @@ def test_no_batch_takes_more_than_is_foretold_be_it_full_short_or_of_the_test(ti
     short = [of(45)]
     assert foretold([full, short], [of(1)]) == foretold([full], [of(1)]) > foretold([short], [of(1)])
     assert foretold([full], [of(20)], [of(60)] * 40) > foretold([full], [of(20)] * 40)
+
+
+def test_tables_of_a_model_that_was_published_in_bf16_are_in_memory(tiny_llama, tmp_path):
+    """Loading makes fp32 of them, which no file holds."""
+    half = tmp_path / "half"
+    shutil.copytree(tiny_llama, half)
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(half)
+    steps = []
+    for model in (tiny_llama, half):
+        climbed = ladder(make_spec(model, "lora"), tmp_path / model.name)
+        steps.append(climbed.step(climbed.worst[0], checkpointing=False, split=False))
+    table = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32).get_input_embeddings().weight
+    assert steps[0].weights == steps[1].weights
+    assert steps[1].resident - steps[0].resident == 4 * table.numel()
 
 
 def test_the_largest_micro_batch_that_fits_is_taken(tiny_bert, tmp_path):
@@ -336,6 +353,21 @@ print(fit.resident_bytes() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 20e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_what_an_earlier_run_took_at_most_is_not_the_next_one_s_of_its_process():
+    program = """
+from finetrial import fit
+held = bytearray(300_000_000)
+held[::4096] = b"x" * len(held[::4096])
+before = fit.peak_bytes()
+del held
+fit.give_back()
+print(before - fit.peak_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 250e6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")

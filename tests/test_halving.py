@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from finetrial import search, verify
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
-from finetrial.halving import LOSS, Standing, chosen, is_worse, steps
+from finetrial.halving import LOSS, Standing, chosen, is_worse
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Metric
 from finetrial.records import EarlyStopping, Result, Rung, RunRecord, RunSpec, short_hash
@@ -57,10 +57,8 @@ def test_a_third_goes_on_after_every_end(trials, by, expected):
 
 def test_fifteen_trials_by_thirds_train_less_than_a_quarter_and_a_bit():
     counts = SearchRules(trials=15, halving=3).counts
-    whole = sum(count * step for count, step in zip(counts, steps(ENDS), strict=True))
-    assert whole == pytest.approx(15 / 9 + 5 * (1 / 3 - 1 / 9) + 2 * (1 - 1 / 3))
-    assert 15 / whole == pytest.approx(3.649, abs=1e-3)
-    assert steps(()) == (1.0,)
+    assert counts == (15, 5, 2)
+    assert pytest.approx(3.649, abs=1e-3) == 15 / (15 / 9 + 5 * (1 / 3 - 1 / 9) + 2 * (1 - 1 / 3))
     assert SearchRules(halving=3).ends == ENDS
     assert SearchRules().ends == ()
 
@@ -157,6 +155,20 @@ def test_each_part_ends_at_its_share_of_the_steps_and_is_scored_there(tiny_bert,
     assert run(second, tmp_path).training.steps == 6
     assert [r["step"] for r in records(second, tmp_path) if r["kind"] == "eval"] == [2, 6]
     assert second.name == "trial.qa.m.000.rung2"
+
+
+def test_what_ran_out_of_memory_goes_on_with_as_little_at_once(tiny_bert, tmp_path):
+    how = {"memory_bytes": 10**12}
+    first = part(tiny_bert, ENDS[:1], how=how)
+    run(first, tmp_path)
+    folder = folder_of(first, tmp_path)
+    folder.write_fit(folder.fit().model_copy(update={"halvings": 1}))
+    second = part(tiny_bert, ENDS[:2], first.run_id, how=how)
+    run(second, tmp_path)
+    assert folder_of(second, tmp_path).fit().halvings == 1
+    roomier = part(tiny_bert, ENDS[:2], first.run_id, how={"memory_bytes": 2 * 10**12}, seeds={"dropout": 9})
+    run(roomier, tmp_path)
+    assert folder_of(roomier, tmp_path).fit().halvings == 0
 
 
 def test_ends_that_fall_together_leave_what_the_next_goes_on_from(tiny_bert, tmp_path):

@@ -142,8 +142,8 @@ def test_a_halved_search_shows_the_trial_that_it_would_go_on_with():
         progress.finished(halved(1, (3, 1), 0.6, None))
     best = [line.split("(")[1] for line in screen.text.splitlines()[1:]]
     assert best == [
-        "lowest loss: 0.800, trial_0 to 1/3: learning rate 1.9e-05)",
-        "lowest loss: 0.700, trial_1 to 1/3: learning rate 1.9e-05)",
+        "lowest loss 0.6, trial_0 to 1/3: learning rate 1.9e-05)",
+        "lowest loss 0.5, trial_1 to 1/3: learning rate 1.9e-05)",
         "best 0.600, trial_1: learning rate 1.9e-05)",
     ]
 

@@ -18,10 +18,10 @@ from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.packing import Packing
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
-from finetrial.records import Attempt, Failure, Fit, How, MethodSpec, RunRecord, RunSpec
+from finetrial.records import Attempt, Failure, Fit, How, MethodSpec, Result, RunRecord, RunSpec
 from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS, PUT_OFF, TRIED_AGAIN, Lane, Scheduler
 from finetrial.store import Home
-from scripted import Scripted, done, failed, make_spec
+from scripted import COST, Scripted, done, failed, make_spec
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -294,6 +294,41 @@ def test_what_a_stack_takes_is_the_mean_of_what_its_runs_say_of_as_many_like_the
     assert packing.taken(lead) is None
     other.write_fit(fit.model_copy(update={"predicted": 80}))
     assert packing.taken(lead) == 50
+
+
+def test_what_a_run_says_here_counts_and_not_what_it_said_on_another_machine(bench):
+    method = MethodSpec(name="m", use="full", params={})
+    folders = []
+    for number in range(4):
+        spec = make_spec(number, stage="trial", method=method)
+        folders.append(bench.home.run(spec.run_id))
+        folders[-1].create(spec)
+        there = Fit(device="cpu", budget=100, predicted=6, shared=54, evaluation_tokens=1)
+        folders[-1].write_fit(there)
+    packing = Packing(8, by_memory=True)
+    assert packing.too_many(folders) is None
+    for folder in folders:
+        folder.write_fit(there.model_copy(update={"shared": 13}))
+    assert packing.too_many(folders) == folders[-1]
+    assert packing.too_many(folders[:2]) is None
+    folders[0].write_result(Result(run_id=folders[0].path.name, outcome="done", cost=COST))
+    folders[0].write_fit(there)
+    packing.learn(folders[0])
+    assert packing.room == {None: 13}
+
+
+def test_a_run_that_leaves_its_stack_unfitted_keeps_nobody_waiting(bench):
+    method = MethodSpec(name="m", use="lora", params={})
+    specs = [make_spec(n, stage="trial", method=method, how=How(stacked=2)) for n in range(2)]
+    lead, other = (bench.home.run(spec.run_id) for spec in specs)
+    for spec, folder in zip(specs, (lead, other), strict=True):
+        folder.create(spec)
+    lead.stack_with([other])
+    other.write_failure(Failure(run_id=other.path.name, kind="out_of_memory", reason="no", attempt=1))
+    lead.write_fit(Fit(device="cpu", budget=9, predicted=20, shared=100, evaluation_tokens=1, stacked=2))
+    assert Packing(4, by_memory=True, stack=2).taken(lead) == 20
+    lead.stack_file.write_text('["trial.')
+    assert lead.stacked_with() == []
 
 
 def test_on_several_gpus_each_process_is_on_the_emptiest_and_each_gpu_has_its_own_room(bench):
@@ -721,6 +756,16 @@ def test_a_run_that_another_holds_is_left_to_it(bench):
         bench.run(iter([spec]))
     assert bench.engine.started == []
     assert lease.read(folder.lease_file) == mine
+
+
+def test_a_run_that_another_holds_keeps_what_its_spec_says_of_there(bench):
+    spec = bench.spec(0)
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    lease.claim(folder.lease_file)
+    with pytest.raises(Incomplete):
+        bench.run(iter([spec.model_copy(update={"how": How(threads=7)})]))
+    assert folder.spec() == spec
 
 
 def test_a_run_that_another_takes_over_is_ended_here_and_its_records_are_left_alone(bench, monkeypatch):

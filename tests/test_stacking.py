@@ -203,6 +203,8 @@ def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_pa
         assert score == pytest.approx(alone[run_id][1], abs=1e-6)
     records = [folder.record() for folder in Home(homes[1]).find("trial.")]
     assert len({record.attempts[-1].pid for record in records}) == processes
+    told = [json.loads((home / "analysis" / "summary.json").read_text())["fairness_notes"] for home in homes]
+    assert [any("several in a process" in note for note in notes) for notes in told] == [False, True]
     charged = sum(record.result.cost.wall_seconds for record in records)
     begun = min(record.attempts[-1].started_at for record in records)
     passed = max(record.attempts[-1].ended_at or 0.0 for record in records) - begun

@@ -14,11 +14,12 @@ from finetrial import checkpoint, plugins
 from finetrial.assemble import open_workbench
 from finetrial.batching import collate, epoch_batches, model_inputs
 from finetrial.errors import Diverged
+from finetrial.fair_time import FAIR
 from finetrial.optimisation import evaluation_steps, prepare_optimisation
 from finetrial.records import EarlyStopping, LoopRules, RunSpec
 from finetrial.space import COMMON_SPACE, Choice, Dimension, Range
 from finetrial.train import make_accelerator
-from finetrial.training_state import Progress, guard
+from finetrial.training_state import Clock, Progress, guard
 from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run
 
@@ -295,6 +296,13 @@ def test_losses_rates_and_clipping_are_those_of_a_plain_torch_loop(tiny_llama, t
         assert record["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
         assert record["gradient_norm"] == pytest.approx(norm, rel=1e-3)
     assert ours[-1]["learning_rate"] == pytest.approx(rate / (steps - warmup))
+
+
+def test_what_a_run_took_before_its_loop_counts_as_neither_training_nor_evaluation():
+    progress, (wall, cpu) = Progress(), FAIR.now()
+    Clock(progress, (wall - 5.0, cpu - 3.0))
+    assert (progress.wall_seconds, progress.cpu_seconds) == pytest.approx((5.0, 3.0), abs=0.5)
+    assert (progress.train_seconds, progress.evaluate_seconds) == (0.0, 0.0)
 
 
 # ---- divergence -------------------------------------------------------------------------------------------

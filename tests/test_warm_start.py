@@ -12,7 +12,6 @@ from finetrial import verify
 from finetrial.arm_search import ArmSearch
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.records import Failure, Result, short_hash
-from finetrial.schedule import GIVEN_UP, TRIED_AGAIN
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 from scripted import COST
@@ -54,6 +53,14 @@ def test_the_first_guided_trial_begins_at_ten_times_the_other_searchs_best_rate(
     for shared in ("epochs", "warmup_ratio", "weight_decay"):
         assert warm.settings[shared] == pytest.approx(best.spec.settings[shared], rel=1e-5)
     assert [r.spec.number for r in trials.values() if r.spec.warm_start] == [2]
+    read = parse_study(study.read_text(), file=str(study), base=study.parent)
+    opened = open_home(read, Home(home), resolve_inputs(read))
+    searches = {method.name: ArmSearch(read, opened, task, method, print) for task, method in read.arms}
+    for (name, number), trial in trials.items():  # one that is lost is done anew as it was
+        file = Home(home).run(trial.spec.run_id).path
+        file.rename(tmp_path / "lost")
+        assert searches[name].trial(number) == trial.spec
+        (tmp_path / "lost").rename(file)
     full, lora = json.loads((home / "analysis" / "summary.json").read_text())["ledger"]
     assert full["warm_start"] is None
     assert lora["warm_start"] == warm.warm_start.model_dump()
@@ -82,11 +89,12 @@ def test_it_waits_for_a_trial_that_this_command_tries_again(tiny_bert, tmp_path)
     assert not lora._told()
     failure = Failure(run_id=records[4].path.name, kind="bug", reason="no", attempt=1)
     records[4].write_failure(failure)
-    assert not lora._told()
-    records[4].write_failure(failure.model_copy(update={"kind": "crashed", "final": True}))
-    assert lora._told()
-    again = replace(lora, tried_again=TRIED_AGAIN | GIVEN_UP)
+    again = replace(lora, tried_again={failure.run_id: 1})
     assert not again._told()
+    records[4].write_failure(failure.model_copy(update={"kind": "crashed", "final": True, "attempt": 2}))
+    assert again._told()  # it was tried again, and in vain
+    records[4].write_failure(failure.model_copy(update={"kind": "out_of_memory"}))
+    assert not lora._told()  # it goes on with less at once
 
 
 def test_without_it_a_study_is_what_it_was():

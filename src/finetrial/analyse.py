@@ -31,6 +31,7 @@ from finetrial.fairness import (
     fairness_notes,
     input_notes,
     ledger_row,
+    stacking_notes,
 )
 from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
@@ -119,6 +120,7 @@ def summarise(
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
             *input_notes(ordered),
             *environment_notes(ordered),
+            *stacking_notes(ordered),
         ),
         failures=failure_rows(ordered),
         environment=environment(ordered),

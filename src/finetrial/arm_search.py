@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from finetrial import export, files, halving, plan, search, settling
 from finetrial.evidence import best_trial, furthest, standing_value
 from finetrial.opening import Opened
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import MethodSpec, Outcome, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
-from finetrial.schedule import TRIED_AGAIN, Lane
+from finetrial.records import MethodSpec, RunRecord, RunSpec, SearchStop, TaskSpec, WarmStart
+from finetrial.schedule import Lane
 from finetrial.study import Study
 
 
@@ -23,7 +23,8 @@ class ArmSearch:
     task: TaskSpec
     method: MethodSpec
     note: Callable[[str], None]
-    tried_again: frozenset[Outcome] = TRIED_AGAIN  # failures that are not the end of a run, in this command
+    # Failures that are not the end of a run, as this command tries it again: run -> the attempt that failed.
+    tried_again: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def arm(self) -> str:
@@ -47,9 +48,10 @@ class ArmSearch:
         at_random = rules.trials if rules.sampler == "random" else rules.startup_trials
         yield [self.trial(number) for number in range(at_random)]
         for number in range(at_random, rules.trials):
-            while number == at_random and not self._told():
+            told = number == at_random and self._source is not None  # which is made whatever may be gained
+            while told and not self._told():
                 yield []
-            if self._settled(number):
+            if not told and self._settled(number):
                 break
             yield self.trial(number)
         for end, most in enumerate(rules.counts[1:], start=1):
@@ -104,10 +106,16 @@ class ArmSearch:
         source = self._source
         if source is None or self._begun(self.study.search.startup_trials):
             return True
-        runs, stop = source.first_runs(), source.stop()
-        ended = [run for run in runs if run.result or run.outcome not in (None, *self.tried_again)]
-        ended = [run for run in ended if not (run.failure and run.failure.goes_on)]
-        return len(ended) == (stop.after if stop else self.study.search.trials)
+        stop = source.stop()
+        ended = [run for run in source.first_runs() if self._has_ended(run)]
+        return len(ended) >= (stop.after if stop else self.study.search.trials)
+
+    def _has_ended(self, run: RunRecord) -> bool:
+        """Whether a run has ended for good, as far as this command goes."""
+        failure = run.failure
+        if run.result is not None or failure is None:
+            return run.result is not None
+        return not failure.goes_on and failure.attempt > self.tried_again.get(failure.run_id, 0)
 
     def _warm_start(self, number: int) -> tuple[WarmStart, RunSpec] | None:
         """From which trial the settings of this one are taken."""
@@ -136,7 +144,8 @@ class ArmSearch:
         begun = self._begun(number)
         if begun:  # its settings were proposed from a history that may have been longer or shorter
             return begun.model_copy(update={"how": plan.how(self.study, self.opened.threads)})
-        runs = self.first_runs()
+        # None of those after it, if it is one that is done anew: its settings are what they were.
+        runs = [run for run in self.first_runs() if run.spec.number < number]
         space = self.study.spaces[self.method.name]
         settings = search.propose(
             [search.Past(run.spec.number, run.spec.settings, run.outcome, standing_value(run)) for run in runs],

@@ -129,6 +129,22 @@ def environment_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     )
 
 
+def stacking_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """One sentence where replicates were trained several in a process, which shares its cost among them."""
+    most: dict[str, int] = {}
+    for record in records:
+        training = record.result.training if record.result and record.spec.stage == "replicate" else None
+        if training is not None and training.stacked > 1:
+            most[record.spec.arm] = max(most.get(record.spec.arm, 1), training.stacked)
+    if not most:
+        return ()
+    arms = ", ".join(f"{arm} (up to {count})" for arm, count in sorted(most.items()))
+    return (
+        f"replicates trained several in a process: {arms}; their peak memory is the whole process's and their "
+        f"seconds a share of it, which do not compare with what replicates cost that were trained alone",
+    )
+
+
 def input_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """One sentence for every task whose runs were not all evaluated on the same inputs."""
     seen: dict[tuple[str, str], dict[str, list[str]]] = {}  # task, split -> hash -> run ids

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -33,6 +33,7 @@ from finetrial.batching import (
     padded,
 )
 from finetrial.errors import DoesNotFit, OverBudget
+from finetrial.models import Built
 from finetrial.optimisation import how_to_step, make_optimizer, planned_batches, precision_of
 from finetrial.plugins import Feature, Stepping
 from finetrial.processes import cores
@@ -72,19 +73,21 @@ class Ladder:
     """The ways in which a trial or replicate can be fitted to its memory, each smaller than the one before.
 
     `shapes` is its model with the method attached, on the meta device; it is used up. `features` are trained
-    on, and each of `evaluated` is a split that is evaluated.
+    on, and each of `evaluated` is a split that is evaluated. `built`: the base that it was made of.
     """
 
     def __init__(
         self, bench: Workbench, shapes: Any, features: Sequence[Feature],
-        evaluated: Sequence[Sequence[Feature]], pad_token_id: int,
+        evaluated: Sequence[Sequence[Feature]], built: Built,
     ):  # fmt: skip
-        self.bench, self.spec, self.shapes, self.pad_token_id = bench, bench.spec, shapes, pad_token_id
+        self.bench, self.spec, self.shapes = bench, bench.spec, shapes
+        self.pad_token_id, self.mapped = built.tokenizer.pad_token_id, built.mapped
         self.asked = bench.spec.how.gradient_checkpointing
         self.device = pick_device().type
         self.budget = budget_of(bench.spec.how.memory_bytes, bench.spec.how.parallel)
-        shrink(shapes, features, pad_token_id, bench.spec, self.device)
-        self.stacked, self.frozen = bench.spec.how.stacked, _frozen_bytes(shapes, self.device)
+        shrink(shapes, features, self.pad_token_id, bench.spec, self.device)
+        self.stacked = bench.spec.how.stacked
+        self.frozen = _frozen_bytes(shapes, mapped=self.mapped and self.device == "cpu")
         self.held = process_bytes() + FIRST_TOUCHED_BYTES if self.device == "cpu" else 0
         lengths = [len(feature.input_ids) for feature in features]
         self.worst = heaviest([[features[i] for i in batch] for batch in planned_batches(lengths, bench.spec)])
@@ -96,6 +99,11 @@ class Ladder:
                 for batch in evaluation_batches([len(feature.input_ids) for feature in split])
             ]
         )
+
+    def is_as(self, earlier: Fit | None) -> TypeGuard[Fit]:
+        """Whether an earlier run was fitted to as much of the same: where memory ran out, it would again."""
+        here = (self.device, self.budget, self.stacked)
+        return earlier is not None and (earlier.device, earlier.budget, earlier.stacked) == here
 
     def choose(self, halvings: int, *, earlier: Fit | None = None, count: bool = False) -> Fit:
         """The largest that fits, or so many rungs below it: one for every time that memory ran out.
@@ -226,6 +234,7 @@ class Ladder:
             self.shapes, collate(part, self.pad_token_id), self.bench.task.head.losses,
             partial(optimizer_without_values, self.spec), split=split,
             in_backward=how_to_step(self.spec).in_backward, autocast=self.autocast, device=self.device,
+            mapped=self.mapped,
         )  # fmt: skip
 
     def evaluation(self, batch: Sequence[Feature]) -> int:
@@ -245,10 +254,10 @@ class Ladder:
         return self.held + 2 * self.frozen + self.stacked * (own - self.frozen)
 
 
-def _frozen_bytes(model: Any, device: str) -> int:
-    """What is not trained and lies in memory: on a CPU all but embedding tables, as `memory.Step.resident`."""
+def _frozen_bytes(model: Any, *, mapped: bool) -> int:
+    """What is not trained and lies in memory, as in `memory.Step.resident`."""
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    return frozen - (memory.left_on_disk(model) if device == "cpu" else 0)
+    return frozen - (memory.left_on_disk(model) if mapped else 0)
 
 
 def optimizer_without_values(spec: RunSpec, trained: list[torch.nn.Parameter]) -> Any:
@@ -307,6 +316,10 @@ def peak_bytes() -> int:
     """The most memory so far: allocated on the GPU, or resident in this process where there is none."""
     if pick_device().type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux's; the other keeps what whoever started this process held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
@@ -319,6 +332,14 @@ def keep_to(fit: Fit) -> None:
         give_back_at_once()
     else:
         keep_what_is_freed()
+
+
+def is_own_limit(fit: Fit | None) -> bool:
+    """Whether memory that ran out on a GPU was this process's share: more than that is free or its own."""
+    if fit is None or not torch.cuda.is_available():
+        return False
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() >= fit.budget
 
 
 def let_go() -> None:
@@ -348,6 +369,8 @@ def give_back() -> None:
     gc.collect()
     if (library := _c_library()) is not None:
         library.malloc_trim(0)
+    with contextlib.suppress(OSError):  # the peak so far is another's; where Linux lets a process forget it
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_what_is_freed() -> None:

@@ -10,7 +10,6 @@ written or started here.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -27,12 +26,6 @@ class Standing(NamedTuple):
     number: int
     score: float | None  # None: it diverged, failed or is void
     examples: Mapping[str, float] = {}
-
-
-def steps(ends: Sequence[int]) -> tuple[float, ...]:
-    """How much of a whole trial each end adds: ninths, thirds and wholes 1/9, 2/9 and 2/3; without ends 1."""
-    so_far = [0.0, *(1 / end for end in ends or (1,))]
-    return tuple(now - before for before, now in itertools.pairwise(so_far))
 
 
 def chosen(standings: Sequence[Standing], most: int, metric: Metric, *, final: bool) -> list[int]:

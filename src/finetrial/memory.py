@@ -83,6 +83,7 @@ def training_step(
     in_backward: bool = False,
     autocast: Autocast = contextlib.nullcontext,
     device: str = "cpu",
+    mapped: bool = True,
 ) -> Step:
     """Bytes of a training step from the second one on, when the optimiser's state is there.
 
@@ -90,14 +91,14 @@ def training_step(
     on `device`; it may be given again. `optimizer_of` gives a torch optimiser, or what that takes: bytes of
     state and of temporaries. `split`: the effective batch is more than one micro-batch, so that gradients lie
     beside the activations. `in_backward`: a gradient is freed as soon as it is whole. Gradient checkpointing
-    counts if the model has it switched on. A loss that depends on values is replaced by the sum of the model's
-    outputs.
+    counts if the model has it switched on. `mapped`: tables that are not trained lie in a file. A loss that
+    depends on values is replaced by the sum of the model's outputs.
     """
     with FakeTensorMode() as fakes, LiveBytes() as live:
         for tensor in _without_content(model, fakes, device):
             live.add(tensor)
         weights = live.now
-        resident = weights - left_on_disk(model)
+        resident = weights - (left_on_disk(model) if mapped else 0)
         batch = {name: _fake(tensor, fakes, device) for name, tensor in inputs.items()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = optimizer_of(trained)

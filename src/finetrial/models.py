@@ -56,6 +56,7 @@ class Built(NamedTuple):
     tokenizer: Any
     head_names: tuple[str, ...]
     causal: bool  # a decoder: each position sees only what is before it
+    mapped: bool  # its weights are read from the file as they are needed: it holds them in fp32, as used here
 
 
 def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
@@ -160,6 +161,7 @@ def build(
     try:
         tokenizer = load_tokenizer(location, source)
         config = AutoConfig.from_pretrained(location.name, **common, **options)
+        mapped = config.dtype in (None, torch.float32)
         config.pad_token_id = tokenizer.pad_token_id
         _change(config, source)
         torch.manual_seed(head_seed)
@@ -179,7 +181,7 @@ def build(
             f"the checkpoint {source.name} lacks weights of the model itself: {', '.join(stray[:3])}; "
             f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"
         )
-    return Built(model, tokenizer, heads, causal)
+    return Built(model, tokenizer, heads, causal, mapped)
 
 
 def language_model(source: ModelSource, location: Location) -> Any:

@@ -37,7 +37,7 @@ class Packing:
     by_memory: bool = False
     stack: int = 1
     known: dict[str, int] = field(default_factory=dict)  # kind of run -> bytes that the largest so far takes
-    said: dict[Path, int] = field(default_factory=dict)  # run's folder -> bytes that it says it takes
+    said: dict[Path, tuple[Any, int]] = field(default_factory=dict)  # folder -> by which files, bytes it takes
     room: dict[str | None, int] = field(default_factory=dict)  # GPU -> bytes for all on it, once a run said so
     gpus: tuple[str, ...] = ()
 
@@ -98,37 +98,54 @@ class Packing:
 
     def taken(self, folder: RunFolder) -> int | None:
         """Bytes that a process takes: foretold by itself, or as others of its kind; None: not known yet."""
-        if folder.path in self.said:
-            return self.said[folder.path]
+        files = [one.fit_file for one in self._stack(folder)]
+        written = [(each.stat().st_ino, each.stat().st_mtime_ns) for each in files if each.exists()]
+        known = self.said.get(folder.path)
+        if known is not None and known[0] == written:
+            return known[1]
+        # Until an attempt that goes on has said it, what the one before it said, maybe on another machine.
         kind, said = kind_of(folder.spec()), self._foretold(folder)
         if said is None:
             return self.known.get(kind)
-        self.said[folder.path] = said
+        self.said[folder.path] = written, said
         self.known[kind] = max(self.known.get(kind, 0), said)
         return said
 
     def ended(self, folder: RunFolder) -> None:
-        """Learn from a run that has ended what its kind takes, and how much there is."""
-        self.said.pop(folder.path, None)  # another attempt says it anew
+        """Learn from a run that has ended here what its kind takes, and how much there is."""
+        self.said.pop(folder.path, None)
+        if self.by_memory and folder.result() is not None:
+            self._foretold(folder)
+        self.learn(folder)
+
+    def learn(self, folder: RunFolder) -> None:
+        """Learn from a run that has ended, here or on another machine, what its kind takes."""
         result = folder.result() if self.by_memory else None
         if result is not None:
-            self._foretold(folder)
             context = 0 if result.cost.device.startswith("cpu") else CONTEXT_BYTES
             kind, peak = kind_of(folder.spec()), int(SPREAD * result.cost.peak_memory_bytes) + context
             self.known[kind] = max(self.known.get(kind, 0), peak)
 
     def _foretold(self, folder: RunFolder) -> int | None:
         fits, stacked = [], folder.spec().how.stacked
-        for one in (folder, *(folder.stacked_with() if stacked > 1 else ())):
+        for one in self._stack(folder):
+            if stacked > 1 and one.failure_file.exists():  # it has left the others, maybe before it was fitted
+                continue
             fit = one.fit()
             if fit is None or fit.takes is None or fit.stacked != stacked:
                 return None
             fits.append(fit)
+        if not fits:
+            return None
         if fits[0].shared is not None:
             self.room[self._gpu(folder)] = fits[0].shared
         # Each says what the process would take were all as it is: the whole is the mean of that.
         takes = sum(fit.takes or 0 for fit in fits) // len(fits)
         return takes + (CONTEXT_BYTES if fits[0].device == "cuda" else 0)
+
+    @staticmethod
+    def _stack(folder: RunFolder) -> list[RunFolder]:
+        return [folder, *(folder.stacked_with() if folder.spec().how.stacked > 1 else ())]
 
     def back_off(self, beside: int) -> bool:
         """Memory ran out for a process that had so many others beside it (on its GPU): whether fewer may help.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ class Story:
     opened: Opened
     progress: Progress
     tried_again: frozenset[Outcome] = TRIED_AGAIN
+    failed_before: dict[str, int] = field(default_factory=dict)  # run -> attempt, of what is tried again
 
     def __post_init__(self) -> None:
         # One for all phases: a tracker that fails is warned of once.
@@ -131,8 +132,11 @@ class Story:
         for note in opened.home.set_aside_damaged():
             progress.note(note)
         story = cls(opened.study, opened, progress, **options)
-        for record in story.planned() if story.packing.by_memory else ():
-            story.packing.ended(opened.home.run(record.spec.run_id))
+        for record in story.planned():
+            failure = record.failure
+            if failure is not None and failure.kind in story.tried_again:
+                story.failed_before[failure.run_id] = failure.attempt
+            story.packing.learn(opened.home.run(record.spec.run_id))
         return story
 
     def phase(
@@ -158,7 +162,10 @@ class Story:
     def _finished(self, record: RunRecord) -> None:
         """A run has ended for good, in this command or before."""
         self.mirror(record)
-        if record.spec.rung is not None and record.spec.rung.number == 1 and record.spec.method is not None:
+        first = record.spec.rung is not None and record.spec.rung.number == 1
+        # One that has none left was looked at when it ended.
+        holds = first and self.opened.home.run(record.spec.run_id).checkpoint.exists()
+        if holds and record.spec.method is not None:
             self.search_of(record.spec.task, record.spec.method).let_go_of_hopeless()
 
     @property
@@ -186,7 +193,7 @@ class Story:
         return [self.search_of(task, method).lane() for task, method in self.study.arms]
 
     def search_of(self, task: TaskSpec, method: MethodSpec) -> ArmSearch:
-        return ArmSearch(self.study, self.opened, task, method, self.progress.note, self.tried_again)
+        return ArmSearch(self.study, self.opened, task, method, self.progress.note, self.failed_before)
 
     def export_optima(self) -> None:
         """Write each arm's best trial to `best/`, where the training phase reads it."""

@@ -7,6 +7,7 @@ before its parent when memory runs out.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import signal
@@ -75,11 +76,15 @@ def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processor cores that this process may use: those it may run on, or fewer by its container's quota."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of both versions
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            quota, period = map(int, " ".join((groups / file).read_text() for file in files).split())
+            if quota > 0 and period > 0:
+                found = min(found, math.ceil(quota / period))
+    return found
 
 
 def child_environment(threads: int, gpu: str | None = None) -> dict[str, str]:

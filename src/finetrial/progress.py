@@ -285,13 +285,16 @@ def ended_text(record: RunRecord, arm: Arm) -> str:
 
 def score_text(arm: Arm) -> str:
     """A search's best with its trial and learning rate; otherwise the mean, since no seed is chosen."""
-    if arm.best is None or arm.best.result is None or arm.best.result.score is None:
+    result = arm.best.result if arm.best is not None else None
+    if arm.best is None or result is None or result.score is None:
         return f"mean {_number(math.fsum(arm.scores) / len(arm.scores), arm.metric)}" if arm.scores else ""
     spec = arm.best.spec
     rate = spec.settings.get("learning_rate")
     detail = "" if rate is None else f": learning rate {_rate(rate)}"
-    what = "lowest loss:" if spec.may_go_on else "best"  # halving goes by the loss until the last end
-    return f"{what} {_number(arm.best.result.score, arm.metric)}, {run_label(spec)}{detail}"
+    best = f"best {_number(result.score, arm.metric)}"
+    if spec.may_go_on and result.validation_loss is not None:  # halving goes by that until the last end
+        best = f"lowest loss {result.validation_loss:.3g}"
+    return f"{best}, {run_label(spec)}{detail}"
 
 
 def run_seconds(record: RunRecord) -> float:

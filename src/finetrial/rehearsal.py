@@ -61,7 +61,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
     train_encoded = lap()
     test = bench.encode(bench.splits.test, built)
     lap()
-    ladder = Ladder(bench, shapes, features, [validation, test], built.tokenizer.pad_token_id)
+    ladder = Ladder(bench, shapes, features, [validation, test], built)
     fit = ladder.choose(folder.out_of_memory(), count=True)
     keep_to(fit)
     counted = lap()

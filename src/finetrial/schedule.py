@@ -8,6 +8,7 @@ by side, of one lane and of several, is `packing.py`'s to say.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -154,12 +155,12 @@ class Scheduler:
         first, *others = queue.ready
         if self.packing.stack == 1 or not stacks(first):
             return [first]
-        alike = [spec for spec in (first, *others) if spec.arm == first.arm]
-        fresh = [spec for spec in alike if not goes_alone(self.home.run(spec.run_id))]
-        if first not in fresh:
+        if goes_alone(self.home.run(first.run_id)):
             return [first]
-        fresh = [spec for spec in fresh if spec is first or not self._has_ended(self.home.run(spec.run_id))]
-        found = fresh[: self.packing.stack]
+        alike = (spec for spec in others if spec.arm == first.arm)
+        folders = ((spec, self.home.run(spec.run_id)) for spec in alike)
+        fresh = (spec for spec, folder in folders if not goes_alone(folder) and not self._has_ended(folder))
+        found = [first, *itertools.islice(fresh, self.packing.stack - 1)]
         share = {"stacked": len(found)}
         return [spec.model_copy(update={"how": spec.how.model_copy(update=share)}) for spec in found]
 
@@ -170,7 +171,6 @@ class Scheduler:
         try:
             for spec in specs:
                 folder = self.home.run(spec.run_id)
-                folder.create(spec)
                 runs.append(claim(queue, spec, folder, process))
             runs[0].folder.stack_with([run.folder for run in runs[1:]])
             launch(runs)

@@ -85,11 +85,13 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
     features = bench.encode(bench.splits.train, built)
     validation = bench.encode(bench.splits.validation, built)
     test = bench.encode(bench.splits.test, built) if spec.stage != "trial" else []
-    ladder = Ladder(bench, shapes, features, [validation, test], built.tokenizer.pad_token_id)
+    ladder = Ladder(bench, shapes, features, [validation, test], built)
     tokens = sum(len(feature.input_ids) for feature in features)
     folder.event("encoded", inputs=len(features), tokens=tokens, validation_inputs=len(validation))
     mine, before = folder.fit(), folder.before(spec)
-    fit = ladder.choose(folder.out_of_memory(), earlier=mine or (before.fit() if before else None))
+    earlier = before.fit() if before else None
+    halvings = folder.out_of_memory() + (earlier.halvings if ladder.is_as(earlier) else 0)
+    fit = ladder.choose(halvings, earlier=mine or earlier)
     if fit != mine:
         folder.write_fit(fit)
     keep_to(fit)
@@ -100,7 +102,16 @@ def training(spec: RunSpec, folder: RunFolder) -> Generator[Turn, float, Result]
     try:
         with termination_notice() as asked:
             trained = yield from train(
-                bench, folder, model, built.tokenizer, features, validation, progress, fit, asked
+                bench,
+                folder,
+                model,
+                built.tokenizer,
+                features,
+                validation,
+                progress,
+                fit,
+                asked,
+                (clock.wall, clock.cpu),
             )
             peak = peak_bytes()  # of training: what comes after holds a second model
             folder.event("trained", step=progress.step, peak_bytes=peak, micro_batches=progress.micro_batches)

@@ -135,8 +135,11 @@ class RunFolder:
 
     def stacked_with(self) -> list[RunFolder]:
         """The runs that this run's process does as well, besides it."""
-        names = json.loads(self.stack_file.read_text()) if self.stack_file.exists() else []
-        return [self.home.run(name) for name in names]
+        try:
+            names = json.loads(self.stack_file.read_text())
+        except (OSError, ValueError):  # none, or a damaged one: the next start writes it anew
+            return []
+        return [self.home.run(str(name)) for name in names] if isinstance(names, list) else []
 
     def stack_with(self, others: Sequence[RunFolder]) -> None:
         """Have this run's process do others as well; none ends that."""

@@ -78,13 +78,14 @@ def train(
     progress: Progress,
     fit: Fit,
     asked: Callable[[], bool] = lambda: False,
+    begun: tuple[float, float] | None = None,
 ) -> Generator[Turn, float, Trained]:
     """Train a model by a run's spec, going on from its newest valid checkpoint if there is one.
 
     Every step waits for its gradients and is sent its loss (see `alone`, `stacking.py`).
 
     `progress` is kept up to date, so that it tells how far a run came that diverged. `asked`: whether the
-    process was told to end.
+    process was told to end. `begun`: wall and CPU time when the attempt did, where that is not now.
 
     Raises:
         Diverged: a loss, gradient norm, weight or score was not finite, or the loss stayed, or the
@@ -94,7 +95,7 @@ def train(
     """
     spec = bench.spec
     planned_steps, steps_per_epoch = plan_steps(spec, len(features))
-    loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps)
+    loop = open_loop(bench, folder, model, tokenizer, features, progress, fit, planned_steps, begun)
     with loop.writer:
         yield from _turns(loop, features, validation, steps_per_epoch, asked)
 
@@ -142,7 +143,7 @@ def _turns(
         if not over:
             loop.keep_to_budget()
         leaving = asked()
-        if leaving or due(progress.step) or (over and spec.may_go_on):
+        if leaving or over or due(progress.step):  # over: others go on from it, or the test may be cut off
             loop.save()
         if leaving:
             loop.leave()
@@ -158,7 +159,7 @@ def make_accelerator(rules: LoopRules) -> Accelerator:
 
 def open_loop(
     bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any, features: Sequence[Feature],
-    progress: Progress, fit: Fit, planned_steps: int,
+    progress: Progress, fit: Fit, planned_steps: int, begun: tuple[float, float] | None = None,
 ) -> Loop:  # fmt: skip
     """The loop where the folder's newest valid checkpoint left it, or before its first step."""
     if fit.checkpointing:
@@ -183,7 +184,7 @@ def open_loop(
     stepper = Stepper(trained, optimizer, bench.spec.rules, how_to_step(bench.spec))
     return Loop(
         bench, fit, folder, model, tokenizer, accelerator, optimizer, scheduler, planned_steps, progress,
-        Clock(progress), stepper, used, checkpoint.Writer(beside=accelerator.device.type == "cuda"),
+        Clock(progress, begun), stepper, used, checkpoint.Writer(beside=accelerator.device.type == "cuda"),
     )  # fmt: skip
 
 

@@ -130,9 +130,11 @@ def guard(progress: Progress, rules: LoopRules, loss: float) -> None:
 class Clock:
     """Adds up seconds by what they were spent on, over all attempts of a run."""
 
-    def __init__(self, progress: Progress):
+    def __init__(self, progress: Progress, begun: tuple[float, float] | None = None):
+        """`begun`: when the attempt did; what it took up to here is neither training nor evaluation."""
         self.progress = progress
-        self.last, self.last_cpu = FAIR.now()
+        self.last, self.last_cpu = begun or FAIR.now()
+        self._lap()
 
     def _lap(self) -> float:
         now, cpu = FAIR.now()

@@ -116,6 +116,8 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
     Raises:
         Incomplete: somebody else works on it.
     """
+    if not folder.spec_file.exists():
+        folder.create(spec)
     lease = leases.claim(folder.lease_file)
     if lease is None:
         raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
@@ -135,6 +137,7 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
     )  # fmt: skip
     process.folders.append(folder)
     try:
+        folder.create(spec)  # how it is done here: of one that another works on, that is the other's to say
         folder.write_attempt(attempt)
     except BaseException:
         # No caller has the lease yet: the run would be held for as long as this process lives.

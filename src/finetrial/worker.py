@@ -156,7 +156,7 @@ def _conclude(
             run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
             # What does not fit beside others may fit alone.
             attempt=_attempt(folder), final=isinstance(error, DoesNotFit) and spec.how.stacked == 1,
-            own_budget=isinstance(error, OverBudget),
+            own_budget=isinstance(error, OverBudget) or (kind == "out_of_memory" and _is_own_limit(folder)),
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
@@ -166,6 +166,12 @@ def _conclude(
     if left is not None:
         sys.stderr.write(f"{left}\n")
     return 0
+
+
+def _is_own_limit(folder: RunFolder) -> bool:
+    from finetrial import fit
+
+    return fit.is_own_limit(folder.fit())
 
 
 def _attempt(folder: RunFolder) -> int:
