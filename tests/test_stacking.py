@@ -136,6 +136,23 @@ def test_one_that_diverges_leaves_without_touching_the_others(tiny_bert, tmp_pat
         assert one.score == other.score
 
 
+def test_a_stack_that_mixes_up_its_adapters_is_found_out_though_they_begin_at_zero(tiny_bert, tmp_path):
+    specs = eight(tiny_bert)[4:6]
+    trainings = [stages.training(spec, folder_of(spec, tmp_path)) for spec in specs]
+    turns = [next(training) for training in trainings]
+    stack = stacking.Stack([turn.loop for turn in turns])
+    before = [{name: p.clone() for name, p in turn.loop.model.named_parameters()} for turn in turns]
+    assert stack.agrees([turn.batch for turn in turns])
+    for turn, was in zip(turns, before, strict=True):
+        assert all(torch.equal(p, was[name]) for name, p in turn.loop.model.named_parameters())
+    for own in stack.stacked:
+        if hasattr(own[0], "lora_A"):
+            own.reverse()  # each with the other's
+    assert not stack.agrees([turn.batch for turn in turns])
+    for training in trainings:
+        training.close()
+
+
 def test_what_cannot_be_stacked_is_trained_beside_the_stack(tiny_bert, tmp_path):
     full = make_spec(tiny_bert, "full", number=7)
     specs = [full, *eight(tiny_bert)[:2]]

@@ -8,9 +8,10 @@ equal those of the training alone up to rounding.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ from finetrial.train import follow
 ATTENTION = "finetrial_stacked"
 # How far a stacked loss may lie from the training's own, relatively: rounding, and no more.
 AGREED, AGREED_BF16 = 1e-4, 2e-2
+MOVED = 0.05  # by so much (standard deviation) each element of an adapter's B, to compare
 T = TypeVar("T")
 
 
@@ -89,17 +91,37 @@ class Stack:
     def agrees(self, batches: Sequence[Sequence[Feature]]) -> bool:
         """Whether stacked losses are those that the trainings have alone: nothing of the model was overlooked.
 
-        Draws and passes that leave no trace; the first parts of these batches.
+        Draws and passes that leave no trace; the first parts of these batches. Adapters begin at zero, where no
+        mistake in them would be seen, and are moved for it.
         """
         for loop in self.loops:  # the heads that they have of their own: their dropout
             loop.model.train()
         parts = [split(loop.fit, batch)[0] for loop, batch in zip(self.loops, batches, strict=True)]
-        with torch.no_grad():
+        with torch.no_grad(), self._moved():
             stacked = [float(loss) for loss in self._losses(parts, 0).values()]
             alone = [loop.loss_of(part, 0) for loop, part in zip(self.loops, parts, strict=True)]
         apart = max(abs(one - other) / max(abs(one), 1e-6) for one, other in zip(alone, stacked, strict=True))
         exact = all(precision_of(loop.bench.spec.rules) == "fp32" for loop in self.loops)
         return apart < (AGREED if exact else AGREED_BF16)
+
+    @contextlib.contextmanager
+    def _moved(self) -> Iterator[None]:
+        """Every training's adapters away from where they are, each in a way of its own; then as they were."""
+        linear, _ = _peft()
+        ups = [
+            (index, layer.lora_B[name].weight)
+            for own in self.stacked for index, layer in enumerate(own) if isinstance(layer, linear)
+            for name in layer.active_adapters
+        ]  # fmt: skip
+        before = [up.clone() for _, up in ups]
+        try:
+            for index, up in ups:
+                random = torch.Generator().manual_seed(index)
+                up.add_(MOVED * torch.randn(up.shape, generator=random).to(up))
+            yield
+        finally:
+            for (_, up), was in zip(ups, before, strict=True):
+                up.copy_(was)
 
     def backward(self, batches: Sequence[Sequence[Feature]]) -> list[float]:
         """Gradients of every training's mean loss over its own effective batch, and these losses."""
