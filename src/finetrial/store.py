@@ -12,7 +12,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,9 +71,8 @@ class RunFolder:
         return self._of_this_run(sealed.read(self.result_file, Result)) if self.result_file.exists() else None
 
     def failure(self) -> Failure | None:
-        return (
-            self._of_this_run(sealed.read(self.failure_file, Failure)) if self.failure_file.exists() else None
-        )
+        there = self.failure_file.exists()
+        return self._of_this_run(sealed.read(self.failure_file, Failure)) if there else None
 
     def _of_this_run(self, record: R) -> R:
         if record.run_id != self.path.name:
@@ -135,10 +134,9 @@ class RunFolder:
 
     def stacked_with(self) -> list[RunFolder]:
         """The runs that this run's process does as well, besides it."""
-        try:
+        names: Any = []
+        with suppress(OSError, ValueError):  # none, or a damaged one: the next start writes it anew
             names = json.loads(self.stack_file.read_text())
-        except (OSError, ValueError):  # none, or a damaged one: the next start writes it anew
-            return []
         return [self.home.run(str(name)) for name in names] if isinstance(names, list) else []
 
     def stack_with(self, others: Sequence[RunFolder]) -> None:
