@@ -8,9 +8,10 @@
 
 MiniLM on 10,000 rows of SST-2 and a part of SQuAD v2, full fine-tuning and LoRA: 15 trials of each, then 5
 replicates at the best. `run` does it with finetrial, and a smaller one with one thing switched off at a time. A
-study that was interrupted is gone on with, but its time then says nothing. The baselines take days, so they are
-timed on a sample of their work, the same rows and settings: so many optimiser steps and so many rows of an
-evaluation, by which the whole is reckoned.
+study that was interrupted is gone on with, but its time then says nothing; so is one that is to have more
+seeds (`--seeds`), for its scores. The baselines take days, so they are timed on a sample of their work, the
+same rows and settings: so many optimiser steps and so many rows of an evaluation, by which the whole is
+reckoned.
 
 trainer   transformers' Trainer, PEFT and a loop over trials in one process: inputs padded to the maximum
           length, evaluation in batches of 8, as in the examples
@@ -56,7 +57,7 @@ methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
   lora: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}, rank: [4, 8, 16], dropout: 0.0}}}}
 search: {{trials: 15, rows: {search_rows}{halving}, space: {{epochs: 2, batch_size: 16}}}}
-train: {{seeds: 5, rows: {train_rows}, precision: {precision}}}
+train: {{seeds: {seeds}, rows: {train_rows}, precision: {precision}}}
 measure: []
 claims: [lora within 3% of full]
 run: {{{run}}}
@@ -102,23 +103,24 @@ SCORES = {"sst2": ("accuracy",), "squad_v2": ("f1", "span_f1")}
 SETTINGS = {"full": {}, "lora": {"rank": 8, "dropout": 0.0}}
 
 
-def text_of(task: str, variant: str, size: str = "whole") -> str:
+def text_of(task: str, variant: str, size: str = "whole", seeds: int = SEEDS) -> str:
     part, (train, test) = SIZES[size][task], throughput.FILES[task]
     chosen = DEFAULTS | VARIANTS[variant]
     return STUDY.format(
-        task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, **part._asdict(), **chosen
-    )
+        task=task, data=os.environ["FINETRIAL_DATA"], train=train, test=test, seeds=seeds, **part._asdict(),
+        **chosen,
+    )  # fmt: skip
 
 
-def run(folder: Path, size: str, variants: list[str], tasks: list[str]) -> None:
+def run(folder: Path, size: str, variants: list[str], tasks: list[str], seeds: int) -> None:
     for task, variant in itertools.product(tasks, variants):
         place = folder / size / variant / task
         place.mkdir(parents=True, exist_ok=True)
-        (place / "study.yaml").write_text(text_of(task, variant, size))
+        (place / "study.yaml").write_text(text_of(task, variant, size, seeds))
         command = [sys.executable, "-m", "finetrial", "run", str(place / "study.yaml")]
         fresh, begun = not (place / "home").exists(), time.perf_counter()
         subprocess.run([*command, "--home", str(place / "home")], check=True)
-        if fresh and variant != "as-trainer":  # whose scores alone are asked for
+        if fresh and variant != "as-trainer" and seeds == SEEDS:  # else scores alone are asked for
             (place / "seconds.json").write_text(json.dumps(time.perf_counter() - begun) + "\n")
 
 
@@ -219,6 +221,8 @@ def table(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
             for baseline in ("trainer", "recipe"):
                 by = sum(reckoned(part, found[f"{baseline} {task} {m}"], baseline) for m in METHODS)
                 row |= {f"{baseline}_s": round(by), f"faster_than_{baseline}": round(by / row["seconds"], 2)}
+        else:
+            row = recorded.get((size, task, variant), {}) | row
         rows.append(row)
     own = {(row["task"], row["variant"]): row["scores"] for row in rows if row["size"] == "whole"}
     report = {
@@ -229,7 +233,9 @@ def table(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
     for task in SIZES["whole"]:
         if {(task, "finetrial"), (task, "as-trainer")} <= set(own):
             report.setdefault("less_than_trainer", {})[task] = {
-                f"{method} {name}": paired_difference(ours, own[task, "as-trainer"][method][name])._asdict()
+                f"{method} {name}": paired_difference(
+                    *zip(*zip(ours, own[task, "as-trainer"][method][name], strict=False), strict=True)
+                )._asdict()
                 for method, scores in own[task, "finetrial"].items()
                 for name, ours in scores.items()
             }
@@ -266,11 +272,12 @@ def main() -> int:
     parser.add_argument("--variants")
     parser.add_argument("--tasks", default=",".join(SCORES))
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.verb == "run":
         variants = given.variants.split(",") if given.variants else USUAL[given.size]
-        run(given.folder.resolve(), given.size, variants, given.tasks.split(","))
+        run(given.folder.resolve(), given.size, variants, given.tasks.split(","), given.seeds)
     elif given.verb == "baselines":
         baselines(given.folder, given.steps)
     else:
