@@ -11,7 +11,7 @@ import pytest
 from finetrial import verify
 from finetrial.arm_search import ArmSearch
 from finetrial.opening import open_home, resolve_inputs
-from finetrial.records import Failure, Result, short_hash
+from finetrial.records import Failure, Result, SearchStop, short_hash
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 from scripted import COST
@@ -95,6 +95,33 @@ def test_it_waits_for_a_trial_that_this_command_tries_again(tiny_bert, tmp_path)
     assert again._told()  # it was tried again, and in vain
     records[4].write_failure(failure.model_copy(update={"kind": "out_of_memory"}))
     assert not lora._told()  # it goes on with less at once
+
+
+def test_the_told_trial_is_made_though_the_search_could_end_before_it(tiny_bert, tmp_path):
+    file, home = tmp_path / "study.yaml", tmp_path / "home"
+    file.write_text(STUDY.format(model=tiny_bert, halving="early_stop: true, "))
+    study = parse_study(file.read_text(), file=str(file), base=file.parent)
+    opened = open_home(study, Home(home), resolve_inputs(study))
+    full, lora = (ArmSearch(study, opened, *arm, print) for arm in study.arms)
+
+    def finish(spec, score):
+        folder = opened.home.run(spec.run_id)
+        folder.create(spec)
+        folder.write_result(Result(run_id=spec.run_id, outcome="done", cost=COST, score=score))
+
+    for number in range(5):
+        finish(full.trial(number), float(number))
+    lane = lora.lane()
+    for number, spec in enumerate(next(lane)):
+        finish(spec, float(number))
+    opened.home.stop_search(
+        lora.task.name, lora.method.name, SearchStop(after=2, planned=5, gain=0.1, noise=0.2)
+    )
+    told = next(lane)
+    assert told.number == 2
+    assert told.warm_start.trial == 4
+    finish(told, 1.0)
+    assert list(lane) == []
 
 
 def test_without_it_a_study_is_what_it_was():
