@@ -281,13 +281,19 @@ def test_runs_that_were_stacked_in_vain_go_on_each_alone(bench, how_it_ends):
         assert not folder.attempt_records()[0].counts
 
 
-def test_what_a_stack_takes_is_the_mean_of_what_its_runs_say_of_as_many_like_themselves(bench):
+def two_stacked(bench):
+    """The folders of two runs of one process, the first one's."""
     method = MethodSpec(name="m", use="lora", params={})
     specs = [make_spec(n, stage="trial", method=method, how=How(stacked=2)) for n in range(2)]
     lead, other = (bench.home.run(spec.run_id) for spec in specs)
     for spec, folder in zip(specs, (lead, other), strict=True):
         folder.create(spec)
     lead.stack_with([other])
+    return lead, other
+
+
+def test_what_a_stack_takes_is_the_mean_of_what_its_runs_say_of_as_many_like_themselves(bench):
+    lead, other = two_stacked(bench)
     packing = Packing(4, by_memory=True, stack=2)
     fit = Fit(device="cpu", budget=100, predicted=20, shared=100, evaluation_tokens=1, stacked=2)
     lead.write_fit(fit)
@@ -318,12 +324,7 @@ def test_what_a_run_says_here_counts_and_not_what_it_said_on_another_machine(ben
 
 
 def test_a_run_that_leaves_its_stack_unfitted_keeps_nobody_waiting(bench):
-    method = MethodSpec(name="m", use="lora", params={})
-    specs = [make_spec(n, stage="trial", method=method, how=How(stacked=2)) for n in range(2)]
-    lead, other = (bench.home.run(spec.run_id) for spec in specs)
-    for spec, folder in zip(specs, (lead, other), strict=True):
-        folder.create(spec)
-    lead.stack_with([other])
+    lead, other = two_stacked(bench)
     other.write_failure(Failure(run_id=other.path.name, kind="out_of_memory", reason="no", attempt=1))
     lead.write_fit(Fit(device="cpu", budget=9, predicted=20, shared=100, evaluation_tokens=1, stacked=2))
     assert Packing(4, by_memory=True, stack=2).taken(lead) == 20

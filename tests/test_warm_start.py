@@ -71,13 +71,18 @@ def test_the_first_guided_trial_begins_at_ten_times_the_other_searchs_best_rate(
     assert not verify.verify(home).differences
 
 
+def two_searches(model, folder, rules=""):
+    """The opened folder of a study, and the searches of its arms."""
+    file = folder / "study.yaml"
+    file.write_text(STUDY.format(model=model, halving=rules))
+    study = parse_study(file.read_text(), file=str(file), base=file.parent)
+    opened = open_home(study, Home(folder / "home"), resolve_inputs(study))
+    return opened, *(ArmSearch(study, opened, *arm, print) for arm in study.arms)
+
+
 def test_it_waits_for_a_trial_that_this_command_tries_again(tiny_bert, tmp_path):
     """A fault of the program stopped the study at the other search's last trial, which will be done."""
-    file, home = tmp_path / "study.yaml", tmp_path / "home"
-    file.write_text(STUDY.format(model=tiny_bert, halving=""))
-    study = parse_study(file.read_text(), file=str(file), base=file.parent)
-    opened = open_home(study, Home(home), resolve_inputs(study))
-    full, lora = (ArmSearch(study, opened, *arm, print) for arm in study.arms)
+    opened, full, lora = two_searches(tiny_bert, tmp_path, "")
     records = []
     for number in range(5):
         record = opened.home.run(full.trial(number).run_id)
@@ -98,11 +103,7 @@ def test_it_waits_for_a_trial_that_this_command_tries_again(tiny_bert, tmp_path)
 
 
 def test_the_told_trial_is_made_though_the_search_could_end_before_it(tiny_bert, tmp_path):
-    file, home = tmp_path / "study.yaml", tmp_path / "home"
-    file.write_text(STUDY.format(model=tiny_bert, halving="early_stop: true, "))
-    study = parse_study(file.read_text(), file=str(file), base=file.parent)
-    opened = open_home(study, Home(home), resolve_inputs(study))
-    full, lora = (ArmSearch(study, opened, *arm, print) for arm in study.arms)
+    opened, full, lora = two_searches(tiny_bert, tmp_path, "early_stop: true, ")
 
     def finish(spec, score):
         folder = opened.home.run(spec.run_id)
