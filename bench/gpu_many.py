@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from finetrial import stacking, stages
-from finetrial.fit import peak_bytes
+from finetrial.process_memory import peak_bytes
 from finetrial.records import How, LoopRules, MethodSpec, ModelSource, Result, RunSpec, Seeds, TaskSpec
 from finetrial.sources import locate_model
 from finetrial.store import Home

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForQuestionAnswering
 
 from finetrial import memory, plugins
 from finetrial.assemble import pick_device
-from finetrial.fit import checkpoint_gradients, optimizer_without_values, peak_bytes
+from finetrial.fit import checkpoint_gradients, optimizer_without_values
 from finetrial.optimisation import how_to_step, prepare_optimisation
 from finetrial.plugins import AttachInput
+from finetrial.process_memory import peak_bytes
 from finetrial.records import LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec
 from finetrial.stepping import Stepper
 from finetrial.train import make_accelerator

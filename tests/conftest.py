@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +43,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; set FINETRIAL_DATA")
     return folder
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Any]:
+    """A scheduler at work on scripted runs; none of them outlives the test."""
+    from scripted import Bench
+
+    bench = Bench(tmp_path)
+    yield bench
+    for handle in getattr(bench.engine, "handles", []):
+        with contextlib.suppress(OSError):
+            bench.engine.stop(handle, 0)
 
 
 @pytest.fixture(scope="session")

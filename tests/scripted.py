@@ -1,4 +1,4 @@
-"""An engine whose runs are one-line programs: real processes, ended and watched as the local engine's are."""
+"""An engine whose runs are one-line programs, ended and watched as the local one; a scheduler that uses it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from finetrial.packing import Packing
 from finetrial.processes import FreshPython, Handle
-from finetrial.records import Cost, Failure, ModelSource, Result, RunSpec, Seeds, TaskSpec
+from finetrial.progress import Progress
+from finetrial.records import Cost, Failure, ModelSource, Result, RunRecord, RunSpec, Seeds, TaskSpec
+from finetrial.schedule import GIVEN_UP, TRIED_AGAIN, Lane, Scheduler
+from finetrial.store import Home
 
 COST = Cost(wall_seconds=1.0, cpu_seconds=1.0, peak_memory_bytes=1, device="cpu")
 SEEDS = Seeds(data_order=1, head=2, adapter=3, dropout=4)
+SLEEP = "import time; time.sleep(600)"
 
 
 def make_spec(number: int = 0, **changes: Any) -> RunSpec:
@@ -54,3 +61,63 @@ class Scripted(FreshPython):
             )
         self.handles.append(Handle(process.pid, process))
         return self.handles[-1]
+
+
+class Recorder(Progress):
+    """The progress display, with what it was told kept; can press Ctrl-C at the n-th look at a run."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.looks, self.interrupt_at = 0, interrupt_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def tick(self, spec: RunSpec, last_record: Any) -> None:
+        self.looks += 1
+        if self.looks == self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+class Bench:
+    """A home, an engine of programs, and what the scheduler reported."""
+
+    def __init__(self, path: Path):
+        self.home = Home(path / "home")
+        self.programs: dict[str, list[str]] = {}
+        self.engine: Any = Scripted(self.programs)
+        self.progress = Recorder()
+        self.finished: list[RunRecord] = []
+
+    def spec(self, number: int, *programs: str, **changes: Any) -> RunSpec:
+        spec = make_spec(number, **changes)
+        self.programs[spec.run_id] = list(programs) or [done(spec)]
+        return spec
+
+    def run(
+        self,
+        *lanes: Lane,
+        parallel: int = 1,
+        attempts: int = 3,
+        retry: bool = False,
+        packing: Packing | None = None,
+    ) -> None:
+        packing = packing or Packing(parallel)
+        Scheduler(
+            self.home, self.engine, packing, attempts, self.progress, self.finished.append,
+            TRIED_AGAIN | GIVEN_UP if retry else TRIED_AGAIN,
+        ).run(list(lanes))  # fmt: skip
+
+    def outcomes(self, spec: RunSpec) -> list[str | None]:
+        return [attempt.outcome for attempt in self.home.run(spec.run_id).attempt_records()]
+
+    def nothing_runs(self) -> bool:
+        return all(handle.process.poll() is not None for handle in self.engine.handles)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -20,8 +18,9 @@ from finetrial.assemble import open_workbench
 from finetrial.batching import collate, heaviest, micro_batches, model_inputs
 from finetrial.engines.inline import Inline
 from finetrial.errors import DoesNotFit, OutOfMemory
-from finetrial.fit import MARGIN, ROOMY, Ladder, budget_of
+from finetrial.fit import MARGIN, ROOMY, Ladder
 from finetrial.packing import Packing
+from finetrial.process_memory import budget_of
 from finetrial.progress import Progress
 from finetrial.records import Fit
 from finetrial.schedule import Scheduler
@@ -338,52 +337,3 @@ def test_whether_freed_blocks_are_kept_goes_by_the_room_there_is_now(tiny_bert, 
     climbed.budget = over(roomy.predicted)
     short = climbed.choose(0)
     assert (short.tight, short.takes) == (True, short.predicted)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
-def test_of_several_trainings_in_a_process_one_that_is_short_of_memory_decides():
-    program = """
-from finetrial import fit
-fit.give_back_at_once()
-fit.keep_what_is_freed()
-before = fit.resident_bytes()
-held = [bytearray(100_000) for _ in range(2000)]
-held.clear()
-print(fit.resident_bytes() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert int(done.stdout) < 20e6
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
-def test_what_an_earlier_run_took_at_most_is_not_the_next_one_s_of_its_process():
-    program = """
-from finetrial import fit
-held = bytearray(300_000_000)
-held[::4096] = b"x" * len(held[::4096])
-before = fit.peak_bytes()
-del held
-fit.give_back()
-print(before - fit.peak_bytes())
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert int(done.stdout) > 250e6
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
-def test_what_a_run_has_freed_does_not_stay_with_the_next_one_of_its_process():
-    """Blocks that lie between others that are still held: freeing them alone gives nothing back."""
-    program = """
-from finetrial import fit
-fit.keep_what_is_freed()
-before = fit.resident_bytes()
-held = [b"x" * 200_000 for _ in range(2000)]
-del held[::2]
-freed = fit.resident_bytes()
-fit.give_back()
-print(before, freed, fit.resident_bytes())
-"""
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    before, freed, after = map(int, done.stdout.split())
-    assert freed - before > 380e6
-    assert after - before < 240e6

@@ -57,6 +57,22 @@ def test_rows_come_back_as_they_were(tmp_path_factory, train, validation, test):
     assert make.times == 2  # of something else
 
 
+def test_trainings_of_a_process_share_what_they_read_for_as_long_as_they_last(tmp_path):
+    def read():
+        rows = prepared.splits(tmp_path, ["a"], lambda: Splits(*([{"id": role}] for role in prepared.ROLES)))
+        inputs = prepared.inputs(tmp_path, ["a"], rows.train, lambda: [Feature([1], 0, {"labels": 1})])
+        return rows, inputs
+
+    with prepared.shared():
+        (rows, inputs), again = read(), read()
+    assert rows is again[0]
+    assert inputs is again[1]
+    alone = read()
+    assert alone == (rows, inputs)
+    assert alone[0] is not rows
+    assert alone[1] is not inputs
+
+
 class Pair(NamedTuple):
     start: int
     end: int

@@ -11,7 +11,7 @@ import torch
 from finetrial import plugins
 from finetrial.assemble import Workbench, pick_device
 from finetrial.fair_time import FAIR
-from finetrial.fit import peak_bytes
+from finetrial.process_memory import peak_bytes
 from finetrial.records import Cost, Fit, RunSpec
 from finetrial.training_state import Progress
 

@@ -16,8 +16,8 @@ from finetrial.assemble import Workbench, input_hash, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
 from finetrial.evaluation import evaluate
-from finetrial.fit import let_go
 from finetrial.plugins import Example, Feature, ProbeInput
+from finetrial.process_memory import let_go
 from finetrial.store import RunFolder
 from finetrial.train import make_accelerator
 

@@ -7,11 +7,12 @@ would not come back as it was, is made anew by every run; no run fails for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -32,6 +33,18 @@ FORM = 1  # of what is written here
 FAULTS = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
 
 T = TypeVar("T")
+_shared: dict[Path, Any] | None = None
+
+
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """What is read here meanwhile is read once: several trainings of this process are given the same."""
+    global _shared
+    _shared = {}
+    try:
+        yield
+    finally:
+        _shared = None
 
 
 def splits(place: Path, of: Sequence[Any], make: Callable[[], Splits]) -> Splits:
@@ -40,12 +53,12 @@ def splits(place: Path, of: Sequence[Any], make: Callable[[], Splits]) -> Splits
     `of`: all that they are a function of, as plain JSON.
     """
     folder = place / f"rows-{short_hash([FORM, *of], 32)}"
-    found = _look(folder, lambda: Splits(*(_rows(folder / f"{role}.json") for role in ROLES)))
-    if found is not None:
-        return found
-    made = make()
-    _keep(folder, lambda there: [_write_rows(there / f"{role}.json", getattr(made, role)) for role in ROLES])
-    return made
+
+    def write(there: Path, made: Splits) -> None:
+        for role in ROLES:
+            _write_rows(there / f"{role}.json", getattr(made, role))
+
+    return _once(folder, lambda: Splits(*(_rows(folder / f"{role}.json") for role in ROLES)), make, write)
 
 
 def inputs(
@@ -56,12 +69,23 @@ def inputs(
         folder = place / f"inputs-{short_hash([FORM, *of, _hash(examples)], 32)}"
     except FAULTS:  # rows that are no JSON
         return make()
-    found = _look(folder, lambda: _read(folder / "inputs.safetensors"))
-    if found is not None:
-        return found
-    made = make()
-    _keep(folder, lambda there: _write_inputs(there / "inputs.safetensors", made))
-    return made
+    file = "inputs.safetensors"
+    return _once(
+        folder, lambda: _read(folder / file), make, lambda there, made: _write_inputs(there / file, made)
+    )
+
+
+def _once(folder: Path, read: Callable[[], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
+    """What a folder holds, or, if that is nothing, what is made and kept there."""
+    if _shared is not None and folder in _shared:
+        return _shared[folder]
+    found = _look(folder, read)
+    if found is None:
+        found = made = make()
+        _keep(folder, lambda there: write(there, made))
+    if _shared is not None:
+        _shared[folder] = found
+    return found
 
 
 def _hash(rows: Iterable[Example]) -> str:

@@ -379,6 +379,7 @@ class Attempt(Frozen):
     exit_code: int | None = None
     reason: str | None = None
     from_step: int = 0  # of the checkpoint that it went on from
+    stacked: int = 1  # runs that its process did at once
     counts: bool = True  # towards the cap on attempts
     gave_up: bool = False  # the last that the cap on attempts allowed; a later retry counts from here
 

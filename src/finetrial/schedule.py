@@ -33,9 +33,9 @@ from finetrial.under_way import (
     Running,
     claim,
     close,
-    goes_alone,
     launch,
     leads,
+    may_share,
     release,
     time_limit,
 )
@@ -155,12 +155,12 @@ class Scheduler:
         first, *others = queue.ready
         if self.packing.stack == 1 or not stacks(first):
             return [first]
-        if goes_alone(self.home.run(first.run_id)):
-            return [first]
-        alike = (spec for spec in others if spec.arm == first.arm)
-        folders = ((spec, self.home.run(spec.run_id)) for spec in alike)
-        fresh = (spec for spec, folder in folders if not goes_alone(folder) and not self._has_ended(folder))
-        found = [first, *itertools.islice(fresh, self.packing.stack - 1)]
+        most = may_share(self.home.run(first.run_id), self.packing.stack)
+        alike = ((spec, self.home.run(spec.run_id)) for spec in others if spec.arm == first.arm)
+        ready = (
+            spec for spec, folder in alike if may_share(folder, most) == most and not self._has_ended(folder)
+        )
+        found = [first, *itertools.islice(ready, most - 1)]
         share = {"stacked": len(found)}
         return [spec.model_copy(update={"how": spec.how.model_copy(update=share)}) for spec in found]
 

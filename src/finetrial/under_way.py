@@ -25,7 +25,7 @@ RENEW_SECONDS = 10.0
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 STOPPED_WITH = "the process that it shared was stopped"
-# Likewise, and such a run shares no process again.
+# Likewise, and such a run shares no process again, or, cancelled for want of memory, with half as many.
 BESIDE = "not alone, so it is tried again with fewer beside it"
 
 
@@ -128,7 +128,7 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
             close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
     attempt = Attempt(
         number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
-        started_at=time.time(), from_step=folder.checkpoint_step(),
+        started_at=time.time(), from_step=folder.checkpoint_step(), stacked=spec.how.stacked,
     )  # fmt: skip
     clock, limit = time.monotonic(), time_limit(spec)
     run = Running(
@@ -156,10 +156,17 @@ def launch(runs: Sequence[Running]) -> None:
         run.folder.write_attempt(run.attempt)
 
 
-def goes_alone(folder: RunFolder) -> bool:
-    """Whether a run shares no process with others any more: one that it shared may have died of its doing."""
-    reasons = [attempt.reason or "" for attempt in folder.attempt_records()]
-    return folder.has_failed() or any(reason.endswith(BESIDE) for reason in reasons)
+def may_share(folder: RunFolder, most: int) -> int:
+    """How many runs, this one among them, a process may do at once.
+
+    Half as many as there were when memory did not suffice; one where a process may have died of its doing.
+    """
+    if folder.has_failed():
+        return 1
+    for attempt in folder.attempt_records():
+        if (attempt.reason or "").endswith(BESIDE):
+            most = min(most, attempt.stacked // 2 if attempt.outcome == "cancelled" else 1)
+    return max(1, most)
 
 
 def time_limit(spec: RunSpec) -> float | None:

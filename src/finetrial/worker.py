@@ -94,11 +94,11 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
             log.write(f"done together with {folders[0].path.name}, in one process: its log has the output\n")
     try:
         stages = prepare(specs[0])
-        from finetrial import stacking
-        from finetrial.fit import remember_process_bytes
+        from finetrial import prepared, stacking
         from finetrial.notice import termination_notice
+        from finetrial.process_memory import share_process
 
-        remember_process_bytes(len(folders))
+        share_process(len(folders))
         for folder, spec in zip(folders, specs, strict=True):
             _say_begin(folder, spec)
         trainings = [stages.training(spec, folder) for folder, spec in zip(folders, specs, strict=True)]
@@ -107,10 +107,10 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
             conclude(index, error)
     else:
         try:
-            with termination_notice():  # of all, until the last has ended
+            with prepared.shared(), termination_notice():  # of all, until the last has ended
                 stacking.together(trainings, conclude)
         finally:
-            remember_process_bytes(1)
+            share_process(1)
     return max(codes)
 
 
@@ -128,9 +128,9 @@ def prepare(spec: RunSpec) -> ModuleType:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nor is memory filled that is written before it is read, which that would have.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
-    from finetrial import attention, dropout, fit, stages
+    from finetrial import attention, dropout, process_memory, stages
 
-    fit.give_back()
+    process_memory.give_back()
     dropout.install()
     attention.install()
     return stages
@@ -169,9 +169,9 @@ def _conclude(
 
 
 def _is_own_limit(folder: RunFolder) -> bool:
-    from finetrial import fit
+    from finetrial import process_memory
 
-    return fit.is_own_limit(folder.fit())
+    return process_memory.is_own_limit(folder.fit())
 
 
 def _attempt(folder: RunFolder) -> int:

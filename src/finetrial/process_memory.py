@@ -1,0 +1,163 @@
+"""What memory a process may take and takes, and what becomes of what it frees. Child side.
+
+A GPU's where there is one, else the machine's. `fit.py` decides by it how a run is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from finetrial.assemble import pick_device
+from finetrial.errors import OverBudget
+from finetrial.records import Fit
+
+# What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
+# for the system, the coordinator, and what a prediction does not see.
+SHARE = 0.85
+# Where large blocks are given back at once: freed ones below the limit lie between a step's gradients and may
+# not serve again; at 256 KB, SmolLM2 with LoRA took 80 MB more.
+LARGE_BLOCK_BYTES = 65_536
+KEPT_BLOCK_BYTES = 1 << 30
+DEFAULT_TRIM_BYTES = 128 << 10
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_gives_back = False
+_among, _held = 1, 0
+
+
+def budget_of(asked: int | None, parallel: int) -> int:
+    """Bytes that a run may take: what the study says, or its share of the machine's or GPU's memory."""
+    if asked is not None:
+        return asked
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        total = min([psutil.virtual_memory().total, *_limits_of_group()])
+    return int(total * SHARE / parallel)
+
+
+def _limits_of_group() -> Iterator[int]:
+    """A container's limit."""
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            yield int(Path(file).read_text())
+
+
+def share_process(among: int) -> None:
+    """So many trainings are to begin in this process."""
+    global _among, _held
+    _among, _held = among, 0
+
+
+def held_bytes() -> int:
+    """What this process holds before it does any training, its rows and inputs read.
+
+    Of several at once, before the first, whose rows and inputs are those of all.
+    """
+    global _held
+    if _among == 1:
+        return resident_bytes()
+    _held = _held or resident_bytes()
+    return _held
+
+
+def resident_bytes() -> int:
+    """This process's memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The most memory so far: allocated on the GPU, or resident in this process where there is none."""
+    if pick_device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux's; the other keeps what whoever started this process held
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def keep_to(fit: Fit) -> None:
+    """Hold this process to its budget as far as the system can."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fit.budget / total))
+    elif fit.tight:
+        give_back_at_once()
+    else:
+        keep_what_is_freed()
+
+
+def is_own_limit(fit: Fit | None) -> bool:
+    """Whether memory that ran out on a GPU was this process's share: more than that is free or its own."""
+    if fit is None or not torch.cuda.is_available():
+        return False
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() >= fit.budget
+
+
+def let_go() -> None:
+    """The opposite of `keep_to` where it is a limit: what comes is not training, and takes what it takes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def give_back_at_once() -> None:
+    """From now on a large block goes back to the system when it is freed, where the C library can be told.
+
+    Of several trainings in a process, it holds for all once one has asked for it.
+    """
+    global _gives_back
+    _gives_back = True
+    if (library := _c_library()) is not None:
+        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_BYTES)
+        library.malloc_trim(0)
+
+
+def give_back() -> None:
+    """Give the system what an earlier run of this process has freed and not given back; a new one begins."""
+    global _gives_back
+    _gives_back = False
+    gc.collect()
+    if (library := _c_library()) is not None:
+        library.malloc_trim(0)
+    with contextlib.suppress(OSError):  # the peak so far is another's; where Linux lets a process forget it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_what_is_freed() -> None:
+    """The opposite: blocks above 32 MB too are used again, where the default maps each anew, page by page."""
+    if not _gives_back and (library := _c_library()) is not None:
+        # Before glibc 2.35 no more than the default's own limit.
+        if not library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES):
+            library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _c_library() -> Any:
+    """The C library, if its way with large blocks can be changed."""
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return library if hasattr(library, "mallopt") else None
+
+
+def check(fit: Fit) -> None:
+    """Whether the run has kept to its budget so far.
+
+    Raises:
+        OverBudget: it has not.
+    """
+    peak = peak_bytes()
+    if peak > fit.budget:
+        raise OverBudget(f"it took {peak / 1e6:.0f} MB of the {fit.budget / 1e6:.0f} MB that it may use")

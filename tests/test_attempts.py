@@ -1,0 +1,244 @@
+"""Endings without a result: what is resumed, what is given up, and what a later command tries again."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from finetrial import lease
+from finetrial.packing import Packing
+from finetrial.plugins import Exit
+from finetrial.records import Attempt, Failure, How, MethodSpec
+from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS
+from scripted import Scripted, done, failed, gone, make_spec
+
+
+def test_a_crashed_run_is_resumed_in_its_folder(bench):
+    spec = bench.spec(0, "import os; os.abort()", "raise SystemExit(7)", done(make_spec(0)))
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["crashed", "crashed", "done"]
+    attempts = bench.home.run(spec.run_id).attempt_records()
+    assert [a.reason for a in attempts] == ["killed by SIGABRT", "exit code 7", None]
+    assert [a.exit_code for a in attempts] == [-6, 7, 0]
+    assert len({a.pid for a in attempts}) == 3
+    assert len(bench.progress.notes) == 2
+
+
+def test_a_run_that_always_crashes_is_given_up_and_the_next_goes_on(bench):
+    spec = bench.spec(0, "import sys; sys.stderr.write('the reason why'); sys.exit(3)")
+    after = bench.spec(1)
+    bench.run(iter([spec, after]), attempts=2)
+    assert bench.outcomes(spec) == ["crashed", "crashed"]
+    failure = bench.home.run(spec.run_id).failure()
+    assert (failure.kind, failure.attempt) == ("crashed", 2)
+    assert failure.reason == "exit code 3, 2 times; its log says why"
+    assert failure.log_tail.count("the reason why") == 2
+    assert bench.outcomes(after) == ["done"]
+    bench.run(iter([spec, after]), attempts=2)
+    assert bench.engine.started.count(spec.run_id) == 2  # given up for good
+
+
+def test_a_run_that_got_further_each_time_it_was_killed_is_never_given_up(bench):
+    def killed(step):
+        return f"import os; os.makedirs('checkpoint/step-{step:08d}', exist_ok=True); os.kill(os.getpid(), 9)"
+
+    spec = bench.spec(0, *[killed(step) for step in (5, 10, 15, 15, 20)], done(make_spec(0)))
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["crashed"] * 5 + ["done"]
+    attempts = bench.home.run(spec.run_id).attempt_records()
+    assert [a.from_step for a in attempts] == [0, 5, 10, 15, 15, 20]
+    assert [a.counts for a in attempts[:5]] == [False, False, False, True, False]
+    stuck = bench.spec(1, killed(5))
+    bench.run(iter([stuck]), attempts=2)
+    assert bench.outcomes(stuck) == ["crashed"] * 3  # the first got further, two did not
+
+
+def test_a_run_that_was_given_up_has_all_its_attempts_again_when_a_person_asks(bench):
+    spec = bench.spec(0, *["raise SystemExit(3)"] * 5, done(make_spec(0)))
+    bench.run(iter([spec]), attempts=2)
+    bench.run(iter([spec]), attempts=2, retry=True)
+    assert bench.outcomes(spec) == ["crashed"] * 4
+    assert bench.home.run(spec.run_id).failure().attempt == 4
+    bench.run(iter([spec]), attempts=2, retry=True)
+    assert bench.outcomes(spec) == ["crashed"] * 5 + ["done"]
+    assert bench.home.run(spec.run_id).failure() is None
+
+
+@pytest.mark.parametrize("kind", sorted(GIVEN_UP))
+def test_every_way_to_be_given_up_can_be_retried_and_is_not_by_itself(bench, kind):
+    spec = bench.spec(0, failed(make_spec(0), kind, "why", final=True), done(make_spec(0)))
+    bench.run(iter([spec]), attempts=1)
+    bench.run(iter([spec]), attempts=1)
+    assert bench.engine.started.count(spec.run_id) == 1
+    bench.run(iter([spec]), attempts=1, retry=True)
+    assert bench.finished[-1].outcome == "done"
+
+
+def test_out_of_memory_goes_on_at_once_and_costs_no_attempt(bench):
+    short = [failed(make_spec(0), "out_of_memory", "too much", attempt) for attempt in (1, 2)]
+    spec = bench.spec(0, *short, done(make_spec(0)))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["out_of_memory", "out_of_memory", "done"]
+    assert [attempt.counts for attempt in bench.finished[0].attempts] == [False, False, True]
+    assert bench.progress.notes[0].endswith("out_of_memory (too much); resuming, with half as much at once")
+
+
+def test_out_of_memory_goes_on_where_its_coordinator_was_killed_before_it_could(bench):
+    spec = bench.spec(0, done(make_spec(0)))
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    ended = Attempt(
+        number=1, host="h", pid=1, started_at=1.0, ended_at=2.0, outcome="out_of_memory", counts=False
+    )
+    folder.write_attempt(ended)
+    folder.write_failure(Failure(run_id=spec.run_id, kind="out_of_memory", reason="too much", attempt=1))
+    assert folder.record().outcome is None
+    assert folder.out_of_memory() == 1
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory", "done"]
+
+
+def test_out_of_memory_again_and_again_is_given_up_and_a_retry_counts_anew(bench):
+    programs = [failed(make_spec(0), "out_of_memory", "too much", number) for number in range(1, 15)]
+    spec = bench.spec(0, *programs[: MOST_HALVINGS + 1], done(make_spec(0)))
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory"] * (MOST_HALVINGS + 1)
+    assert bench.finished[-1].outcome == "out_of_memory"
+    assert bench.home.run(spec.run_id).out_of_memory() == 0  # given up: what is tried again starts whole
+    bench.run(iter([spec]), retry=True)
+    assert bench.finished[-1].outcome == "done"
+
+
+def test_an_exit_without_a_result_is_a_crash_whatever_its_code_says(bench):
+    spec = bench.spec(0, "pass")
+    bench.run(iter([spec]), attempts=1)
+    assert bench.home.run(spec.run_id).failure().reason.startswith("it ended without a result")
+
+
+def test_a_result_counts_whatever_the_exit_code_says(bench):
+    spec = bench.spec(0, done(make_spec(0)) + "; import os; os.kill(os.getpid(), 9)")
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+
+
+def test_a_run_over_its_time_limit_is_ended_with_all_it_started(bench):
+    grandchild = (
+        "import subprocess, sys, time\n"
+        "for new in (False, True):\n"
+        "    sleep = [sys.executable, '-S', '-c', 'import time; time.sleep(600)']\n"
+        "    p = subprocess.Popen(sleep, start_new_session=new)\n"
+        "    print(p.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    how = How(limit_seconds=1.0)
+    spec = bench.spec(0, grandchild, how=how)
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["timed_out", "timed_out"]
+    failure = bench.home.run(spec.run_id).failure()
+    assert failure.kind == "timed_out"
+    assert failure.reason.startswith("took longer than its limit of 1 s, 2 times")
+    pids = [int(line) for line in bench.home.run(spec.run_id).log_file.read_text().split()]
+    assert len(pids) == 4
+    assert bench.nothing_runs()
+    deadline = time.monotonic() + 30
+    while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert all(gone(pid) for pid in pids)
+
+
+def test_who_shares_a_process_with_one_that_takes_too_long_is_not_charged_for_it(bench):
+    method = MethodSpec(name="m", use="lora", params={})
+    lead, slow = (make_spec(n, stage="trial", method=method) for n in range(2))
+    slow = slow.model_copy(update={"how": How(limit_seconds=0.5)})
+    bench.programs[lead.run_id] = ["import time; time.sleep(600)", done(lead)]
+    bench.programs[slow.run_id] = [done(slow)]
+    bench.run(iter([[lead, slow]]), packing=Packing(1, stack=2))
+    assert bench.outcomes(slow) == ["timed_out", "done"]
+    assert bench.outcomes(lead) == ["crashed", "done"]
+    counted = [bench.home.run(spec.run_id).attempt_records()[0].counts for spec in (lead, slow)]
+    assert counted == [False, False]  # nobody knows whose doing it was
+
+
+def test_what_a_crashed_run_left_running_is_ended(bench):
+    leave = (
+        "import subprocess, sys, os\n"
+        "p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])\n"
+        "print(p.pid, flush=True); os._exit(5)"
+    )
+    spec = bench.spec(0, leave)
+    bench.run(iter([spec]), attempts=1)
+    pid = int(bench.home.run(spec.run_id).log_file.read_text())
+    deadline = time.monotonic() + 30
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert gone(pid)
+
+
+def test_a_run_whose_coordinator_died_is_lost_resumed_and_not_charged_for_it(bench):
+    spec = bench.spec(0, "raise SystemExit(1)", done(make_spec(0)))
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    for number in (1, 2, 3):  # three dead coordinators
+        folder.write_attempt(Attempt(number=number, host=socket.gethostname(), pid=1, started_at=0.0))
+    bench.run(iter([spec]), attempts=2)
+    assert bench.outcomes(spec) == ["lost", "lost", "lost", "crashed", "done"]
+    assert folder.attempt_records()[0].reason == COORDINATOR_ENDED
+
+
+def test_what_a_dead_coordinator_left_beside_a_result_is_cleared_up(bench):
+    spec = bench.spec(0, done(make_spec(0)))
+    bench.run(iter([spec]))
+    folder = bench.home.run(spec.run_id)
+    mine = lease.claim(folder.lease_file)
+    dead = mine.model_copy(update={"process_started_at": 0.0})  # its process id is another's by now
+    folder.lease_file.write_text(dead.model_dump_json())
+    folder.write_attempt(folder.attempt_records()[0].model_copy(update={"outcome": None}))
+    (folder.checkpoint / "step-00000001").mkdir(parents=True)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+    assert not folder.checkpoint.exists()
+    assert not folder.lease_file.exists()
+
+
+def test_a_run_that_was_given_up_keeps_its_checkpoint_and_its_last_ending(bench):
+    spec = bench.spec(0, failed(make_spec(0), "out_of_memory", "too large", final=True))
+    bench.run(iter([spec]))
+    folder = bench.home.run(spec.run_id)
+    folder.write_attempt(folder.attempt_records()[0].model_copy(update={"outcome": None}))
+    (folder.checkpoint / "step-00000001").mkdir(parents=True)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["out_of_memory"]
+    assert folder.checkpoint.exists()
+
+
+class LosesEverything(Scripted):
+    """An engine whose machines all go away."""
+
+    def poll(self, handle: Any) -> Exit | None:
+        ended = super().poll(handle)
+        return ended and Exit(None, "lost", "the machine is gone")
+
+
+def test_a_run_that_its_engine_always_loses_is_given_up(bench):
+    bench.engine = LosesEverything(bench.programs)
+    spec = bench.spec(0, "pass")
+    bench.run(iter([spec]), attempts=3)
+    assert bench.outcomes(spec) == ["lost"] * 3
+    assert bench.home.run(spec.run_id).failure().kind == "lost"
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "crashed"])
+def test_a_failure_that_the_child_wrote_is_taken_as_it_is(bench, kind):
+    spec = bench.spec(0, failed(make_spec(0), kind, "its own words", final=True))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.home.run(spec.run_id).failure().reason.startswith("its own words")
+    assert bench.outcomes(spec) == [kind]
+
+
+def test_the_failure_of_an_earlier_attempt_says_nothing_of_this_one(bench):
+    spec = bench.spec(0, failed(make_spec(0), "bug", "stale", attempt=7))
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["crashed"]

@@ -1,0 +1,74 @@
+"""What a process is said to hold and to have taken, and what becomes of what it frees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
+def test_of_several_trainings_in_a_process_one_that_is_short_of_memory_decides():
+    program = """
+from finetrial import process_memory
+process_memory.give_back_at_once()
+process_memory.keep_what_is_freed()
+before = process_memory.resident_bytes()
+held = [bytearray(100_000) for _ in range(2000)]
+held.clear()
+print(process_memory.resident_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 20e6
+
+
+def test_what_a_process_holds_for_several_trainings_is_counted_once_with_what_they_read():
+    program = """
+from finetrial import process_memory
+process_memory.share_process(2)
+rows = b"x" * 300_000_000
+before = process_memory.held_bytes()
+model = b"x" * 300_000_000
+print(before, process_memory.held_bytes())
+process_memory.share_process(1)
+print(process_memory.held_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    first, second, alone = map(int, done.stdout.split())
+    assert first == second > 300e6
+    assert alone > first + 290e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
+def test_what_an_earlier_run_took_at_most_is_not_the_next_one_s_of_its_process():
+    program = """
+from finetrial import process_memory
+held = bytearray(300_000_000)
+held[::4096] = b"x" * len(held[::4096])
+before = process_memory.peak_bytes()
+del held
+process_memory.give_back()
+print(before - process_memory.peak_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 250e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
+def test_what_a_run_has_freed_does_not_stay_with_the_next_one_of_its_process():
+    """Blocks that lie between others that are still held: freeing them alone gives nothing back."""
+    program = """
+from finetrial import process_memory
+process_memory.keep_what_is_freed()
+before = process_memory.resident_bytes()
+held = [b"x" * 200_000 for _ in range(2000)]
+del held[::2]
+freed = process_memory.resident_bytes()
+process_memory.give_back()
+print(before, freed, process_memory.resident_bytes())
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    before, freed, after = map(int, done.stdout.split())
+    assert freed - before > 380e6
+    assert after - before < 240e6
