@@ -38,7 +38,7 @@ docs: .make/dev ## the pages against the code
 	$(BIN)/python -m pytest tests/test_docs.py
 
 gpu: ## every check that needs a GPU, with the python in PYTHON (add ARGS=--dry-run to walk it on a CPU)
-	PYTHONPATH=src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
+	PYTHONPATH=$(CURDIR)/src $(PYTHON) bench/gpu.py --output bench/results $(ARGS)
 
 bench: .make/dev ## have the hot paths become slower than recorded? (minutes; ARGS=--record to record)
 	$(BIN)/python bench/regression.py $(ARGS)

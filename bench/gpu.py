@@ -6,8 +6,9 @@
 Builds a random model of TinyLlama's shape (nothing is downloaded), runs finetrial's own worker stages on it
 and compares with what must hold: the loss on the GPU equals the CPU's on the same inputs, bf16 autocast stays
 close to fp32, a resumed run has the same weights, an adapter that has not trained drifts by exactly 0. Then the
-peak memory of lean full fine-tuning, beside mixed-precision AdamW's and LoRA's (`gpu_memory.py`), and how many
-LoRA trials an hour takes stacked and one after the other (`gpu_many.py`).
+peak memory of lean full fine-tuning, beside mixed-precision AdamW's and LoRA's (`gpu_memory.py`), how many LoRA
+trials an hour takes stacked and one after the other (`gpu_many.py`), and how many of full fine-tuning packed by
+memory (`gpu_packed.py`).
 Prints a table and writes it as JSON, named after the device. Not a benchmark of methods: times are one run's.
 """
 
@@ -39,6 +40,7 @@ from finetrial.sources import locate_model
 from finetrial.store import Home
 from gpu_many import many_runs
 from gpu_memory import memory_runs
+from gpu_packed import SMOLLM2, packed_runs
 
 TINYLLAMA = {
     "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -55,14 +57,14 @@ SETTINGS = {
 }
 
 
-def make_model(folder: Path, *, dry_run: bool) -> ModelSource:
-    """A random Llama of the wanted shape, saved as a causal model."""
+def make_model(folder: Path, shape: dict[str, Any], *, dry_run: bool) -> ModelSource:
+    """A random Llama of that shape (a tiny one on a dry run), saved as a causal model."""
     tokenizer = Path(locate_model(ModelSource(name=MINILM), Path()).name)
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(tokenizer / name, folder / name)
     torch.manual_seed(0)
-    shape = TINY if dry_run else {**TINYLLAMA, "vocab_size": TINY["vocab_size"]}
+    shape = TINY if dry_run else {**shape, "vocab_size": TINY["vocab_size"]}
     config = LlamaConfig(**shape, pad_token_id=0, bos_token_id=101, eos_token_id=102)
     LlamaForCausalLM(config).save_pretrained(folder)
     return ModelSource(name=str(folder))
@@ -160,7 +162,7 @@ def main() -> int:
     rows = 32 if arguments.dry_run else 256
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        model = make_model(root / "model", dry_run=arguments.dry_run)
+        model = make_model(root / "model", TINYLLAMA, dry_run=arguments.dry_run)
         runs = {
             f"{method} {precision}": run(
                 spec_of(model, method, precision, How(threads=torch.get_num_threads()), rows),
@@ -175,6 +177,9 @@ def main() -> int:
         }
         many, found = many_runs(model, root / "many", dry_run=arguments.dry_run)
         checks |= found
+        small = make_model(root / "small", SMOLLM2, dry_run=arguments.dry_run)
+        packed, found = packed_runs(small, root / "packed", dry_run=arguments.dry_run)
+        many, checks = many | packed, checks | found
     memory, found = memory_runs(TINY if arguments.dry_run else TINYLLAMA, dry_run=arguments.dry_run)
     checks |= found
     for method in SETTINGS:
@@ -195,9 +200,9 @@ def main() -> int:
             f"{label:<12}{row['steps']:>6}{row['tokens_per_second']:>10.0f}{row['peak_memory_gb']:>9.2f}"
             f"{row['first_loss']:>12.4f}{row['last_loss']:>11.4f}"
         )
-    print(f"{'LoRA trials':<26}{'per hour':>9}{'peak GB':>9}")
+    print(f"{'trials':<30}{'per hour':>9}{'peak GB':>9}")
     for label, row in many.items():
-        print(f"{label:<26}{row['trials_per_hour']:>9.0f}{row['peak_memory_gb']:>9.2f}")
+        print(f"{label:<30}{row['trials_per_hour']:>9.0f}{row['peak_memory_gb']:>9.2f}")
     print(f"{'memory':<26}{'foretold':>9}{'peak GB':>9}{'s/step':>8}{'first loss':>12}{'last loss':>11}")
     for label, row in memory.items():
         print(

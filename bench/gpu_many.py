@@ -102,7 +102,7 @@ def many_runs(model: ModelSource, root: Path, *, dry_run: bool) -> tuple[dict[st
     data = data_of(root, model, rows, length)
     specs = specs_of(model, data, "fp32" if dry_run else "bf16", length)
     found = {}
-    for label, at_once in (("one after the other", 1), (f"stacked by {AT_ONCE}", AT_ONCE)):
+    for label, at_once in (("LoRA, one after the other", 1), (f"LoRA, stacked by {AT_ONCE}", AT_ONCE)):
         timed(specs[:1], Home(root / f"warm-{at_once}"), 1)
         found[label] = timed(specs, Home(root / f"home-{at_once}"), at_once)
     alone, stacked = found.values()
