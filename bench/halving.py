@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetrial import files, halving, plan, search, worker
+from finetrial.frozen import Setting, stream_seed
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Metric, metric_of
-from finetrial.records import Setting, stream_seed
 from finetrial.space import Choice, Range, Space
 from finetrial.store import Home
 from finetrial.study import SearchRules

@@ -27,7 +27,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from finetrial import stages
-from finetrial.records import How, LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec, stream_seed
+from finetrial.frozen import stream_seed
+from finetrial.records import How, LoopRules, MethodSpec, ModelSource, RunSpec, Seeds, TaskSpec
 from finetrial.stats import mean_interval, paired_difference
 from finetrial.store import Home
 

@@ -22,8 +22,8 @@ import numpy as np
 from scipy.stats import binomtest
 
 from finetrial import search
+from finetrial.frozen import Setting
 from finetrial.plugins import Metric
-from finetrial.records import Setting
 from finetrial.space import COMMON_SPACE, Choice, Range, Space
 
 METRIC = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)

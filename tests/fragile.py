@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from finetrial.frozen import Setting
 from finetrial.heads.extractive_qa import ExtractiveQa
 from finetrial.methods.full import Full
 from finetrial.plugins import AttachInput, Group, Scored
-from finetrial.records import Setting
 from finetrial.tasks.synthetic_qa import SyntheticQa
 
 

@@ -10,12 +10,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from finetrial.frozen import Frozen
 from finetrial.plugins import Metric
 from finetrial.records import (
     Attempt,
     Cost,
     Failure,
-    Frozen,
     GroupProof,
     MethodSpec,
     ModelSource,

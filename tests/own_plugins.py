@@ -31,7 +31,7 @@ FILES = {
         PLUGIN = Colours()
     """,
     "my_method": """
-        from finetrial.records import Frozen
+        from finetrial.frozen import Frozen
         from finetrial.space import Range
 
         class Params(Frozen):
@@ -66,7 +66,7 @@ FILES = {
         PLUGIN = Biases()
     """,
     "my_probe": """
-        from finetrial.records import Frozen
+        from finetrial.frozen import Frozen
 
         class Params(Frozen):
             rows: int = 8

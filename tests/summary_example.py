@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from finetrial.records import Setting
+from finetrial.frozen import Setting
 from finetrial.summary import (
     AcrossTasks,
     ArmCost,

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from finetrial import search, verify
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
+from finetrial.frozen import short_hash
 from finetrial.halving import LOSS, Standing, chosen, is_worse
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Metric
-from finetrial.records import EarlyStopping, Result, Rung, RunRecord, RunSpec, short_hash
+from finetrial.records import EarlyStopping, Result, Rung, RunRecord, RunSpec
 from finetrial.store import Home
 from finetrial.study import SearchRules
 from finetrial.study_file import parse_study

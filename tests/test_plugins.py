@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from finetrial import plugins
 from finetrial.errors import PluginError
+from finetrial.frozen import Frozen
 from finetrial.plugins import PROTOCOLS, Metric
-from finetrial.records import Frozen
 from finetrial.space import BOUNDS, COMMON_SPACE, Choice, Fixed, Range
 from finetrial.store import Home
 from own_plugins import FILES
@@ -134,7 +134,7 @@ def beside(tmp_path, monkeypatch):
 
 
 METHOD = """
-    from finetrial.records import Frozen
+    from finetrial.frozen import Frozen
     from finetrial.space import Range
 
     class Params(Frozen):

@@ -226,7 +226,7 @@ def test_a_probe_is_given_the_rows_that_its_parameters_ask_for(tiny_bert, tmp_pa
 
 
 COUNTING_ROWS = """
-from finetrial.records import Frozen
+from finetrial.frozen import Frozen
 
 class Some(Frozen):
     rows: int | None = 5

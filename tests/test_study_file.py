@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from finetrial.errors import StudyError
+from finetrial.frozen import Frozen
 from finetrial.problems import Collector
-from finetrial.records import Frozen
 from finetrial.space import Choice, Fixed, Range
 from finetrial.study_file import load_study, parse_study
 from wrong_study_files import ONE_MISTAKE, text_of

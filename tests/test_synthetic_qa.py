@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from finetrial.frozen import short_hash
 from finetrial.plugins import load
-from finetrial.records import short_hash
 from finetrial.tasks.synthetic_qa import ANSWERS, PEOPLE, RELATIONS, make_row
 
 TASK = load("tasks", "synthetic_qa")

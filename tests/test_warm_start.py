@@ -10,8 +10,9 @@ import pytest
 
 from finetrial import verify
 from finetrial.arm_search import ArmSearch
+from finetrial.frozen import short_hash
 from finetrial.opening import open_home, resolve_inputs
-from finetrial.records import Failure, Result, SearchStop, short_hash
+from finetrial.records import Failure, Result, SearchStop
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 from scripted import COST

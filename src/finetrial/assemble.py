@@ -19,8 +19,9 @@ import torch
 
 from finetrial import files, last_layer, models, plugins, prepared
 from finetrial.data import cap_rows
+from finetrial.frozen import canonical_json, short_hash
 from finetrial.plugins import AttachInput, Feature, Splits
-from finetrial.records import RunSpec, canonical_json, short_hash
+from finetrial.records import RunSpec
 from finetrial.sources import Location
 from finetrial.store import Home
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetrial.forecast import Forecast
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.progress import duration_text as duration
-from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.rehearsed import Rehearsal
 from finetrial.summary import FROZEN_BASELINE
 

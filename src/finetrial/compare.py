@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetrial import report_text as text
 from finetrial.errors import HomeError
-from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.store import Home
 from finetrial.summary import ArmCost, ArmSummary, ClaimResult, DimensionSummary, Interval, Summary, TaskSummary
 

@@ -18,10 +18,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from finetrial.errors import DataError
+from finetrial.frozen import Frozen
 from finetrial.paths import expand_path
 from finetrial.plugins import Example, Splits
 from finetrial.readers import SUFFIXES, Row, read
-from finetrial.records import Frozen
 
 SPLIT_SEED = 20181
 ROLES = ("train", "validation", "test")

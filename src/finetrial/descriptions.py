@@ -17,8 +17,9 @@ import numpy as np
 from finetrial import effects, matching, measures, resampling, stats, tuning_curves
 from finetrial.claims import Case, Side
 from finetrial.evidence import Arm, trial_score
+from finetrial.frozen import stream_seed
 from finetrial.plugins import Metric
-from finetrial.records import ClaimKind, RunRecord, stream_seed
+from finetrial.records import ClaimKind, RunRecord
 from finetrial.summary import (
     AcrossTasks,
     AtEqualScore,

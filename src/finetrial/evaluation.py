@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from finetrial import checkpoint, files
 from finetrial.assemble import Workbench, input_hash
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, model_inputs
+from finetrial.frozen import short_hash
 from finetrial.notice import EXIT_CODE
 from finetrial.plugins import Example, Feature, Scored
-from finetrial.records import How, short_hash
+from finetrial.records import How
 
 # Outputs that wait to be written take no more than this; a batch that takes more by itself is not kept.
 MOST_WAITING_BYTES = 64 * 10**6

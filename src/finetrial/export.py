@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from finetrial import files, strict_yaml
-from finetrial.records import SCHEMA_VERSION, Frozen, RunRecord, SchemaVersion, Setting
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, Setting
+from finetrial.records import RunRecord
 from finetrial.sealed import Damaged, digest
 from finetrial.space import Space
 from finetrial.store import Home

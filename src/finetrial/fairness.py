@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from finetrial.evidence import ENDED_WELL, LEFT_WAITING, Arm, trained
-from finetrial.records import RunRecord, Setting
+from finetrial.frozen import Setting
+from finetrial.records import RunRecord
 from finetrial.space import Choice, Dimension, Range
 from finetrial.study import Study
 from finetrial.summary import (

@@ -15,7 +15,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from finetrial import search
-from finetrial.records import Frozen, RunRecord, canonical_json
+from finetrial.frozen import Frozen, canonical_json
+from finetrial.records import RunRecord
 from finetrial.rehearsed import Pace, Phase, Rehearsal
 from finetrial.space import Fixed, Space, spread
 from finetrial.study import Study

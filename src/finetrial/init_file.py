@@ -16,7 +16,8 @@ from pydantic_core import to_jsonable_python
 
 from finetrial import files, plugins
 from finetrial.errors import DataError, ModelError, PluginError, Problem, StudyError
-from finetrial.records import Frozen, ModelSource
+from finetrial.frozen import Frozen
+from finetrial.records import ModelSource
 from finetrial.sources import hidden_size, is_sentence_embedding
 from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, Space
 from finetrial.study_file import parse_study

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from finetrial.records import stream_seed
+from finetrial.frozen import stream_seed
 
 # Values that share one scale, and the smallest tensor that is quantised at all: as in Dettmers et al. 2022,
 # "8-bit optimizers via block-wise quantization" (arXiv:2110.02861), section 2.1, and their bitsandbytes.

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from finetrial import files
-from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion, canonical_json
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, canonical_json
 
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0

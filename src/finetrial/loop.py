@@ -24,10 +24,11 @@ from finetrial.errors import Diverged, OutOfMemory
 from finetrial.evaluation import Kept, drop_up_to, evaluate, validation_name
 from finetrial.files import append_json_line
 from finetrial.fit import split
+from finetrial.frozen import stream_seed
 from finetrial.notice import EXIT_CODE
 from finetrial.plugins import Feature, metric_of
 from finetrial.process_memory import check, peak_bytes
-from finetrial.records import Fit, RunSpec, stream_seed
+from finetrial.records import Fit, RunSpec
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
 from finetrial.tables import UsedRows

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetrial import files
 from finetrial import report_text as text
-from finetrial.records import Setting
+from finetrial.frozen import Setting
 from finetrial.report import citation, escape_markdown
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
 

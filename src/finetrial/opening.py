@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from finetrial import files, processes
 from finetrial.errors import HomeError, StudyError
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.packing import Packing
 from finetrial.problems import show
-from finetrial.records import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.sealed import Damaged
 from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs, not_there
 from finetrial.store import Home, RunFolder

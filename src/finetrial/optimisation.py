@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from transformers import get_scheduler
 
 from finetrial.batching import epoch_batches
+from finetrial.frozen import Setting, stream_seed
 from finetrial.lean import LeanAdamW
 from finetrial.plugins import Stepping, stepping_of
-from finetrial.records import LoopRules, RunSpec, Setting, stream_seed
+from finetrial.records import LoopRules, RunSpec
 
 
 def plan_steps(spec: RunSpec, inputs: int) -> tuple[int, int]:

@@ -9,18 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from finetrial.records import (
-    How,
-    LoopRules,
-    MethodSpec,
-    Rung,
-    RunSpec,
-    Seeds,
-    Setting,
-    TaskSpec,
-    WarmStart,
-    stream_seed,
-)
+from finetrial.frozen import Setting, stream_seed
+from finetrial.records import How, LoopRules, MethodSpec, Rung, RunSpec, Seeds, TaskSpec, WarmStart
 from finetrial.space import largest, middle, smallest
 from finetrial.study import MIN_PAIRS, Study
 

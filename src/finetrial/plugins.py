@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_ch
 
 from finetrial import files
 from finetrial.errors import PluginError
-from finetrial.records import Frozen, MethodSpec, Outcome, Result, RunSpec, Setting, TaskSpec, canonical_json
+from finetrial.frozen import Frozen, Setting, canonical_json
+from finetrial.records import MethodSpec, Outcome, Result, RunSpec, TaskSpec
 from finetrial.space import Space
 
 if TYPE_CHECKING:
@@ -308,14 +309,16 @@ def load(kind: Kind, name: str, base: Path | None = None) -> Any:
     else:
         raise PluginError(_not_there(kind, name))
     plugin = _import(noun, name, module_name, attribute, base)
-    missing = [part for part in _parts(PROTOCOLS[kind]) if not hasattr(plugin, part)]
+    protocol = PROTOCOLS[kind]
+    parts = {*getattr(protocol, "__annotations__", {}), *vars(protocol)}
+    missing = sorted(part for part in parts if not part.startswith("_") and not hasattr(plugin, part))
     if missing:
         raise PluginError(f"the {noun} {name!r} lacks {', '.join(missing)} (see finetrial/plugins.py)")
     if isinstance(plugin, type):
         raise PluginError(f"the {noun} {name!r} is a class; make an object of it: PLUGIN = {plugin.__name__}()")
     params = getattr(plugin, "Params", Frozen)  # engines and trackers have none
     if not (isinstance(params, type) and issubclass(params, Frozen)):
-        raise PluginError(f"the {noun} {name!r}: Params has to be a subclass of finetrial.records.Frozen")
+        raise PluginError(f"the {noun} {name!r}: Params has to be a subclass of finetrial.frozen.Frozen")
     if kind == "methods" and "learning_rate" not in plugin.space:
         raise PluginError(f"the method {name!r} has no learning_rate in its space; give it a Range")
     return plugin
@@ -393,8 +396,3 @@ def _import(noun: str, name: str, module_name: str, attribute: str, base: Path |
         hint = f"did you mean {near[0]!r}?" if near else f"write {attribute} = ... at its end"
         raise PluginError(f"the {noun} {name!r} does not load: {found} defines no {attribute!r}; {hint}")
     return getattr(module, attribute)
-
-
-def _parts(protocol: type) -> list[str]:
-    names_ = set(getattr(protocol, "__annotations__", {})) | set(vars(protocol))
-    return sorted(n for n in names_ if not n.startswith("_"))

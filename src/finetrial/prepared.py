@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finetrial import files
+from finetrial.frozen import short_hash
 from finetrial.plugins import Example, Feature, Splits
-from finetrial.records import short_hash
 
 ROLES = tuple(field.name for field in fields(Splits))
 FORM = 1  # of what is written here

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from finetrial.evidence import best_trial
+from finetrial.frozen import Setting
 from finetrial.plugins import Metric
-from finetrial.records import RunRecord, RunSpec, Setting
+from finetrial.records import RunRecord, RunSpec
 
 if TYPE_CHECKING:
     from rich.console import Console

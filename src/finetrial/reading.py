@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetrial.batching import collate, evaluation_batches
+from finetrial.frozen import canonical_json
 from finetrial.plugins import Example, Feature
-from finetrial.records import canonical_json
 from finetrial.represent import pooled_rows
 
 

@@ -1,19 +1,16 @@
 """What crosses a process or a disk: the frozen, versioned records of one run.
 
 `RunSpec` says what to run, `Result` what came out, `Failure` why nothing did, `Attempt` who tried.
-No behaviour lives here beyond canonical JSON and the run's identity.
+No behaviour lives here beyond the run's identity.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-SchemaVersion = Literal[1]  # of every record but the summary; another is refused by name, never guessed at
-SCHEMA_VERSION: SchemaVersion = 1
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, Setting, short_hash
 
 Stage = Literal["baseline", "check", "trial", "replicate", "probe"]
 Outcome = Literal[
@@ -27,32 +24,7 @@ Outcome = Literal[
     "refused",  # the study asks for what cannot be had (docs/decisions/0002)
     "bug",
 ]
-Setting = bool | int | float | str
 ClaimKind = Literal["within", "drifts_less", "forgets_less"]
-
-
-class Frozen(BaseModel):
-    """A strict record: unknown keys are refused, values are never changed after creation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN; equal values give equal text."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def short_hash(value: Any, length: int = 8) -> str:
-    """The first hexadecimal digits of the SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
-
-
-def stream_seed(*key: object) -> int:
-    """A 63-bit seed for one named random stream: a pure function of its key, on every machine."""
-    text = "|".join(str(part) for part in key)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class Seeds(Frozen):

@@ -21,13 +21,14 @@ from finetrial.data import cap_rows
 from finetrial.errors import Diverged
 from finetrial.evaluation import evaluate
 from finetrial.fit import Ladder, split
+from finetrial.frozen import Setting
 from finetrial.loop import Loop
 from finetrial.measuring import keep_and_measure
 from finetrial.optimisation import could_be_bf16, planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.process_memory import keep_to, peak_bytes
 from finetrial.proof import prove
-from finetrial.records import Fit, Result, RunSpec, Setting
+from finetrial.records import Fit, Result, RunSpec
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.store import RunFolder
 from finetrial.train import alone, open_loop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetrial.records import Frozen
+from finetrial.frozen import Frozen
 
 
 class Pace(Frozen):

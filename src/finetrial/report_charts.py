@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from finetrial import plots
 from finetrial import report_text as text
-from finetrial.records import Setting
+from finetrial.frozen import Setting
 from finetrial.summary import ArmSummary, Control, Summary, TaskSummary
 
 Rows = list[dict[str, Any]]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from finetrial import report_text as text
-from finetrial.records import Setting
+from finetrial.frozen import Setting
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
 
 ICONS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from finetrial.records import Setting
+from finetrial.frozen import Setting
 from finetrial.summary import ArmSummary, ClaimResult, Interval, Summary, TaskSummary, Verdict
 
 MINUS = "−"

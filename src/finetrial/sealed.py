@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetrial import files
 from finetrial.errors import HomeError
-from finetrial.records import canonical_json
+from finetrial.frozen import canonical_json
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from finetrial.frozen import Setting, stream_seed
 from finetrial.plugins import Metric, load
-from finetrial.records import MethodSpec, Outcome, Setting, stream_seed
+from finetrial.records import MethodSpec, Outcome
 from finetrial.space import Choice, Dimension, Fixed, Range, Space
 
 if TYPE_CHECKING:

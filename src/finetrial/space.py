@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
+from finetrial.frozen import Frozen, Setting
 from finetrial.problems import guess, nearest, show, wrong_kind
-from finetrial.records import Frozen, Setting
 
 # An optimum within this share of a range's width from either end is flagged (design, section 5).
 EDGE_SHARE = 0.05

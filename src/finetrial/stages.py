@@ -15,13 +15,14 @@ from finetrial.batching import EVALUATION_TOKENS
 from finetrial.errors import Diverged, HomeError
 from finetrial.evaluation import Kept, evaluate
 from finetrial.fit import Ladder
+from finetrial.frozen import canonical_json
 from finetrial.loop import Turn
 from finetrial.measuring import keep_and_measure, measure
 from finetrial.notice import termination_notice
 from finetrial.optimisation import plan_steps
 from finetrial.process_memory import keep_to, peak_bytes
 from finetrial.proof import prove
-from finetrial.records import Fit, Result, RunSpec, Training, canonical_json
+from finetrial.records import Fit, Result, RunSpec, Training
 from finetrial.rehearsal import rehearse
 from finetrial.store import RunFolder
 from finetrial.train import alone, make_accelerator, train

@@ -13,15 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from finetrial.records import (
-    ClaimKind,
-    Frozen,
-    LoopRules,
-    MethodSpec,
-    ModelSource,
-    TaskSpec,
-    short_hash,
-)
+from finetrial.frozen import Frozen, short_hash
+from finetrial.records import ClaimKind, LoopRules, MethodSpec, ModelSource, TaskSpec
 from finetrial.space import Dimension
 
 # What a study's name may look like: it becomes a folder's name.

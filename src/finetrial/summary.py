@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from finetrial.records import ClaimKind, Frozen, Outcome, SearchStop, Setting, WarmStart
+from finetrial.frozen import Frozen, Setting
+from finetrial.records import ClaimKind, Outcome, SearchStop, WarmStart
 
 SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1

@@ -20,6 +20,7 @@ from finetrial import checkpoint
 from finetrial.assemble import Workbench
 from finetrial.batching import heaviest
 from finetrial.fit import PROVED_SHARE, checkpoint_gradients
+from finetrial.frozen import Setting
 from finetrial.loop import Loop, Turn, keeps_best
 from finetrial.optimisation import (
     evaluation_steps,
@@ -31,7 +32,7 @@ from finetrial.optimisation import (
     settings_used,
 )
 from finetrial.plugins import Feature
-from finetrial.records import Fit, LoopRules, RunSpec, Setting
+from finetrial.records import Fit, LoopRules, RunSpec
 from finetrial.stepping import Stepper
 from finetrial.store import RunFolder
 from finetrial.tables import trained_parameters, used_rows

@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from finetrial.errors import Diverged
+from finetrial.frozen import Frozen
 from finetrial.heads.causal import bounds
 from finetrial.plugins import Example, Feature, Metric, Scored, Splits
-from finetrial.records import Frozen
 
 if TYPE_CHECKING:
     import torch

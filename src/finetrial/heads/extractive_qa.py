@@ -21,10 +21,10 @@ import numpy as np
 from pydantic import Field
 
 from finetrial.errors import Diverged, ModelError
+from finetrial.frozen import Frozen
 from finetrial.heads import squad_metrics
 from finetrial.heads.qa_windows import Trimmer, Window, causal_windows, pair_windows, token_span
 from finetrial.plugins import Example, Feature, Scored, Splits
-from finetrial.records import Frozen
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from finetrial.frozen import Frozen, Setting
 from finetrial.plugins import AttachInput, Group, Stepping
-from finetrial.records import Frozen, Setting
 from finetrial.space import Range, Space
 
 # How weights are kept -> how an update is rounded to them.

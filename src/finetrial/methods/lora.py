@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
+from finetrial.frozen import Frozen, Setting
 from finetrial.plugins import AttachInput, Group
-from finetrial.records import Frozen, Setting
 from finetrial.space import Choice, Range, Space
 
 TASK_TYPES = {"question_answering": "QUESTION_ANS", "sequence_classification": "SEQ_CLS"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from finetrial.frozen import Frozen
 from finetrial.plugins import ProbeInput
-from finetrial.records import Frozen
 
 SEED = 0  # of the perturbation's noise: the same directions for every method
 NAMES = {"cka_debiased": "cka", "cosine_mean_subtracted": "cosine"}

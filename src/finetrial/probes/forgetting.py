@@ -19,8 +19,9 @@ from pydantic import Field, ValidationError, field_validator
 from finetrial import plugins, readers
 from finetrial.data import SPLIT_SEED, cap_rows, locate
 from finetrial.errors import DataError, PluginError
+from finetrial.frozen import Frozen, canonical_json
 from finetrial.plugins import ProbeInput
-from finetrial.records import Frozen, TaskSpec, canonical_json
+from finetrial.records import TaskSpec
 
 LEAST_ROWS = 50  # below, five folds say nothing
 READABLE = 2.0  # standard errors by which the base's accuracy has to lie above the commonest class

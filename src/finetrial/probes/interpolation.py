@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from finetrial.frozen import Frozen
 from finetrial.plugins import ProbeInput
-from finetrial.records import Frozen
 
 ALSO = ("drift", "forgetting")  # measured at every share, if the study measures them
 

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from finetrial import spectrum
 from finetrial.errors import ModelError
+from finetrial.frozen import Frozen
 from finetrial.plugins import ProbeInput
-from finetrial.records import Frozen
 
 
 class Params(Frozen):

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
+from finetrial.frozen import stream_seed
 from finetrial.heads.extractive_qa import ExtractiveQa, QaParams
 from finetrial.plugins import Example, Metric, Splits
-from finetrial.records import stream_seed
 
 UNANSWERABLE_EVERY = 3  # rows 2, 5, 8 ... have no answer
 FACTS = 2  # sentences in a passage

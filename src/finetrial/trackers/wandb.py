@@ -19,7 +19,8 @@ from typing import Any
 
 from finetrial import files
 from finetrial.errors import PluginError
-from finetrial.records import Result, RunSpec, short_hash
+from finetrial.frozen import short_hash
+from finetrial.records import Result, RunSpec
 
 # Left out where the installed version has no such setting.
 PRIVATE: dict[str, Any] = {
