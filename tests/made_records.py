@@ -123,6 +123,7 @@ def study(
 def cost(seconds=1.0):
     return Cost(
         wall_seconds=seconds,
+        train_seconds=seconds / 2,
         cpu_seconds=seconds,
         peak_memory_bytes=10,
         device="cpu",

@@ -12,10 +12,8 @@ from finetrial.analyse import summarise
 from finetrial.plugins import metric_of
 from finetrial.records import (
     RunRecord,
-    Seeds,
     TaskSpec,
 )
-from finetrial.space import Fixed, Range
 from finetrial.summary import Summary
 from made_records import (
     FULL,
@@ -28,12 +26,9 @@ from made_records import (
     WITHIN,
     arm_of,
     claim_of,
-    control,
-    cost,
     ended,
     failed,
     frozen_body,
-    probe,
     proof,
     records,
     replaced,
@@ -337,7 +332,7 @@ def test_an_arm_whose_trials_all_failed_ends_there():
     assert next(r for r in summary.ledger if r.method == "lora").trials_diverged == 3
 
 
-# ---- search, drift, cost, ledger -----------------------------------------------------------------------
+# ---- search and drift ----------------------------------------------------------------------------------
 
 
 def test_the_best_trial_is_the_highest_and_among_equals_the_first():
@@ -390,123 +385,6 @@ def test_drift_per_layer_and_replicate_with_the_seed_to_seed_band_and_the_contro
     assert drift.per_replicate["3"] == 0.105
     assert summary.tasks[0].controls[0].drift == (0.0, 0.0, 0.0)
     assert summary.tasks[0].controls[0].run_id.startswith("probe.toy.000-")
-
-
-def test_the_ledger_adds_up_what_the_arm_used():
-    row = summarise(study(), records(), META).ledger[1]
-    assert row.method == "lora"
-    assert (row.trials_planned, row.trials_done, row.attempts) == (3, 3, 8)
-    assert (row.search_steps, row.search_tokens, row.search_flops) == (30, 1200, 300.0)
-    assert (row.train_steps, row.train_tokens, row.train_flops) == (50, 2000, 500.0)
-    assert row.train_rows == 40
-    assert row.learning_rate_decades == pytest.approx(2)
-    assert row.shared_streams
-
-
-def test_cost_is_that_of_all_runs_and_the_interval_that_of_finished_replicates():
-    found = replaced(records(), replicate("lora", 0, 0.8, cost=cost(6.0)))
-    found = replaced(found, replicate("lora", 1, 0.8, cost=cost(100.0), outcome="diverged", reason="loss"))
-    measured = arm_of(summarise(study(), found, META), "lora").cost
-    assert measured.search_seconds == 3
-    assert measured.train_seconds == 109
-    assert measured.train_seconds_each.estimate == 9 / 4
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (
-            lambda r: replaced(r, failed(spec("trial", 0, "lora"))),
-            "toy: unequal numbers of trials done, of 3 each: full 3, lora 2",
-        ),
-        (lambda r: replaced(r, control(1e-4)), "toy: the base measured against itself drifts by up to 0.0001"),
-        (
-            lambda r: replaced(r, trial("full", 1, 1.0, 5e-6)),
-            "toy/full: the best trial reaches the best possible f1 (1)",
-        ),
-        (
-            lambda r: replaced(
-                r, trial("full", 1, 0.9, 5e-6, settings_used={"learning_rate": 5e-5, "batch_size": 16})
-            ),
-            "toy/full: trials did not use the proposed learning_rate",
-        ),
-        (
-            lambda r: replaced(r, failed(spec("replicate", 1, "lora"))),
-            "toy/lora: 1 of 5 replicates gave no score (0 diverged, 1 failed); means are over the rest",
-        ),
-    ],
-)
-def test_a_broken_fairness_rule_is_a_note_and_an_even_study_has_none(change, words):
-    assert summarise(study(), records(), META).fairness_notes == ()
-    notes = summarise(study(), change(records()), META).fairness_notes
-    assert any(note.startswith(words) for note in notes), notes
-
-
-def test_replicates_with_streams_of_their_own_are_noted():
-    other = spec("replicate", 2, "lora")
-    other = other.model_copy(update={"seeds": Seeds(data_order=1, head=1, adapter=1, dropout=1)})
-    found = [r for r in records() if r.spec.run_id != spec("replicate", 2, "lora").run_id]
-    found.append(ended(other, proof=proof(), scores={"test": {"f1": 0.79}}, score=0.79))
-    summary = summarise(study(), found, META)
-    assert not any(row.shared_streams for row in summary.ledger)
-    assert any("did not share their random streams" in note for note in summary.fairness_notes)
-
-
-def with_result(record, **fields):
-    return record._replace(result=record.result.model_copy(update=fields))
-
-
-def test_a_replicate_scored_on_other_inputs_than_the_baseline_does_not_count():
-    def hashed(r, digest):
-        trained = {} if r.spec.stage == "baseline" else {"train": r.spec.run_id}
-        return with_result(r, input_sha256={"test": digest, **trained})
-
-    found = [hashed(r, "a") if r.spec.stage in ("baseline", "replicate") else r for r in records()]
-    same, unhashed = summarise(study(), found, META), summarise(study(), records(), META)
-    assert same.tasks[0].input_sha256 == {"test": "a", "train": spec("replicate", 0, "full").run_id}
-    assert same.model_copy(update={"tasks": unhashed.tasks}) == unhashed
-    odd = hashed(replicate("lora", 2, 0.79), "b")
-    summary = summarise(study(), replaced(found, odd), META)
-    within, less = summary.claims
-    assert within.pairs == less.pairs == (0, 1, 3, 4)
-    assert arm_of(summary, "lora").replicates[2].void == "other test inputs than the baseline's"
-    assert any(
-        n.startswith("toy: runs were not all evaluated on the same test") for n in summary.fairness_notes
-    )
-    assert "lora 2: other test inputs than the baseline's" in within.reason
-
-
-def test_a_probe_on_other_inputs_than_the_control_measured_something_else():
-    odd = probe("lora", 2, 0.09)
-    drift = {**odd.result.measures["drift"], "input_sha256": "y"}
-    found = replaced(records(), with_result(odd, measures={"drift": drift}))
-    summary = summarise(study(), found, META)
-    within, less = summary.claims
-    assert within.pairs == (0, 1, 2, 3, 4)
-    assert less.pairs == (0, 1, 3, 4)
-    assert "lora 2: probe on other inputs" in less.reason
-    assert arm_of(summary, "lora").drift.replicates == (0, 1, 3, 4)
-
-
-def test_runs_of_another_environment_are_named():
-    found = [with_result(r, environment={"torch": "2.13.0", "threads": "1"}) for r in records()]
-    assert summarise(study(), found, META).fairness_notes == ()
-    odd = with_result(replicate("lora", 2, 0.79), environment={"torch": "2.14.0", "threads": "1"})
-    notes = summarise(study(), replaced(found, odd), META).fairness_notes
-    assert notes == (
-        f"runs were not all made with the same torch: 2.13.0 (28 runs), 2.14.0 (1 run: {odd.spec.run_id}); "
-        f"equal settings may then give unequal numbers",
-    )
-
-
-def test_unequal_learning_rate_widths_and_capped_rows_are_noted():
-    spaces = {
-        "full": {"learning_rate": Fixed(value=1e-5)},
-        "lora": {"learning_rate": Range(low=1e-5, high=1e-2, log=True)},
-    }
-    notes = summarise(study(spaces=spaces, rows=20), records(), META).fairness_notes
-    assert "learning-rate ranges are not equally wide: full not searched, lora 3 decades" in notes
-    assert any(note.startswith("trials trained on 20 rows and replicates on all") for note in notes)
 
 
 # ---- the whole -----------------------------------------------------------------------------------------
@@ -563,17 +441,6 @@ def test_a_verdict_needs_no_fewer_pairs_than_documented():
     )
     case = claims.Case(WITHIN, "t", side("lora", LORA[:4]), side("full", FULL[:4]), trivial=("majority", 0.5))
     assert claims.judge([case])[0].verdict == "supported"
-
-
-def test_an_arm_that_is_not_told_from_an_answer_without_training_is_noted():
-    weak = [0.50, 0.52, 0.49, 0.51, 0.50]  # the majority class scores 0.5
-    notes = summarise(study(), records(lora=weak), META).fairness_notes
-    assert notes == (
-        "toy/lora: its mean f1 on test, 0.504 (0.4898 to 0.5182), is not told from the best answer without "
-        "training (majority, 0.5): it may have learnt nothing of the task",
-    )
-    low, high = scipy.stats.t.interval(0.95, 4, 0.504, scipy.stats.sem(weak))
-    assert (round(low, 4), round(high, 4)) == (0.4898, 0.5182)
 
 
 def test_too_few_planned_replicates_say_what_to_do():

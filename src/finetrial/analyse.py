@@ -25,13 +25,13 @@ from finetrial.evidence import (
     why_not_measured,
 )
 from finetrial.fairness import (
+    cost_notes,
     environment,
     environment_notes,
     failure_rows,
     fairness_notes,
     input_notes,
     ledger_row,
-    stacking_notes,
 )
 from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
@@ -87,7 +87,15 @@ def summarise(
     ordered = sorted(records, key=lambda r: (r.spec.stage, r.spec.arm, r.spec.number))
     metrics = {task.name: metric_of(task) for task in study.tasks}
     arms = [
-        arm_of(t, m, metrics[t.name], ordered, study.train.seeds, (stops or {}).get(f"{t.name}/{m.name}"))
+        arm_of(
+            t,
+            m,
+            metrics[t.name],
+            ordered,
+            study.train.seeds,
+            study.search,
+            (stops or {}).get(f"{t.name}/{m.name}"),
+        )
         for t, m in study.arms
     ]
     tasks = tuple(_task(task, metrics[task.name], ordered) for task in study.tasks)
@@ -120,7 +128,7 @@ def summarise(
             *fairness_notes(study, tasks, summaries, ledger, best_possible),
             *input_notes(ordered),
             *environment_notes(ordered),
-            *stacking_notes(ordered),
+            *cost_notes(ordered),
         ),
         failures=failure_rows(ordered),
         environment=environment(ordered),
@@ -300,7 +308,7 @@ def _cost(arm: Arm) -> ArmCost | None:
     return ArmCost(
         search_seconds=math.fsum(c.wall_seconds for c in search),
         train_seconds=math.fsum(c.wall_seconds for c in train),
-        train_seconds_each=interval([c.wall_seconds for c in whole]),
+        train_seconds_each=interval([c.train_seconds for c in whole]),
         peak_memory_bytes=max(c.peak_memory_bytes for c in whole),
         cpu_seconds=math.fsum(c.cpu_seconds for c in (*search, *train)),
         device=", ".join(sorted({c.device for c in whole})),

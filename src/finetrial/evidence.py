@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetrial.plugins import Metric
@@ -18,6 +18,7 @@ from finetrial.study import SearchRules
 ENDED_WELL = ("done", "diverged")
 LEFT_WAITING = (None, "cancelled")  # outcomes of runs that the same command would go on with
 NOT_FINISHED = "not finished"
+NO_OPTIMUM = "no trial gave a score"
 UNDEFINED = {  # what was measured and gives no number
     "drift": "a layer that does not vary over the inputs",
     "forgetting": "nothing forgettable: the base reads no task above chance",
@@ -115,6 +116,7 @@ def arm_of(
     metric: Metric,
     records: Sequence[RunRecord],
     seeds: int,
+    rules: SearchRules,
     stop: SearchStop | None = None,
 ) -> Arm:
     """The arm's runs among `records` (in order of number), with `seeds` replicates planned."""
@@ -125,7 +127,7 @@ def arm_of(
     reasons: dict[int, str | None] = dict.fromkeys(range(seeds), NOT_FINISHED)
     reasons |= {r.spec.number: _why_invalid(r, metric, inputs) for r in replicates}
     search_runs = [r for r in mine if r.spec.stage == "trial"]
-    return Arm(
+    arm = Arm(
         task=task,
         method=method,
         metric=metric,
@@ -137,6 +139,10 @@ def arm_of(
         stop=stop,
         invalid={number: why for number, why in reasons.items() if why},
     )
+    over = searched(arm, rules) and all(run.outcome not in LEFT_WAITING for run in search_runs)
+    if over and not replicates and best_trial(arm.trials, metric) is None:
+        return replace(arm, invalid=dict.fromkeys(reasons, NO_OPTIMUM))
+    return arm
 
 
 def _why_invalid(record: RunRecord, metric: Metric, inputs: Mapping[str, str]) -> str | None:

@@ -130,20 +130,33 @@ def environment_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     )
 
 
-def stacking_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """One sentence where replicates were trained several in a process, which shares its cost among them."""
-    most: dict[str, int] = {}
-    for record in records:
-        training = record.result.training if record.result and record.spec.stage == "replicate" else None
-        if training is not None and training.stacked > 1:
-            most[record.spec.arm] = max(most.get(record.spec.arm, 1), training.stacked)
-    if not most:
-        return ()
-    arms = ", ".join(f"{arm} (up to {count})" for arm, count in sorted(most.items()))
-    return (
-        f"replicates trained several in a process: {arms}; their peak memory is the whole process's and their "
-        f"seconds a share of it, which do not compare with what replicates cost that were trained alone",
-    )
+def cost_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """A sentence for every way of running replicates that changes what they cost and that not all had."""
+    trainings = [
+        (record.spec.arm, record.result.training)
+        for record in records
+        if record.spec.stage == "replicate" and record.result and record.result.training
+    ]
+    notes = []
+    stacked = {arm: max(t.stacked for a, t in trainings if a == arm) for arm, _ in trainings}
+    several = ", ".join(f"{arm} (up to {count})" for arm, count in sorted(stacked.items()) if count > 1)
+    if several:
+        notes.append(
+            f"replicates trained several in a process: {several}; their peak memory is the whole process's and "
+            f"their seconds a share of it, which do not compare with those of replicates trained alone"
+        )
+    for name, what in (
+        ("gradient_checkpointing", "computed activations twice (gradient checkpointing)"),
+        ("gives_back", "gave large blocks of memory back to the system at once"),
+    ):
+        with_it = sorted({arm for arm, training in trainings if getattr(training, name)})
+        without = sorted({arm for arm, training in trainings if not getattr(training, name)})
+        if with_it and without:
+            notes.append(
+                f"replicates of {', '.join(with_it)} {what} to fit into their memory, those of "
+                f"{', '.join(without)} did not: that takes less memory and more time, whatever the method"
+            )
+    return tuple(notes)
 
 
 def input_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
@@ -206,6 +219,10 @@ def _study_notes(study: Study, ledger: Sequence[LedgerRow]) -> list[str]:
 
 def _task_notes(task: TaskSummary, rows: Sequence[LedgerRow]) -> list[str]:
     notes = []
+    lengths = {row.method: row.search_stop.after if row.search_stop else row.trials_planned for row in rows}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} after {count}" for name, count in lengths.items())
+        notes.append(f"{task.name}: early_stop ended searches at different lengths, in trials: {said}")
     for what, counts, planned in (
         ("trials", {row.method: row.trials_done for row in rows}, rows[0].trials_planned),
         (
@@ -247,6 +264,17 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
         notes.append(
             f"{name}: the best trial reaches the best possible {task.metric} ({best_possible:g}); a "
             f"saturated metric cannot tell settings or methods apart"
+        )
+    best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
+    if best is not None and best.share < 1 and arm.replicates:
+        notes.append(
+            f"{name}: no trial at full length gave a score; the best is one that was stopped at "
+            f"1/{round(1 / best.share)} and is compared by its loss"
+        )
+    unmoved = sum(trial.outcome == "done" and trial.score is None for trial in arm.search.trials)
+    if unmoved:
+        notes.append(
+            f"{name}: {unmoved} of its trials are void (nothing moved that should have) and have no score"
         )
     notes += _learnt_nothing(task, arm, name)
     ignored = sorted(
@@ -313,7 +341,7 @@ def _trained(records: Sequence[RunRecord], field: str) -> int:
 def _trained_to(runs: Sequence[RunRecord], rung: int) -> int:
     """How many trials have a result at one end."""
     return sum(
-        run.result is not None and run.spec.rung is not None and run.spec.rung.number == rung for run in runs
+        run.outcome == "done" and run.spec.rung is not None and run.spec.rung.number == rung for run in runs
     )
 
 

@@ -255,6 +255,7 @@ class Training(Frozen):
     micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
     micro_batches: int = 1  # most that an effective batch was split into
     gradient_checkpointing: bool = False
+    gives_back: bool = False  # large blocks to the system at once, on a CPU whose memory is short
     stacked: int = 1  # trainings that its process was begun with; each is charged its share of the time
 
 

@@ -104,7 +104,7 @@ def _scores(summary: Summary, task: TaskSummary) -> Chart | None:
         if mean:
             rows.append(_score_row("mean", arm.method, mean.estimate, low=mean.low, high=mean.high))
         said.append(f"{arm.method} {text.interval(mean, places)}")
-        counts.append(f"{arm.method} n = {arm.planned - arm.failed} of {arm.planned}")
+        counts.append(f"{arm.method} n = {arm.scored} of {arm.planned}")
     for name, base in task.baselines.items():
         if task.metric in base:
             rows.append(_score_row("baseline", name, base[task.metric]))
@@ -254,8 +254,9 @@ def _cost(summary: Summary, task: TaskSummary) -> Chart | None:
     return Chart(
         file_name(f"{task.name}.cost"),
         f"What each method costs on {task.name}",
-        f"Time: mean over replicates ({counts or 'not measured'}), line: 95 % t-interval. Memory: highest of "
-        f"any replicate. Bars start at 0; dots are on a log scale, used where values differ more than tenfold.",
+        f"Time of the steps: mean over replicates ({counts or 'not measured'}), line: 95 % t-interval. Memory: "
+        f"highest of any replicate. Bars start at 0; dots are on a log scale, used where values differ more "
+        f"than tenfold.",
         f"Cost by method: {said}.",
         rows,
         plots.cost_figure(rows, methods=text.methods_of(summary)),

@@ -112,7 +112,7 @@ def costs(summary: Summary) -> Table:
             )
     note = (
         "Brackets: relative to the task's reference method. Memory: highest of any replicate. Time: mean "
-        "training time of one replicate. 1 GB is 10⁹ bytes."
+        "of the seconds that a replicate's steps took, without evaluations. 1 GB is 10⁹ bytes."
     )
     columns = columns_of(
         "Task", "Method", "#Peak memory", "#Training time", "#Trainable parameters", "#Saved size"
@@ -147,8 +147,8 @@ def scores(summary: Summary, task: TaskSummary) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             arm.method,
-            f"{arm.planned - arm.failed} of {arm.planned}" if arm.failed else str(arm.planned),
-            *(text.interval(arm.test.get(m), places[m], reason=_why_no_score(arm)) for m in metrics),
+            str(arm.planned) if arm.scored == arm.planned else f"{arm.scored} of {arm.planned}",
+            *(text.interval(arm.test.get(m), places[m], reason=_why_no_score(summary, arm)) for m in metrics),
         )
         for arm in arms
     ]
@@ -156,8 +156,8 @@ def scores(summary: Summary, task: TaskSummary) -> Table:
         cells = (text.fixed(base[m], places[m]) if m in base else text.missing("not defined") for m in metrics)
         rows.append((f"{name} (baseline)", text.missing("no seeds"), *cells))
     note = (
-        f"Mean over replicates with its 95 % t-interval; failed replicates are left out of the mean and "
-        f"counted under Seeds. {task.metric} is the task's metric "
+        f"Mean over replicates with its 95 % t-interval; Seeds: those that have a valid score, which it is of. "
+        f"{task.metric} is the task's metric "
         f"({'higher' if task.higher_is_better else 'lower'} is better)."
     )
     if FROZEN_BASELINE in task.baselines:
@@ -169,8 +169,12 @@ def scores(summary: Summary, task: TaskSummary) -> Table:
     return Table(f"scores.{task.name}", f"Test scores on {task.name}", columns, tuple(rows), note)
 
 
-def _why_no_score(arm: ArmSummary) -> str:
-    return "no valid replicate" if arm.failed == arm.planned else "not reported"
+def _why_no_score(summary: Summary, arm: ArmSummary) -> str:
+    if arm.failed == arm.planned:
+        return "no valid replicate"
+    if arm.search.best is None:
+        return "no trial gave a score" if summary.complete else "not trained yet"
+    return "not reported"
 
 
 def replicates(summary: Summary, task: TaskSummary) -> Table:
@@ -270,13 +274,15 @@ def trials(summary: Summary, task: TaskSummary) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for arm in arms:
         for trial in arm.search.trials:
-            outcome: Cell = "best" if trial.run_id == arm.search.best else text.outcome_word(trial.outcome)
+            best = trial.run_id == arm.search.best
+            outcome: Cell = "best" if best else text.outcome_word(trial.outcome)
             if trial.outcome != "done":
                 outcome = Badge("warning", text.outcome_word(trial.outcome))
             score = text.missing("no score") if trial.score is None else text.fixed(trial.score, places)
             if trial.share < 1 and trial.outcome == "done":
                 loss = "" if trial.loss is None else f", loss {trial.loss:.3f}"
-                outcome = f"stopped at 1/{round(1 / trial.share)}{loss}"
+                so_far = "stopped" if summary.complete else "so far"
+                outcome = f"{'best, ' if best else ''}{so_far} at 1/{round(1 / trial.share)}{loss}"
             shown = (
                 text.setting(trial.settings[n]) if n in trial.settings else text.missing("no such setting")
                 for n in names

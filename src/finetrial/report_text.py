@@ -337,8 +337,12 @@ def _failures(summary: Summary) -> str:
     planned = sum(arm.planned for arm in summary.arms)
     failed = sum(arm.failed for arm in summary.arms)
     outcomes = Counter(
-        trial.outcome for arm in summary.arms for trial in arm.search.trials if trial.outcome != "done"
+        "void" if trial.outcome == "done" else trial.outcome
+        for arm in summary.arms
+        for trial in arm.search.trials
+        if trial.score is None
     )
+    untrained = sum(arm.planned for arm in summary.arms if arm.search.best is None) if summary.complete else 0
     trials = sum(len(arm.search.trials) for arm in summary.arms)
     if not failed and not outcomes and not summary.complete:
         return "No run has failed so far."
@@ -347,6 +351,10 @@ def _failures(summary: Summary) -> str:
     parts = []
     if failed:
         parts.append(f"{failed} of {counted(planned, 'replicate')} gave no valid score")
+    if untrained:
+        parts.append(
+            f"{untrained} of {counted(planned, 'replicate')} were not trained, as no trial gave a score"
+        )
     if outcomes:
         kinds = listed([f"{n} {outcome_word(kind)}" for kind, n in sorted(outcomes.items())])
         parts.append(f"{sum(outcomes.values())} of {counted(trials, 'search trial')} failed ({kinds})")

@@ -155,14 +155,16 @@ class ArmCost(Frozen):
     """Measured cost of the arm's runs; varies from run to run."""
 
     search_seconds: float
-    train_seconds: float  # of all replicates, wall clock
-    train_seconds_each: Interval
+    train_seconds: float  # of all replicates, wall clock, from their start to their result
+    train_seconds_each: Interval  # of steps alone, without evaluations and what comes before and after
     peak_memory_bytes: int
     cpu_seconds: float
     device: str
 
 
 class ArmSummary(Frozen):
+    """One method on one task: its search, its replicates, and what was measured of them."""
+
     task: str
     method: str
     search: SearchSummary
@@ -177,6 +179,11 @@ class ArmSummary(Frozen):
     total_parameters: int | None
     saved_bytes: int | None
     cost: ArmCost | None
+
+    @property
+    def scored(self) -> int:
+        """Replicates with a valid score so far."""
+        return sum(point.outcome == "done" and point.void is None for point in self.replicates)
 
 
 # Baselines that are no trivial answers: the model with a fresh head, and its head alone trained.
