@@ -100,8 +100,7 @@ def ours(spec: RunSpec, home: Home) -> dict[str, Any]:
 
 def trainer_rows(features: Sequence[Feature]) -> list[dict[str, Any]]:
     """Inputs as the Trainer takes them."""
-    rows = [{"input_ids": f.input_ids, "attention_mask": [1] * len(f.input_ids), **f.labels} for f in features]
-    return [{**row, "labels": row.pop("label")} if "label" in row else row for row in rows]
+    return [{"input_ids": f.input_ids, "attention_mask": [1] * len(f.input_ids), **f.labels} for f in features]
 
 
 def padded_collate(tokenizer: Any, maximum: int | None) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -166,10 +165,11 @@ def trainer(spec: RunSpec, home: Home, *, grouped: bool) -> dict[str, Any]:
 
 
 def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
-    """How far apart losses and gradients' norms of the same rows are, padded to the longest and to the maximum.
+    """How far apart losses and gradients' norms of the same rows are: finetrial's, and (a)'s of padded ones.
 
-    Relative; without dropout, whose draws depend on the padding. (The library's own loss of question answering
-    lets padding take part in the softmax, and so depends on it.)
+    Relative, from the same weights; (a)'s are of the library's model and its own loss. Without dropout, whose
+    draws depend on the padding. (The library's loss of question answering lets padding take part in the
+    softmax, and so depends on it: there it is finetrial's loss of the library's model.)
     """
     import torch
 
@@ -177,7 +177,11 @@ def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
 
     bench: Workbench = open_workbench(spec, home)
     model, built = bench.build_tuned()
-    model.eval()
+    theirs, _ = users_model(bench)
+    same = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(same[name])
     features = bench.encode(bench.splits.train, built)
     maximum, pad = MAXIMUM.get(spec.task.name, 128), built.tokenizer.pad_token_id
     worst = 0.0
@@ -193,11 +197,14 @@ def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
             for name, tensor in own.items()
         }
         found = []
-        for tensors in (own, wide):
-            model.zero_grad(set_to_none=True)
-            loss = bench.task.head.losses(model(**model_inputs(tensors)), tensors).sum() / len(indices)
+        for each, tensors in ((model, own), (theirs, wide)):
+            each.eval().zero_grad(set_to_none=True)
+            if each is theirs and "labels" in tensors:
+                loss = each(**model_inputs(tensors), labels=tensors["labels"]).loss
+            else:
+                loss = bench.task.head.losses(each(**model_inputs(tensors)), tensors).sum() / len(indices)
             loss.backward()
-            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            norm = torch.stack([p.grad.norm() for p in each.parameters() if p.grad is not None]).norm()
             found.append((float(loss.detach()), float(norm)))
         worst = max([worst, *(abs(a - b) / abs(a) for a, b in zip(*found, strict=True))])
     return {"gap": worst}

@@ -123,7 +123,7 @@ def _obstacle(case: Case) -> str | None:
         if not mean > NOISE_FACTOR * case.noise:
             return (
                 f"{name} drifts by {mean:.3g} on average, which is not above {NOISE_FACTOR} times "
-                f"the numeric noise of {case.noise:.3g} (the base against itself)"
+                f"the numeric noise of {case.noise:.3g} (the most that a body which did not train drifts)"
             )
         return None
     if case.trivial is None:
@@ -181,7 +181,7 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
         )
     return _result(
         case, contrast, verdict, reason + _absences(case),
-        bound=bound, p_holm=p_holm, p_against_holm=p_against_holm, needed=needed,
+        bound=bound, p_holm=p_holm, p_against_holm=p_against_holm, needed=needed, family=family,
     )  # fmt: skip
 
 
@@ -195,12 +195,12 @@ def _seeds_needed(contrast: Contrast, n: int, family: int) -> int | None:
 def _result(
     case: Case, contrast: Contrast | None, verdict: Verdict, reason: str, *,
     bound: float | None = None, p_holm: float | None = None, p_against_holm: float | None = None,
-    needed: int | None = None,
+    needed: int | None = None, family: int = 1,
 ) -> ClaimResult:  # fmt: skip
     assessed = verdict != "not_assessable"
     detectable = None
     if assessed and contrast is not None:
-        detectable = power.smallest_detectable(contrast.interval.sd or 0.0, contrast.interval.n)
+        detectable = power.smallest_detectable(contrast.interval.sd or 0.0, contrast.interval.n, ALPHA / family)
     sides = (case.method, case.reference)
     return ClaimResult(
         claim=case.claim.text,
