@@ -115,17 +115,28 @@ def count_writes(counter: Counter) -> None:
 
     builtins.open = io.open = opened
     safetensors = importlib.import_module("safetensors.torch")
-    for module, name, place in ((safetensors, "serialize_file", 1), (shutil, "copyfile", 1)):
-        setattr(module, name, failing(getattr(module, name), counter, place))
+    safetensors.serialize_file = failing(safetensors.serialize_file, counter, 1, in_rust)
+    shutil.copyfile = failing(shutil.copyfile, counter, 1)
 
 
-def failing(function: Callable[..., Any], counter: Counter, place: int) -> Callable[..., Any]:
+def in_rust(error: OSError) -> Exception:
+    """The system's error as safetensors raises it."""
+    from safetensors import SafetensorError
+
+    text = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+    return SafetensorError(text)
+
+
+def failing(
+    function: Callable[..., Any], counter: Counter, place: int,
+    as_raised: Callable[[OSError], Exception] = lambda error: error,
+) -> Callable[..., Any]:  # fmt: skip
     """A function that raises at the n-th call; `place` is where the path is among its arguments."""
 
     def call(*arguments: Any, **options: Any) -> Any:
         path = arguments[place]
         if counter.fails(path):
-            raise counter.error(path)
+            raise as_raised(counter.error(path))
         return function(*arguments, **options)
 
     return call

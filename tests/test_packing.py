@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from finetrial.packing import Packing
-from finetrial.records import Failure, Fit, How, MethodSpec, Result, RunSpec
+from finetrial.records import Attempt, Failure, Fit, How, MethodSpec, Result, RunSpec
 from finetrial.schedule import PUT_OFF
 from scripted import COST, SLEEP, Bench, done, failed, make_spec
 
@@ -119,12 +121,13 @@ def test_runs_that_were_stacked_in_vain_go_on_each_alone(bench, how_it_ends):
         assert not folder.attempt_records()[0].counts
 
 
-def test_a_stack_without_enough_memory_goes_on_in_halves(bench):
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_stack_without_enough_memory_goes_on_in_halves(bench, parallel):
     method = MethodSpec(name="m", use="lora", params={})
     specs = [make_spec(n, stage="trial", method=method) for n in range(5)]
     result = Result(run_id="", outcome="done", cost=COST).model_dump_json()
     program = f"""
-import json, pathlib
+import json, pathlib, time
 RESULT = {result!r}
 others = pathlib.Path('stack.json')
 names = [pathlib.Path.cwd().name, *(json.loads(others.read_text()) if others.exists() else ())]
@@ -135,12 +138,13 @@ for name in names:
     if len(names) > 2:
         failure = dict(run_id=name, kind='out_of_memory', reason='too many', attempt=attempt)
         pathlib.Path('..', name, 'failure.json').write_text(json.dumps(failure))
+        time.sleep(0.1)
     else:
         pathlib.Path('..', name, 'result.json').write_text(json.dumps(json.loads(RESULT) | dict(run_id=name)))
 """
     bench.programs |= {spec.run_id: [program] for spec in specs}
-    bench.run(iter([specs]), packing=Packing(1, stack=5))
-    assert (bench.home.path / "sizes").read_text().split() == ["5", "2", "2", "1"]
+    bench.run(iter([specs]), packing=Packing(parallel, stack=5))
+    assert sorted((bench.home.path / "sizes").read_text().split()) == ["1", "2", "2", "5"]
     assert [bench.outcomes(spec) for spec in specs] == [["cancelled", "done"]] * 5
     assert not any(bench.home.run(spec.run_id).out_of_memory() for spec in specs)
 
@@ -185,6 +189,33 @@ def test_what_a_run_says_here_counts_and_not_what_it_said_on_another_machine(ben
     folders[0].write_fit(there)
     packing.learn(folders[0])
     assert packing.room == {None: 13}
+
+
+def test_where_nobody_has_said_how_much_there_is_a_first_run_says_it_before_others_start(bench):
+    """What a kind takes is known from runs of before; how much there is, only if they were made here."""
+    method = MethodSpec(name="m", use="full", params={})
+    specs = [make_spec(n, stage="trial", method=method) for n in range(4)]
+    folders = [bench.home.run(spec.run_id) for spec in specs]
+    for folder, spec in zip(folders, specs, strict=True):
+        folder.create(spec)
+    fit = Fit(device="cpu", budget=100, predicted=10, shared=25, evaluation_tokens=1)
+    ended, first = folders[:2]
+    ended.write_fit(fit)
+    attempt = Attempt(number=1, host="another", pid=1, started_at=0.0, outcome="done")
+    ended.write_attempt(attempt)
+    ended.write_result(Result(run_id=ended.path.name, outcome="done", cost=COST))
+    packing = Packing(16, by_memory=True)
+    packing.learn(ended)
+    assert packing.place(specs[2:3], [first]) is None
+    first.write_fit(fit)
+    assert packing.place(specs[2:3], [first]) is not None
+    here = attempt.model_copy(update={"number": 2, "host": socket.gethostname(), "outcome": None})
+    ended.write_attempt(here)
+    first.fit_file.unlink()
+    again = Packing(16, by_memory=True)
+    again.learn(ended)
+    assert again.room == {None: 25}
+    assert again.place(specs[2:3], [first]) is not None
 
 
 def test_a_run_that_leaves_its_stack_unfitted_keeps_nobody_waiting(bench):

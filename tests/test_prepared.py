@@ -51,6 +51,7 @@ def test_rows_come_back_as_they_were(tmp_path_factory, train, validation, test):
     make = Counted(Splits(train, validation, test))
     for _ in range(2):
         found = prepared.splits(place, ["a"], make)
+        assert found is not make.made  # read again, so that whoever makes it holds no more than others do
         assert exact([found.train, found.validation, found.test]) == exact([train, validation, test])
     assert make.times == 1
     prepared.splits(place, ["b"], make)
@@ -65,8 +66,10 @@ def test_trainings_of_a_process_share_what_they_read_for_as_long_as_they_last(tm
 
     with prepared.shared():
         (rows, inputs), again = read(), read()
+        of_no_file = [prepared.splits(None, ["b"], lambda: Splits([], [], [])) for _ in range(2)]
     assert rows is again[0]
     assert inputs is again[1]
+    assert of_no_file[0] is of_no_file[1]
     alone = read()
     assert alone == (rows, inputs)
     assert alone[0] is not rows

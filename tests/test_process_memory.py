@@ -11,9 +11,9 @@ import pytest
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
 def test_of_several_trainings_in_a_process_one_that_is_short_of_memory_decides():
     program = """
-from finetrial import process_memory
-process_memory.give_back_at_once()
-process_memory.keep_what_is_freed()
+from finetrial import allocator, process_memory
+allocator.give_back_at_once()
+allocator.keep_what_is_freed()
 before = process_memory.resident_bytes()
 held = [bytearray(100_000) for _ in range(2000)]
 held.clear()
@@ -25,7 +25,7 @@ print(process_memory.resident_bytes() - before)
 
 def test_what_a_process_holds_for_several_trainings_is_counted_once_with_what_they_read():
     program = """
-from finetrial import process_memory
+from finetrial import allocator, process_memory
 process_memory.share_process(2)
 rows = b"x" * 300_000_000
 before = process_memory.held_bytes()
@@ -43,7 +43,7 @@ print(process_memory.held_bytes())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")
 def test_what_an_earlier_run_took_at_most_is_not_the_next_one_s_of_its_process():
     program = """
-from finetrial import process_memory
+from finetrial import allocator, process_memory
 held = bytearray(300_000_000)
 held[::4096] = b"x" * len(held[::4096])
 before = process_memory.peak_bytes()
@@ -59,8 +59,8 @@ print(before - process_memory.peak_bytes())
 def test_what_a_run_has_freed_does_not_stay_with_the_next_one_of_its_process():
     """Blocks that lie between others that are still held: freeing them alone gives nothing back."""
     program = """
-from finetrial import process_memory
-process_memory.keep_what_is_freed()
+from finetrial import allocator, process_memory
+allocator.keep_what_is_freed()
 before = process_memory.resident_bytes()
 held = [b"x" * 200_000 for _ in range(2000)]
 del held[::2]

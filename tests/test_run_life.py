@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from finetrial import files
+from finetrial import files, setting_aside
 from finetrial import lease as leases
 from finetrial.errors import FinetrialError, HomeError, Incomplete
 from finetrial.packing import Packing
@@ -132,7 +132,7 @@ class RunLife(RuleBasedStateMachine):
     @rule(script=st.lists(st.sampled_from(sorted(ENDINGS)), max_size=3), retry_failed=st.booleans())
     def coordinate(self, script: list[str], retry_failed: bool) -> None:
         """`finetrial run` for this one run; what it does is what the files say, and nothing else."""
-        said = self.home.set_aside_damaged()
+        said = setting_aside.damaged(self.home)
         assert bool(said) == bool(self.broken)
         self._expect_set_aside(said)
         before = self._record()
@@ -291,7 +291,7 @@ class RunLife(RuleBasedStateMachine):
 
     @rule()
     def take_aside(self) -> None:
-        self._expect_set_aside(self.home.set_aside_damaged())
+        self._expect_set_aside(setting_aside.damaged(self.home))
 
     # -- what holds after every event ----------------------------------------------------------------------
 

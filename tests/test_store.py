@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetrial import files
+from finetrial import files, setting_aside
 from finetrial.errors import HomeError
 from finetrial.evidence import trial_score
 from finetrial.records import (
@@ -22,13 +22,14 @@ from finetrial.records import (
     ModelSource,
     Proof,
     Result,
+    Rung,
     RunRecord,
     RunSpec,
     Seeds,
     TaskSpec,
 )
 from finetrial.sealed import Damaged
-from finetrial.store import Home, RunFolder
+from finetrial.store import MODEL_OWNER, Home, RunFolder
 from finetrial.terminal import exit_code
 from scripted import COST
 from summary_example import example_summary
@@ -102,7 +103,7 @@ def test_a_record_of_another_version_is_no_damage(tmp_path):
     content["sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
     folder.result_file.write_text(json.dumps(content))
     with pytest.raises(HomeError, match="written by another version of finetrial") as refused:
-        home.set_aside_damaged()
+        setting_aside.damaged(home)
     assert not isinstance(refused.value, Damaged)
     assert folder.result_file.exists()
 
@@ -111,7 +112,7 @@ def test_what_a_damaged_run_was_to_do_is_kept(tmp_path):
     home = Home(tmp_path)
     folder = written(home)
     folder.result_file.write_text("{")
-    home.set_aside_damaged()
+    setting_aside.damaged(home)
     assert folder.spec() == SPEC
     assert folder.record() == RunRecord(SPEC, None, None, ())
 
@@ -131,11 +132,11 @@ def test_a_damaged_run_that_is_half_set_aside_is_not_done_and_keeps_its_spec(tmp
 
     monkeypatch.setattr(Path, "rename", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        home.set_aside_damaged()
+        setting_aside.damaged(home)
     monkeypatch.setattr(Path, "rename", rename)
     assert moved[0] == "result.json"
     assert folder.spec() == SPEC
-    home.set_aside_damaged()
+    setting_aside.damaged(home)
     assert folder.record() == RunRecord(SPEC, None, None, ())
 
 
@@ -144,15 +145,49 @@ def test_a_damaged_run_is_set_aside_whole_and_others_stay(tmp_path):
     folder = written(home)
     other = home.run(SPEC.model_copy(update={"number": 1}).run_id)
     other.create(SPEC.model_copy(update={"number": 1}))
-    assert home.set_aside_damaged() == []
+    assert setting_aside.damaged(home) == []
     for count in (1, 2):  # it may happen again to the same run
         written(home)
         folder.result_file.write_text(folder.result_file.read_text().replace("0.30000000000000004", "0.9"))
-        (said,) = home.set_aside_damaged()
+        (said,) = setting_aside.damaged(home)
         assert f"its run is set aside in {home.damaged / folder.path.name}.{count}" in said
         assert not folder.result_file.exists()
     assert home.run(other.path.name).spec().number == 1
     assert (home.damaged / f"{folder.path.name}.1" / "attempts" / "1.json").exists()
+
+
+def test_a_halved_trial_whose_numbers_by_example_are_damaged_is_done_anew(tmp_path):
+    """By them it is decided which trials go on."""
+    home = Home(tmp_path)
+    spec = SPEC.model_copy(update={"stage": "trial", "rung": Rung(ends=(9, 3))})
+    folder = home.run(spec.run_id)
+    folder.create(spec)
+    files.write_json(folder.examples_file, {"validation_loss": {"a": 1.0}})
+    stated = files.sha256_file(folder.examples_file)
+    folder.write_result(Result(run_id=spec.run_id, outcome="done", cost=COST, examples_sha256=stated))
+    assert setting_aside.damaged(home) == []
+    folder.examples_file.write_text(folder.examples_file.read_text().replace("1.0", "2.0"))
+    (said,) = setting_aside.damaged(home)
+    assert said.startswith(f"{folder.examples_file} is damaged: it is not what its run wrote")
+    assert folder.record() == RunRecord(spec, None, None, ())
+
+
+def test_a_replicate_whose_model_another_optimum_has_replaced_trains_it_anew_where_models_are_kept(tmp_path):
+    home = Home(tmp_path)
+    spec = SPEC.model_copy(update={"stage": "replicate", "number": 1})
+    home.run(spec.run_id).create(spec)
+    home.run(spec.run_id).write_result(Result(run_id=spec.run_id, outcome="done", cost=COST))
+    model = home.model_folder(spec)
+    assert setting_aside.without_model(home, [], [spec]) == []  # it was let go of
+    model.mkdir(parents=True)
+    for owner in (spec.run_id, "replicate.t.m.001-another"):
+        (model / MODEL_OWNER).write_text(owner + "\n")
+        assert home.model_is_of(owner, model)
+        assert setting_aside.without_model(home, [], []) == []
+        said = setting_aside.without_model(home, [], [spec])
+        assert len(said) == (owner != spec.run_id)
+    assert "holds another run's model" in said[0]
+    assert home.run(spec.run_id).result() is None
 
 
 def test_a_damaged_model_is_set_aside_with_its_run_once_a_probe_was_refused(tmp_path):
@@ -167,13 +202,13 @@ def test_a_damaged_model_is_set_aside_with_its_run_once_a_probe_was_refused(tmp_
         files.commit_folder(model.parent / "temporary", model)
     broken = home.model_folder(specs[1])
     (broken / "weights").write_bytes(b"1235")
-    assert home.set_aside_damaged() == []  # nobody has needed it yet
+    assert setting_aside.damaged(home) == []  # nobody has needed it yet
     probe = SPEC.model_copy(update={"stage": "probe", "subject": specs[1].run_id})
     home.run(probe.run_id).create(probe)
     home.run(probe.run_id).write_failure(
         Failure(run_id=probe.run_id, kind="refused", reason="is damaged", attempt=1)
     )
-    (said,) = home.set_aside_damaged()
+    (said,) = setting_aside.damaged(home)
     place = home.damaged / f"{specs[1].run_id}.1"
     assert said.startswith(f"{broken} is damaged: weights does not have the SHA-256")
     assert (place / "model" / "weights").read_bytes() == b"1235"
@@ -181,7 +216,7 @@ def test_a_damaged_model_is_set_aside_with_its_run_once_a_probe_was_refused(tmp_
     assert not broken.exists()
     assert home.run(specs[1].run_id).record() == RunRecord(specs[1], None, None, ())
     assert home.run(specs[0].run_id).result() is not None
-    assert home.set_aside_damaged() == []
+    assert setting_aside.damaged(home) == []
 
 
 def test_a_begun_run_follows_a_changed_place_and_limit_and_keeps_its_id(tmp_path: Path):

@@ -13,6 +13,8 @@ from finetrial.arm_search import ArmSearch
 from finetrial.frozen import short_hash
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.records import Failure, Result, SearchStop
+from finetrial.search import warm
+from finetrial.space import Choice
 from finetrial.store import Home
 from finetrial.study_file import parse_study
 from scripted import COST
@@ -70,6 +72,23 @@ def test_the_first_guided_trial_begins_at_ten_times_the_other_searchs_best_rate(
         in (home / "report" / "report.md").read_text()
     )
     assert not verify.verify(home).differences
+
+
+def test_a_told_setting_is_the_choice_that_equals_it_and_a_rate_the_nearest_choice():
+    """As the choice is written: 1.0 and 1 are told apart by the search that is to learn from the trial."""
+    space = {
+        "learning_rate": Choice(choices=(1e-4, 1e-3, 3e-3)),
+        "epochs": Choice(choices=(0.5, 1.0, 2.0)),
+        "shuffle": Choice(choices=(True, False)),
+        "batch_size": Choice(choices=(8, 16)),
+    }
+    settings = {"learning_rate": 1e-4, "epochs": 2.0, "shuffle": False, "batch_size": 8}
+    best = {"learning_rate": 1.6e-4, "epochs": 1, "shuffle": 1, "batch_size": 32}
+    moved = warm(settings, best, space, 10.0)
+    assert moved == {"learning_rate": 1e-3, "epochs": 1.0, "shuffle": False, "batch_size": 8}
+    assert isinstance(moved["epochs"], float)
+    assert warm(settings, {"learning_rate": 1.8e-4}, space, 10.0)["learning_rate"] == 3e-3  # by ratio
+    assert warm(settings, {"shuffle": True}, space, 10.0)["shuffle"] is True
 
 
 def two_searches(model, folder, rules=""):

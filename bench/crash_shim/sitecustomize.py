@@ -42,8 +42,9 @@ POINTS = {
     "finetrial.store": {
         "RunFolder.create": "ask", "RunFolder.write_attempt": "ask", "RunFolder.write_result": "result",
         "RunFolder.keep_metrics_up_to": "train", "RunFolder.drop_checkpoint": "clean-up",
-        "Home.write_summary": "report", "Home.set_aside_damaged": "clean-up",
+        "Home.write_summary": "report",
     },
+    "finetrial.setting_aside": {"damaged": "clean-up"},
     "finetrial.optimisation": {"prepare_optimisation": "train", "settings_used": "train"},
     "finetrial.train": {"train": "train"},
     "finetrial.loop": {"Loop.step": "train", "Loop.judge": "evaluate"},

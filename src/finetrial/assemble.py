@@ -100,7 +100,8 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
 
     of = (spec.task.use, spec.task.params, *_code(base))
     data = [files.sha256_file(path) for path in task.files(params, base)]
-    splits = prepared.splits(home.cache, [*of, data, spec.rows], read) if data else read()
+    place = home.cache if data else None  # of others nobody knows whether they are the same tomorrow
+    splits = prepared.splits(place, [*of, data, spec.rows], read)
     location = models.prepare(spec.model, base, home.cache)
     return Workbench(spec, task, params, splits, location, home, of)
 

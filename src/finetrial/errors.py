@@ -8,6 +8,8 @@ produce it in a test.
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ EXIT_INCOMPLETE = 4
 # No fault of the program: what may pass (a full disk or quota, a disk that fails, no more processes, memory or
 # open files to be had), and a place that cannot be read or written.
 MAY_PASS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 NO_ACCESS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
@@ -35,6 +37,13 @@ def disk_fault(error: OSError) -> str | None:
         return None
     place = error.filename2 or error.filename  # of a rename it is where to
     return f"{place}: {error.strerror}" if place else str(error.strerror)
+
+
+def of_the_system(error: BaseException) -> OSError:
+    """The system's error that a library written in Rust has made its own, by the number in its text."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else 0
+    return OSError(number, os.strerror(number))
 
 
 class FinetrialError(Exception):

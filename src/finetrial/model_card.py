@@ -15,6 +15,7 @@ from finetrial import files
 from finetrial import report_text as text
 from finetrial.frozen import Setting
 from finetrial.report import citation, escape_markdown
+from finetrial.store import Home
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
 
 CARD = "README.md"
@@ -34,6 +35,7 @@ def write(summary: Summary, home: Path) -> None:
             if (
                 replicate.outcome == "done"
                 and not folder.is_symlink()
+                and Home(home).model_is_of(replicate.run_id, folder)
                 and CARD not in files.sealed(folder, {CARD})
             ):
                 adapter = (folder / "adapter_config.json").exists()

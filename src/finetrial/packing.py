@@ -10,6 +10,7 @@ fewer go side by side from then on. Which runs are side by side changes no resul
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,9 +72,8 @@ class Packing:
         # Of a GPU that is not known yet as of the others.
         room = self.room.get(gpu, min(self.room.values(), default=None))
         if need is None or room is None:  # one that trains will say it soon; but only one at a time
-            return (
-                None not in taken and specs[0].method is not None and specs[0].stage in ("trial", "replicate")
-            )
+            trains = specs[0].method is not None and specs[0].stage in ("trial", "replicate")
+            return trains and all(folder.path in self.said for folder in beside)
         return None not in taken and sum(filter(None, taken)) + need <= room
 
     def too_many(self, running: Sequence[RunFolder]) -> RunFolder | None:
@@ -122,6 +122,9 @@ class Packing:
         """Learn from a run that has ended, here or on another machine, what its kind takes."""
         result = folder.result() if self.by_memory else None
         if result is not None:
+            fit, hosts = folder.fit(), [attempt.host for attempt in folder.attempt_records()]
+            if fit is not None and fit.shared is not None and hosts[-1:] == [socket.gethostname()]:
+                self.room.setdefault(self._gpu(folder), fit.shared)  # until another says it anew
             context = 0 if result.cost.device.startswith("cpu") else CONTEXT_BYTES
             kind, peak = kind_of(folder.spec()), int(SPREAD * result.cost.peak_memory_bytes) + context
             self.known[kind] = max(self.known.get(kind, 0), peak)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, files, model_card, plan, plugins, report
+from finetrial import analyse, export, files, model_card, plan, plugins, report, setting_aside
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
@@ -129,7 +129,7 @@ class Story:
     @classmethod
     def begin(cls, opened: Opened, progress: Progress, **options: Any) -> Story:
         """A study that this process coordinates, in its opened folder: damaged runs are set aside."""
-        for note in opened.home.set_aside_damaged():
+        for note in setting_aside.damaged(opened.home):
             progress.note(note)
         story = cls(opened.study, opened, progress, **options)
         for record in story.planned():
@@ -203,7 +203,8 @@ class Story:
     def replicates(self) -> list[Lane]:
         """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept."""
         specs = self._replicate_specs()
-        for note in self.opened.home.set_aside_without_model(self._to_be_measured(specs)):
+        kept = specs if self.study.run.keep_models != "none" else []
+        for note in setting_aside.without_model(self.opened.home, self._to_be_measured(specs), kept):
             self.progress.note(note)
         arms = dict.fromkeys(spec.arm for spec in specs)
         return [iter([[spec for spec in specs if spec.arm == arm]]) for arm in arms]

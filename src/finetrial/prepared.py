@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from finetrial import files
+from finetrial import allocator, files
 from finetrial.frozen import short_hash
 from finetrial.plugins import Example, Feature, Splits
 
@@ -47,18 +47,23 @@ def shared() -> Iterator[None]:
         _shared = None
 
 
-def splits(place: Path, of: Sequence[Any], make: Callable[[], Splits]) -> Splits:
+def splits(place: Path | None, of: Sequence[Any], make: Callable[[], Splits]) -> Splits:
     """A task's rows from `place`, or as `make` gives them, kept there for the next.
 
-    `of`: all that they are a function of, as plain JSON.
+    `of`: all that they are a function of, as plain JSON. Without a place they are made by every process.
     """
-    folder = place / f"rows-{short_hash([FORM, *of], 32)}"
+    folder = (place or Path()) / f"rows-{short_hash([FORM, *of], 32)}"
+    if place is None:
+        return _once(folder, make)
 
     def write(there: Path, made: Splits) -> None:
         for role in ROLES:
             _write_rows(there / f"{role}.json", getattr(made, role))
 
-    return _once(folder, lambda: Splits(*(_rows(folder / f"{role}.json") for role in ROLES)), make, write)
+    def read() -> Splits:
+        return Splits(*(_rows(folder / f"{role}.json") for role in ROLES))
+
+    return _once(folder, lambda: _kept(folder, read, make, write))
 
 
 def inputs(
@@ -70,22 +75,37 @@ def inputs(
     except FAULTS:  # rows that are no JSON
         return make()
     file = "inputs.safetensors"
-    return _once(
-        folder, lambda: _read(folder / file), make, lambda there, made: _write_inputs(there / file, made)
-    )
+
+    def write(there: Path, made: list[Feature]) -> None:
+        _write_inputs(there / file, made)
+
+    return _once(folder, lambda: _kept(folder, lambda: _read(folder / file), make, write))
 
 
-def _once(folder: Path, read: Callable[[], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
-    """What a folder holds, or, if that is nothing, what is made and kept there."""
-    if _shared is not None and folder in _shared:
-        return _shared[folder]
+def _once(key: Path, get: Callable[[], T]) -> T:
+    """What is got under a key; where trainings share it, by the first of them."""
+    if _shared is None:
+        return get()
+    if key not in _shared:
+        _shared[key] = get()
+    return _shared[key]
+
+
+def _kept(folder: Path, read: Callable[[], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
+    """What a folder holds, or, if that is nothing, what is made and kept there.
+
+    What was made is read again: making takes more memory, which would count as this run's and no other's.
+    """
     found = _look(folder, read)
-    if found is None:
-        found = made = make()
-        _keep(folder, lambda there: write(there, made))
-    if _shared is not None:
-        _shared[folder] = found
-    return found
+    if found is not None:
+        return found
+    made = make()
+    if not _keep(folder, write, made):
+        return made
+    del made
+    allocator.return_freed()
+    found = _look(folder, read)
+    return make() if found is None else found
 
 
 def _hash(rows: Iterable[Example]) -> str:
@@ -103,17 +123,19 @@ def _look(folder: Path, read: Callable[[], T]) -> T | None:
         return None
 
 
-def _keep(folder: Path, write: Callable[[Path], Any]) -> None:
+def _keep(folder: Path, write: Callable[[Path, T], None], made: T) -> bool:
     """Commit a folder; whether that succeeds is no run's business."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        write(temporary)
+        write(temporary, made)
         files.commit_folder(temporary, folder)
     except FAULTS as error:
         sys.stderr.write(f"{folder} is not kept: {error}\n")
+        return False
     finally:
         files.discard(temporary)
+    return True
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What memory a process may take and takes, and what becomes of what it frees. Child side.
+"""What memory a process may take, and takes. Child side.
 
 A GPU's where there is one, else the machine's. `fit.py` decides by it how a run is done.
 """
@@ -6,18 +6,15 @@ A GPU's where there is one, else the machine's. `fit.py` decides by it how a run
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import platform
 import resource
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
+from finetrial import allocator
 from finetrial.assemble import pick_device
 from finetrial.errors import OverBudget
 from finetrial.records import Fit
@@ -25,13 +22,6 @@ from finetrial.records import Fit
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
 # for the system, the coordinator, and what a prediction does not see.
 SHARE = 0.85
-# Where large blocks are given back at once: freed ones below the limit lie between a step's gradients and may
-# not serve again; at 256 KB, SmolLM2 with LoRA took 80 MB more.
-LARGE_BLOCK_BYTES = 65_536
-KEPT_BLOCK_BYTES = 1 << 30
-DEFAULT_TRIM_BYTES = 128 << 10
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_gives_back = False
 _among, _held = 1, 0
 
 
@@ -93,9 +83,9 @@ def keep_to(fit: Fit) -> None:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, fit.budget / total))
     elif fit.tight:
-        give_back_at_once()
+        allocator.give_back_at_once()
     else:
-        keep_what_is_freed()
+        allocator.keep_what_is_freed()
 
 
 def is_own_limit(fit: Fit | None) -> bool:
@@ -113,43 +103,12 @@ def let_go() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def give_back_at_once() -> None:
-    """From now on a large block goes back to the system when it is freed, where the C library can be told.
-
-    Of several trainings in a process, it holds for all once one has asked for it.
-    """
-    global _gives_back
-    _gives_back = True
-    if (library := _c_library()) is not None:
-        library.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
-        library.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_BYTES)
-        library.malloc_trim(0)
-
-
 def give_back() -> None:
-    """Give the system what an earlier run of this process has freed and not given back; a new one begins."""
-    global _gives_back
-    _gives_back = False
-    gc.collect()
-    if (library := _c_library()) is not None:
-        library.malloc_trim(0)
-    with contextlib.suppress(OSError):  # the peak so far is another's; where Linux lets a process forget it
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def keep_what_is_freed() -> None:
-    """The opposite: blocks above 32 MB too are used again, where the default maps each anew, page by page."""
-    if not _gives_back and (library := _c_library()) is not None:
-        # Before glibc 2.35 no more than the default's own limit.
-        if not library.mallopt(M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES):
-            library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _c_library() -> Any:
-    """The C library, if its way with large blocks can be changed."""
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    return library if hasattr(library, "mallopt") else None
+    """A new run begins here: what an earlier one has freed, and its peak, are none of it."""
+    allocator.forget()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def check(fit: Fit) -> None:

@@ -129,8 +129,9 @@ def warm(
 ) -> dict[str, Setting]:
     """A proposal moved to where another method's best trial says that the optimum lies.
 
-    The learning rate is `factor` times that one's, within the range; what else both methods search is as there,
-    if this space has it. Everything of this method alone stays as it was proposed.
+    The learning rate is `factor` times that one's, within the range, or the nearest choice by ratio; what else
+    both methods search is as there, if this space has it. Everything of this method alone stays as it was
+    proposed.
     """
     moved = dict(settings)
     for name, dimension in space.items():
@@ -141,9 +142,18 @@ def warm(
             value = factor * float(value)
         if isinstance(dimension, Range):
             moved[name] = _setting(dimension, min(max(float(value), dimension.low), dimension.high))
-        elif value in dimension.choices:
-            moved[name] = value
+        elif (near := _nearest(dimension, value, by_ratio=name == "learning_rate")) is not None:
+            moved[name] = near
     return moved
+
+
+def _nearest(dimension: Choice, value: Setting, *, by_ratio: bool) -> Setting | None:
+    """The choice that equals a value, as it is written there; or of learning rates the nearest to it."""
+    rates = [choice for choice in dimension.choices if isinstance(choice, int | float) and choice > 0]
+    if by_ratio and rates:
+        return min(rates, key=lambda rate: abs(math.log(rate / float(value))))
+    flag = isinstance(value, bool)  # to Python 1 and True are equal
+    return next((c for c in dimension.choices if c == value and isinstance(c, bool) == flag), None)
 
 
 def _score(past: Past) -> float | None:

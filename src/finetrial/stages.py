@@ -24,12 +24,9 @@ from finetrial.process_memory import keep_to, peak_bytes
 from finetrial.proof import prove
 from finetrial.records import Fit, Result, RunSpec, Training
 from finetrial.rehearsal import rehearse
-from finetrial.store import RunFolder
+from finetrial.store import MODEL_OWNER, RunFolder
 from finetrial.train import alone, make_accelerator, train
 from finetrial.training_state import Progress
-
-# In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
-OWNER = "finetrial-run.txt"
 
 
 def run(spec: RunSpec, folder: RunFolder) -> Result:
@@ -196,11 +193,10 @@ def _load_replicate(bench: Workbench, folder: RunFolder, run_id: str) -> Any:
         raise HomeError(
             f"the trained model {saved} is damaged: {broken}; run again, and it is set aside and trained anew"
         )
-    owner = saved / OWNER
-    if owner.exists() and owner.read_text(encoding="utf-8").strip() != run_id:
+    if not folder.home.model_is_of(run_id, saved):
         raise HomeError(
-            f"{saved} holds the model of another run, {owner.read_text(encoding='utf-8').strip()}; move "
-            f"{folder.home.run(run_id).path} away and run again to train {run_id} anew"
+            f"{saved} holds the model of another run; move {folder.home.run(run_id).path} away and run again "
+            f"to train {run_id} anew"
         )
     plugin, _ = subject.method()
     return plugin.load(subject.build_base().model, saved)
@@ -219,7 +215,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report writes one, unsealed
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         tokenizer.save_pretrained(temporary)
-        files.write_text(temporary / OWNER, bench.spec.run_id + "\n")
+        files.write_text(temporary / MODEL_OWNER, bench.spec.run_id + "\n")
         files.commit_folder(temporary, final)
     finally:
         files.discard(temporary)

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,8 @@ from finetrial.summary import Summary
 
 R = TypeVar("R", Result, Failure)
 LOG_TAIL_LINES = 40
+# In a trained model's folder: which run it is of. Folders are named by seed, and optima may change.
+MODEL_OWNER = "finetrial-run.txt"
 
 
 class RunFolder:
@@ -245,75 +247,6 @@ class Home:
         paths = sorted(p for p in self.runs.iterdir() if p.name.startswith(prefix) and p.is_dir())
         return [RunFolder(path) for path in paths if (path / "spec.json").exists()]
 
-    def set_aside_damaged(self) -> list[str]:
-        """Move every run whose records do not hold to `damaged/`, so that it is done anew; a sentence each.
-
-        A spec that holds stays: what a trial's settings are was decided by the history of that time. Trained
-        models are looked through only when a probe was refused, for they may be many gigabytes.
-        """
-        said = []
-        for folder in self.find(""):
-            try:
-                folder.record()
-            except Damaged as damaged:
-                spec = folder.spec() if damaged.path != folder.spec_file else None
-                place = self._set_aside(folder, spec)
-                said.append(f"{damaged.path} is damaged: {damaged.why}; its run is set aside in {place}")
-        refused = [f.spec() for f in self.find("probe.") if (why := f.failure()) and why.kind == "refused"]
-        needed = {run_id for spec in refused for run_id in (spec.subject, spec.reference)}
-        for folder in self.find("replicate."):
-            if folder.path.name not in needed:
-                continue
-            spec, result = folder.spec(), folder.result()
-            model = self.model_folder(spec)
-            broken = files.damage(model) if result is not None and result.outcome == "done" else None
-            if broken is not None:
-                place = self._set_aside(folder, spec)
-                if model.exists():
-                    model.rename(place / "model")
-                said.append(f"{model} is damaged: {broken}; it and its run are set aside in {place}")
-        return said
-
-    def set_aside_without_model(self, replicates: Iterable[RunSpec]) -> list[str]:
-        """Move those of these runs that are done and whose model is not there, so that they train it anew; a
-        sentence each."""
-        said = []
-        for spec in replicates:
-            folder, model = self.run(spec.run_id), self.model_folder(spec)
-            result = folder.result() if folder.result_file.exists() else None
-            if result is not None and result.outcome == "done" and not model.exists():
-                place = self._set_aside(folder, spec)
-                said.append(
-                    f"{model} was not kept and is to be measured: its run, set aside in {place}, is done anew"
-                )
-        return said
-
-    def _set_aside(self, folder: RunFolder, spec: RunSpec | None) -> Path:
-        """Move a run to `damaged/`, and leave its spec, if that holds; where it lies now.
-
-        What says that it is done goes first, and its spec stays where it is: killed on the way, it is a run
-        that is not done, with the settings that it had.
-        """
-        place = self._free_place(folder.path.name)
-        place.parent.mkdir(exist_ok=True)
-        if spec is None:
-            folder.path.rename(place)
-            return place
-        place.mkdir()
-        others = {path for path in folder.path.iterdir() if path != folder.spec_file}
-        first = [path for path in (folder.result_file, folder.failure_file) if path in others]
-        for path in (*first, *sorted(others - set(first))):
-            path.rename(place / path.name)
-        shutil.copy(folder.spec_file, place)
-        folder.create(spec)
-        return place
-
-    def _free_place(self, name: str) -> Path:
-        number = 1
-        while (place := self.damaged / f"{name}.{number}").exists():
-            number += 1
-        return place
-
     def best_file(self, task: str, method: str) -> Path:
         return self.best / f"{task}.{method}.yaml"
 
@@ -335,6 +268,11 @@ class Home:
         """Where a replicate's trained model lies: `models/<task>.<method>.seed<number>`."""
         method = spec.method.name if spec.method else "base"
         return self.models / f"{spec.task.name}.{method}.seed{spec.number}"
+
+    def model_is_of(self, run_id: str, folder: Path) -> bool:
+        """Whether a run's trained model lies there, and not another's; one that names no run is its own."""
+        owner = folder / MODEL_OWNER
+        return folder.exists() and (not owner.exists() or owner.read_text(encoding="utf-8").strip() == run_id)
 
     def drop_model(self, spec: RunSpec) -> str | None:
         """Delete a replicate's trained model; a warning if that could not be done, which changes no result."""

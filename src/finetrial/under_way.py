@@ -105,7 +105,9 @@ class Running:
         ended = self.process.poll()
         if ended is None and self.stacked:
             failed = self.folder.failure() if self.folder.failure_file.exists() else None
-            if self.folder.result_file.exists() or (failed and failed.attempt == self.attempt.number):
+            # Memory that ran out did so for others, too, and is held until the process ends.
+            over = failed and failed.attempt == self.attempt.number and failed.kind != "out_of_memory"
+            if self.folder.result_file.exists() or over:
                 return Exit(0)
         return ended
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from finetrial import plugins
-from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, OverBudget, disk_fault
+from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, OverBudget, disk_fault, of_the_system
 from finetrial.lease import FileLock
 from finetrial.records import Failure, Outcome, Result, RunSpec
 from finetrial.secrets_guard import hidden_output
@@ -27,8 +27,9 @@ from finetrial.store import RunFolder
 
 PARENT_VARIABLE = "FINETRIAL_PARENT"
 PR_SET_PDEATHSIG = 1
-# PyTorch raises a plain RuntimeError when the CPU's memory does not suffice (c10/core/CPUAllocator.cpp).
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: "
+# What a plain RuntimeError says where memory does not suffice: the CPU's (c10/core/CPUAllocator.cpp), and a
+# GPU's for a context or a library's workspace, which are not PyTorch's to allocate.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def main(argument: str) -> int:
@@ -198,11 +199,11 @@ def classify(error: Exception) -> tuple[Outcome, str]:
     """Which outcome an exception is, and one line of reason."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     told = isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if told or (isinstance(error, RuntimeError) and CPU_OUT_OF_MEMORY in line):
+    if told or (isinstance(error, RuntimeError) and any(text in line for text in OUT_OF_MEMORY)):
         return "out_of_memory", f"out of memory: {line}"
     if isinstance(error, FinetrialError):
         return "refused", str(error)
-    fault = disk_fault(error) if isinstance(error, OSError) else None
+    fault = disk_fault(error if isinstance(error, OSError) else of_the_system(error))
     if fault is not None:
         return "refused", f"{fault}; mend that and run the same command again"
     return "bug", f"{type(error).__name__}: {line}"
