@@ -208,9 +208,7 @@ def test_an_optimum_that_was_never_trained_to_the_end_is_noted_and_the_ledger_co
 
 
 def test_how_replicates_were_run_is_noted_where_it_changes_what_they_cost():
-    short = [
-        replicate("full", n, 0.8, training=TRAINED.model_copy(update={"gives_back": True})) for n in range(2)
-    ]
+    short = [replicate("full", n, 0.8, cost=cost().model_copy(update={"gives_back": True})) for n in range(2)]
     recomputed = [
         replicate("lora", n, 0.8, training=TRAINED.model_copy(update={"gradient_checkpointing": True}))
         for n in range(5)

@@ -46,6 +46,7 @@ def cost_of(
         cpu_seconds=round(cpu + progress.earlier_cpu_seconds, 3),
         peak_memory_bytes=peak_bytes() if peak is None else peak,
         predicted_memory_bytes=fit.predicted if fit else None,
+        gives_back=fit is not None and fit.tight,
         device=name,
         flops=_flops(model, progress.tokens),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -132,25 +132,29 @@ def environment_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
 
 def cost_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """A sentence for every way of running replicates that changes what they cost and that not all had."""
-    trainings = [
-        (record.spec.arm, record.result.training)
+    runs = [
+        (record.spec.arm, record.result.training, record.result.cost)
         for record in records
         if record.spec.stage == "replicate" and record.result and record.result.training
     ]
     notes = []
-    stacked = {arm: max(t.stacked for a, t in trainings if a == arm) for arm, _ in trainings}
+    stacked: dict[str, int] = {}
+    for arm, training, _ in runs:
+        stacked[arm] = max(stacked.get(arm, 1), training.stacked)
     several = ", ".join(f"{arm} (up to {count})" for arm, count in sorted(stacked.items()) if count > 1)
     if several:
         notes.append(
             f"replicates trained several in a process: {several}; their peak memory is the whole process's and "
             f"their seconds a share of it, which do not compare with those of replicates trained alone"
         )
-    for name, what in (
-        ("gradient_checkpointing", "computed activations twice (gradient checkpointing)"),
-        ("gives_back", "gave large blocks of memory back to the system at once"),
+    twice = [(arm, training.gradient_checkpointing) for arm, training, _ in runs]
+    back = [(arm, cost.gives_back) for arm, _, cost in runs]
+    for found, what in (
+        (twice, "computed activations twice (gradient checkpointing)"),
+        (back, "gave large blocks of memory back to the system at once"),
     ):
-        with_it = sorted({arm for arm, training in trainings if getattr(training, name)})
-        without = sorted({arm for arm, training in trainings if not getattr(training, name)})
+        with_it = sorted({arm for arm, did in found if did})
+        without = sorted({arm for arm, did in found if not did})
         if with_it and without:
             notes.append(
                 f"replicates of {', '.join(with_it)} {what} to fit into their memory, those of "

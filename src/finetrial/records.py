@@ -255,7 +255,6 @@ class Training(Frozen):
     micro_batch_tokens: int | None = None  # most tokens at once, padding included; None: whole batches
     micro_batches: int = 1  # most that an effective batch was split into
     gradient_checkpointing: bool = False
-    gives_back: bool = False  # large blocks to the system at once, on a CPU whose memory is short
     stacked: int = 1  # trainings that its process was begun with; each is charged its share of the time
 
 
@@ -268,6 +267,7 @@ class Cost(Frozen):
     cpu_seconds: float
     peak_memory_bytes: int
     predicted_memory_bytes: int | None = None  # of training, before it started
+    gives_back: bool = False  # large blocks to the system at once, on a CPU whose memory is short
     device: str
     flops: float = 0.0
     trainable_parameters: int = 0

@@ -241,7 +241,6 @@ def _training_facts(bench: Workbench, progress: Progress, inputs: int, fit: Fit)
         micro_batch_tokens=fit.tokens,
         micro_batches=progress.micro_batches,
         gradient_checkpointing=fit.checkpointing,
-        gives_back=fit.tight,
         stacked=bench.spec.how.stacked,
     )
 
