@@ -233,6 +233,11 @@ def _notes(found: Evidence, tasks: dict[str, TaskCheck]) -> list[str]:
                 "this processor has instructions for bf16, and `train.precision: auto` trains in fp32 on it; "
                 "with `bf16` steps of MiniLM were 1.3 to 1.7 times as fast (docs/log.md)"
             )
+        if rehearsal.slow_in_bf16:
+            said.append(
+                f"{arm} computes in bf16, for which this processor has no instructions: on such a one fp32 was "
+                "ten times as fast (docs/log.md); use `train.precision: auto` and weights of fp32"
+            )
     for arm in {pilot.spec.arm for pilot in found.pilots}:
         task = tasks[arm.partition("/")[0]]
         pilots = [pilot for pilot in found.pilots if pilot.spec.arm == arm]

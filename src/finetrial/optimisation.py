@@ -45,10 +45,24 @@ def precision_of(rules: LoopRules) -> str:
 
 def could_be_bf16(spec: RunSpec) -> bool:
     """Whether `auto` has chosen fp32 on a processor that has instructions for bf16: with them it is faster."""
+    asked = spec.rules.precision == "auto" and not _has_bf16_weights(spec)
+    return asked and not torch.cuda.is_available() and _processor_has_bf16()
+
+
+def is_slow_in_bf16(spec: RunSpec) -> bool:
+    """Whether a run computes in bf16 on a processor without instructions for it: fp32 is many times faster."""
+    asked = spec.rules.precision == "bf16" or _has_bf16_weights(spec)
+    return asked and not torch.cuda.is_available() and not _processor_has_bf16()
+
+
+def _has_bf16_weights(spec: RunSpec) -> bool:
+    """Then it computes in bf16 whatever the precision."""
+    return how_to_step(spec).rounding != Stepping().rounding
+
+
+def _processor_has_bf16() -> bool:
     found = getattr(torch.cpu, "get_capabilities", dict)()
-    native = found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16")
-    whole = how_to_step(spec).rounding == Stepping().rounding  # weights of bf16 are computed in that anyhow
-    return spec.rules.precision == "auto" and whole and not torch.cuda.is_available() and bool(native)
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
 
 
 def make_optimizer(trained: Sequence[torch.nn.Parameter], spec: RunSpec) -> torch.optim.Optimizer:

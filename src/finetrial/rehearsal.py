@@ -24,7 +24,7 @@ from finetrial.fit import Ladder, split
 from finetrial.frozen import Setting
 from finetrial.loop import Loop
 from finetrial.measuring import keep_and_measure
-from finetrial.optimisation import could_be_bf16, planned_batches
+from finetrial.optimisation import could_be_bf16, is_slow_in_bf16, planned_batches
 from finetrial.plugins import Feature, Splits
 from finetrial.process_memory import keep_to, peak_bytes
 from finetrial.proof import prove
@@ -107,6 +107,7 @@ def rehearse(spec: RunSpec, folder: RunFolder) -> Result:
         probe_seconds=opened + kept.measure_seconds if measures else 0.0,
         contradictions=contradictions(features),
         could_be_bf16=could_be_bf16(spec),
+        slow_in_bf16=is_slow_in_bf16(spec),
     )
     return Result(
         run_id=spec.run_id, outcome="done", measures={"rehearsal": found.model_dump(mode="json")},

@@ -64,3 +64,4 @@ class Rehearsal(Frozen):
     )
     contradictions: int  # training inputs that occur again with another label
     could_be_bf16: bool = False  # `precision: auto` is fp32 on a processor that has instructions for bf16
+    slow_in_bf16: bool = False  # it computes in bf16 on a processor that has none
