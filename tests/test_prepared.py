@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetrial import prepared
@@ -45,6 +45,7 @@ def exact(value):
     return type(value), repr(value)
 
 
+@settings(max_examples=25)  # each collects this process's garbage
 @given(train=ROWS, validation=ROWS, test=ROWS)
 def test_rows_come_back_as_they_were(tmp_path_factory, train, validation, test):
     place = tmp_path_factory.mktemp("cache")

@@ -189,6 +189,8 @@ methods:
   lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
 search: {{trials: 4, sampler: random, space: {{epochs: 2, batch_size: 8}}}}
 train: {{seeds: 2}}
+measure: []
+claims: []
 run: {{threads: 1, log_steps: 1, checkpoint: 3 steps, stack: {stack}, parallel: {parallel}}}
 """
 
@@ -205,14 +207,22 @@ def outcome(home: Path) -> dict[str, tuple[list[Outcome | None], float | None]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def done_alone(tiny_bert, tmp_path_factory) -> Path:
+    """The home of the study with a process for every run."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "study.yaml").write_text(STUDY.format(model=tiny_bert, stack=1, parallel=1))
+    run_study(folder / "study.yaml", folder / "home")
+    return folder / "home"
+
+
 @pytest.mark.parametrize(("stack", "parallel", "processes"), [("4", "1", 1), ("2", "2", 2), ("3", "auto", 2)])
-def test_a_study_whose_runs_share_a_process_comes_out_the_same(tiny_bert, tmp_path, stack, parallel, processes):
-    homes = []
-    for given in ((1, 1), (stack, parallel)):
-        study = tmp_path / f"study{len(homes)}.yaml"
-        study.write_text(STUDY.format(model=tiny_bert, stack=given[0], parallel=given[1]))
-        homes.append(tmp_path / f"home{len(homes)}")
-        run_study(study, homes[-1])
+def test_a_study_whose_runs_share_a_process_comes_out_the_same(
+    tiny_bert, done_alone, tmp_path, stack, parallel, processes
+):
+    study, homes = tmp_path / "study.yaml", [done_alone, tmp_path / "home"]
+    study.write_text(STUDY.format(model=tiny_bert, stack=stack, parallel=parallel))
+    run_study(study, homes[1])
     alone, stacked = map(outcome, homes)
     assert stacked.keys() == alone.keys()
     for run_id, (attempts, score) in stacked.items():
