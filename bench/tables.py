@@ -147,7 +147,8 @@ def study_scores(found: dict[str, Any]) -> str:
         }
         for arm, gap in by_method.items():
             method, name = arm.split()
-            means = (statistics.fmean(own[variant][method][name]) for variant in ("finetrial", "as-trainer"))
+            paired = (own[variant][method][name][: gap["n"]] for variant in ("finetrial", "as-trainer"))
+            means = map(statistics.fmean, paired)
             interval = f"{gap['estimate']:+.2f} ({gap['low']:+.2f} .. {gap['high']:+.2f})"
             rows.append((task, METHODS[method], name, *(f"{mean:.2f}" for mean in means), interval))
     columns = ("on test", "finetrial", "as (a) searches and trains", "difference, 95 % interval")

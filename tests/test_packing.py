@@ -126,15 +126,18 @@ def test_a_stack_without_enough_memory_goes_on_in_halves(bench, parallel):
     method = MethodSpec(name="m", use="lora", params={})
     specs = [make_spec(n, stage="trial", method=method) for n in range(5)]
     result = Result(run_id="", outcome="done", cost=COST).model_dump_json()
+    fit = Fit(device="cpu", budget=9, predicted=9, evaluation_tokens=1).model_dump_json()
     program = f"""
 import json, pathlib, time
-RESULT = {result!r}
+RESULT, FIT = {result!r}, {fit!r}
 others = pathlib.Path('stack.json')
 names = [pathlib.Path.cwd().name, *(json.loads(others.read_text()) if others.exists() else ())]
 with open('../../sizes', 'a') as sizes:
     print(len(names), file=sizes)
 for name in names:
     attempt = len(list(pathlib.Path('..', name, 'attempts').glob('*.json')))
+    fit = dict(json.loads(FIT), stacked=len(names))
+    pathlib.Path('..', name, 'fit.json').write_text(json.dumps(fit))
     if len(names) > 2:
         failure = dict(run_id=name, kind='out_of_memory', reason='too many', attempt=attempt)
         pathlib.Path('..', name, 'failure.json').write_text(json.dumps(failure))

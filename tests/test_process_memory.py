@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from finetrial import process_memory
+from finetrial.records import Fit
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of the C library of Linux")
@@ -38,6 +42,24 @@ print(process_memory.held_bytes())
     first, second, alone = map(int, done.stdout.split())
     assert first == second > 300e6
     assert alone > first + 290e6
+
+
+@pytest.mark.parametrize(
+    ("free", "own"), [(9, True), (8, False), (RuntimeError("CUDA error: out of memory"), False)]
+)
+def test_memory_ran_out_by_a_runs_own_share_where_more_than_that_is_free_or_its_own(monkeypatch, free, own):
+    """The GPU's answers are made up: 1 byte is this process's. Without room to ask, others have all."""
+
+    def asked() -> tuple[int, int]:
+        if isinstance(free, Exception):
+            raise free
+        return free, 100
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1)
+    fit = Fit(device="cuda", budget=10, predicted=None, evaluation_tokens=1)
+    assert process_memory.is_own_limit(fit) is own
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linux")

@@ -73,7 +73,11 @@ class Packing:
         room = self.room.get(gpu, min(self.room.values(), default=None))
         if need is None or room is None:  # one that trains will say it soon; but only one at a time
             trains = specs[0].method is not None and specs[0].stage in ("trial", "replicate")
-            return trains and all(folder.path in self.said for folder in beside)
+            return (
+                trains
+                and None not in taken
+                and (room is not None or all(folder.path in self.said for folder in beside))
+            )
         return None not in taken and sum(filter(None, taken)) + need <= room
 
     def too_many(self, running: Sequence[RunFolder]) -> RunFolder | None:

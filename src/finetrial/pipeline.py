@@ -203,7 +203,7 @@ class Story:
     def replicates(self) -> list[Lane]:
         """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept."""
         specs = self._replicate_specs()
-        kept = specs if self.study.run.keep_models != "none" else []
+        kept = specs if self.study.run.keep_models == "all" else []
         for note in setting_aside.without_model(self.opened.home, self._to_be_measured(specs), kept):
             self.progress.note(note)
         arms = dict.fromkeys(spec.arm for spec in specs)

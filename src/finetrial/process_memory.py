@@ -92,7 +92,10 @@ def is_own_limit(fit: Fit | None) -> bool:
     """Whether memory that ran out on a GPU was this process's share: more than that is free or its own."""
     if fit is None or not torch.cuda.is_available():
         return False
-    free, _ = torch.cuda.mem_get_info()
+    try:
+        free, _ = torch.cuda.mem_get_info()
+    except RuntimeError:  # there is not even room to ask, which is no doing of its own
+        return False
     return free + torch.cuda.memory_reserved() >= fit.budget
 
 

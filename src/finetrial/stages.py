@@ -45,11 +45,12 @@ def _baseline(spec: RunSpec, folder: RunFolder) -> Result:
     models.check_finite(built.model, spec.model)
     accelerator = make_accelerator(spec.rules)
     model = accelerator.prepare(built.model)
+    splits = (("validation", bench.splits.validation), ("test", bench.splits.test))
+    judged = [(split, examples, bench.encode(examples, built)) for split, examples in splits]
     scores, hashes, calibration = {}, {}, None
     tokens = EVALUATION_TOKENS >> folder.out_of_memory()
     with termination_notice() as asked:
-        for split, examples in (("validation", bench.splits.validation), ("test", bench.splits.test)):
-            features = bench.encode(examples, built)
+        for split, examples, features in judged:
             scored = evaluate(
                 accelerator, model, bench, built.tokenizer, features, examples, calibration, tokens=tokens,
                 kept=Kept(folder.checkpoint, split, spec.how, asked),

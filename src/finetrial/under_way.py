@@ -15,7 +15,7 @@ from finetrial import lease as leases
 from finetrial import processes
 from finetrial.errors import Incomplete
 from finetrial.plugins import Engine, Exit
-from finetrial.records import Attempt, Outcome, RunSpec
+from finetrial.records import Attempt, Failure, Outcome, RunSpec
 from finetrial.store import RunFolder
 
 # A run, or several that may go side by side; none of them: nothing before other lanes have got on.
@@ -105,11 +105,15 @@ class Running:
         ended = self.process.poll()
         if ended is None and self.stacked:
             failed = self.folder.failure() if self.folder.failure_file.exists() else None
-            # Memory that ran out did so for others, too, and is held until the process ends.
-            over = failed and failed.attempt == self.attempt.number and failed.kind != "out_of_memory"
+            over = failed and failed.attempt == self.attempt.number and not self._ran_out_with_others(failed)
             if self.folder.result_file.exists() or over:
                 return Exit(0)
         return ended
+
+    def _ran_out_with_others(self, failed: Failure) -> bool:
+        """Whether it is out of memory once it had begun: so are the others soon, and until then it is held."""
+        fit = self.folder.fit() if failed.kind == "out_of_memory" else None
+        return fit is not None and fit.stacked == self.spec.how.stacked
 
 
 def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> Running:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetrial.frozen import Frozen, Setting
 from finetrial.plugins import AttachInput, Group
-from finetrial.records import Frozen, Setting
 from finetrial.space import Range, Space
 
 
