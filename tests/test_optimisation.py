@@ -8,8 +8,6 @@ import torch
 from finetrial.optimisation import could_be_bf16, is_slow_in_bf16
 from tiny_runs import make_spec
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of processors")
-
 
 @pytest.mark.parametrize(
     ("precision", "weights", "processor", "could_be", "slow"),
@@ -27,6 +25,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of processors
 def test_bf16_is_advised_by_what_the_processor_has(
     tmp_path, monkeypatch, precision, weights, processor, could_be, slow
 ):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     spec = make_spec(tmp_path, "full", method_params={"weights": weights}, rules={"precision": precision})
     assert (could_be_bf16(spec), is_slow_in_bf16(spec)) == (could_be, slow)
