@@ -268,10 +268,12 @@ def replicate(method, number, score, task=TASK, **fields):
 
 
 def probe(method, number, drift, task=TASK, neighbour=0.01):
+    """Of the first replicate no neighbour is measured."""
     subject = spec("replicate", number, method, task).run_id
+    before = spec("replicate", number - 1, method, task).run_id if number else None
     return ended(
-        spec("probe", number, method, task, subject=subject),
-        measures={"drift": drift_json(drift, neighbour)},
+        spec("probe", number, method, task, subject=subject, reference=before),
+        measures={"drift": drift_json(drift, neighbour if before else None)},
     )
 
 

@@ -149,8 +149,8 @@ def _arm(task: str, method: str, rng: np.random.Generator) -> ArmSummary:
     for number in range(SEEDS):
         void = "the head did not move" if (task, method, number) == ("squad_v2", "full", 3) else None
         diverged = (task, method, number) == ("sst2", "lora", 4)
-        score = None if diverged or void else float(MEANS[task, method] + rng.normal(0, 0.5))
-        if score is not None:
+        score = None if diverged else float(MEANS[task, method] + (-30 if void else rng.normal(0, 0.5)))
+        if score is not None and void is None:
             scores.append(score)
             others.append(score - 4.2)
         replicates.append(
@@ -158,6 +158,8 @@ def _arm(task: str, method: str, rng: np.random.Generator) -> ArmSummary:
                 run_id=f"replicate.{task}.{method}.{number:03d}-4d5e6f70",
                 number=number,
                 outcome="diverged" if diverged else "done",
+                settings={},
+                settings_used={},
                 void=void,
                 score=score,
                 validation_score=score + 0.4 if score is not None else None,
@@ -168,10 +170,14 @@ def _arm(task: str, method: str, rng: np.random.Generator) -> ArmSummary:
         )
     lora = method == "lora"
     seconds = [(61.0 if lora else 95.0) + float(rng.normal(0, 3)) for _ in range(len(scores))]
+    search = _search(task, method, rng)
+    best = next(trial for trial in search.trials if trial.run_id == search.best)
+    trained_with = {"settings": best.settings, "settings_used": best.settings}
+    replicates = [replicate.model_copy(update=trained_with) for replicate in replicates]
     return ArmSummary(
         task=task,
         method=method,
-        search=_search(task, method, rng),
+        search=search,
         replicates=tuple(replicates),
         test={metric: interval_of(scores), other: interval_of(others)},
         failed=SEEDS - len(scores),

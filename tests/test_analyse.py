@@ -62,7 +62,7 @@ def test_both_worked_examples_are_supported_with_their_published_numbers():
     noncentrality = within.smallest_detectable / within.contrast.sd * 5**0.5
     critical = scipy.stats.t.ppf(1 - 0.05 / 2, 4)
     assert scipy.stats.nct.sf(critical, 4, noncentrality) == pytest.approx(0.80, abs=1e-6)
-    assert "scores within 3 % of full" in within.reason
+    assert "lora is at most 3 % worse than full" in within.reason
     assert summary.complete
     assert summary.model_sha256 == "abc"
 
@@ -319,7 +319,8 @@ def test_a_study_that_has_only_begun_has_a_summary(stages):
         assert claim.missing == (0, 1, 2, 3, 4)
         assert "0 of 5 pairs" in claim.reason
         assert "(lora 0 to 4: not finished; full 0 to 4: not finished)" in claim.reason
-    assert all(a.cost is None and a.test == {} for a in summary.arms)
+    assert all(a.test == {} for a in summary.arms)
+    assert all(a.cost.train_seconds_each is None if "trial" in stages else a.cost is None for a in summary.arms)
     assert Summary.model_validate_json(summary.model_dump_json()) == summary
 
 
@@ -379,12 +380,20 @@ def test_drift_per_layer_and_replicate_with_the_seed_to_seed_band_and_the_contro
     assert drift.layers[0].cka == (0.0,) * 5
     assert drift.layers[1].cka == pytest.approx(LORA_DRIFT)
     assert drift.layers[1].cka_mean == pytest.approx(0.10)
-    assert drift.layers[2].seed_to_seed == pytest.approx([0.01] * 5)
+    assert drift.layers[2].seed_to_seed == pytest.approx([0.01] * 4)
     assert drift.cka.estimate == pytest.approx(0.10)
     assert drift.seed_to_seed.estimate == pytest.approx(0.01)
+    assert (drift.seed_to_seed.low, drift.seed_to_seed.n) == (None, 4)  # neighbouring pairs share a model
     assert drift.per_replicate["3"] == 0.105
     assert summary.tasks[0].controls[0].drift == (0.0, 0.0, 0.0)
     assert summary.tasks[0].controls[0].run_id.startswith("probe.toy.000-")
+
+
+def test_a_void_replicate_is_nobodys_neighbour():
+    stuck = replicate("lora", 2, 0.8, proof=proof(void="the head did not move"))
+    drift = arm_of(summarise(study(), replaced(records(), stuck), META), "lora").drift
+    assert drift.replicates == (0, 1, 3, 4)
+    assert drift.seed_to_seed.n == 2  # 1 beside 0, and 4 beside 3
 
 
 # ---- the whole -----------------------------------------------------------------------------------------

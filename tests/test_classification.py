@@ -115,6 +115,17 @@ def test_baselines_take_the_majority_from_train_and_score_on_test():
     assert found == HEAD.baselines(Splits(train, test, test), ClassificationParams())
 
 
+def test_always_saying_the_class_that_f1_is_of_is_a_baseline():
+    """With 40 % of the last class, rarer in train: precision 0.4, recall 1, so F1 = 0.8 / 1.4."""
+    train = [example(label=label) for label in (0, 0, 1)]
+    test = [example(label=label) for label in (0, 0, 0, 1, 1)]
+    found = HEAD.baselines(Splits(train, test, test), ClassificationParams())
+    assert found["majority"]["f1"] == 0.0
+    assert found["always_last"] == pytest.approx({"accuracy": 40.0, "f1": 80 / 1.4, "matthews": 0.0})
+    often = [example(label=label) for label in (0, 1, 1)]
+    assert "always_last" not in HEAD.baselines(Splits(often, test, test), ClassificationParams())
+
+
 def test_an_encoder_gets_the_tokenizers_own_pairs(tokenizer):
     rows = [example("one text here", text_pair="another"), example("two", text_pair="")]
     first, second = HEAD.encode(rows, tokenizer, ClassificationParams(), causal=False)

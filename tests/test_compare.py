@@ -130,7 +130,7 @@ def test_json_holds_every_value_unrounded(homes):
         )
         assert mine.score == arm.test[mine.metric]
         assert (mine.drift, mine.cost) == (arm.drift.cka, arm.cost)
-        assert mine.valid == sum(point.score is not None for point in arm.replicates)
+        assert mine.valid == sum(point.score is not None and point.void is None for point in arm.replicates)
 
 
 def test_equal_studies_are_said_to_be_alike_and_told_apart_by_their_folders(tmp_path, monkeypatch):

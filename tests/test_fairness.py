@@ -71,7 +71,7 @@ def test_cost_is_that_of_all_runs_and_the_interval_that_of_finished_replicates()
             lambda r: replaced(
                 r, trial("full", 1, 0.9, 5e-6, settings_used={"learning_rate": 5e-5, "batch_size": 16})
             ),
-            "toy/full: trials did not use the proposed learning_rate",
+            "toy/full: trials did not use the learning_rate that they were given",
         ),
         (
             lambda r: replaced(r, failed(spec("replicate", 1, "lora"))),
@@ -83,6 +83,20 @@ def test_a_broken_fairness_rule_is_a_note_and_an_even_study_has_none(change, wor
     assert summarise(study(), records(), META).fairness_notes == ()
     notes = summarise(study(), change(records()), META).fairness_notes
     assert any(note.startswith(words) for note in notes), notes
+
+
+def test_replicates_that_did_not_get_their_settings_are_noted():
+    found = [
+        r._replace(
+            spec=r.spec.model_copy(update={"settings": {"learning_rate": 5e-4}}),
+            result=r.result.model_copy(update={"settings_used": {"learning_rate": 5e-5}}),
+        )
+        if r.spec.stage == "replicate" and r.spec.method.name == "lora"
+        else r
+        for r in records()
+    ]
+    (note,) = summarise(study(), found, META).fairness_notes
+    assert note == "toy/lora: replicates did not use the learning_rate that they were given"
 
 
 def test_replicates_with_streams_of_their_own_are_noted():

@@ -44,7 +44,13 @@ def test_half_a_standard_deviation_takes_27_replicates_and_nothing_takes_forever
     assert power.seeds_needed(0.5, 1.0) == 27  # Cohen 1988: d = 0.5, one-sided 5 %, power 0.8
     assert power.seeds_needed(0.01, 1.0) is None
     assert power.seeds_needed(0.0, 1.0) is None
-    assert power.seeds_needed(0.1, 0.0) == 2
+
+
+@pytest.mark.parametrize(("claims", "n"), [(1, 5), (2, 6), (4, 7)])
+def test_without_spread_the_sign_flip_test_decides(claims, n):
+    """Of n pairs that all lie on one side p is 2**-n, which has to come below 5 % of so many claims."""
+    assert power.seeds_needed(0.1, 0.0, 0.05 / claims) == n
+    assert power.seeds_needed(0.1, 0.0, 0.05 / claims, sides="two-sided") == n + 1
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,8 @@ def _replicate(record: RunRecord, arm: Arm) -> ReplicatePoint:
         run_id=record.spec.run_id,
         number=record.spec.number,
         outcome=record.outcome,
+        settings=record.spec.settings,
+        settings_used=result.settings_used if result else {},
         void=_void(record, arm),
         score=test.get(arm.metric.name),
         validation_score=result.score if result else None,
@@ -299,19 +301,20 @@ def _void(record: RunRecord, arm: Arm) -> str | None:
 
 
 def _cost(arm: Arm) -> ArmCost | None:
-    """Measured cost of the runs that ended; None while no replicate is done."""
+    """Measured cost of the runs that have a result, None while none has; of one replicate if one is done."""
     search = [r.result.cost for r in trained(arm.search_runs) if r.result]
     train = [r.result.cost for r in arm.replicates if r.result]
     whole = [r.result.cost for r in arm.replicates if r.result and r.outcome == "done"]
-    if not whole:
+    every = [*search, *train]
+    if not every:
         return None
     return ArmCost(
         search_seconds=math.fsum(c.wall_seconds for c in search),
         train_seconds=math.fsum(c.wall_seconds for c in train),
-        train_seconds_each=interval([c.train_seconds for c in whole]),
-        peak_memory_bytes=max(c.peak_memory_bytes for c in whole),
-        cpu_seconds=math.fsum(c.cpu_seconds for c in (*search, *train)),
-        device=", ".join(sorted({c.device for c in whole})),
+        train_seconds_each=interval([c.train_seconds for c in whole]) if whole else None,
+        peak_memory_bytes=max((c.peak_memory_bytes for c in whole), default=None),
+        cpu_seconds=math.fsum(c.cpu_seconds for c in every),
+        device=", ".join(sorted({c.device for c in whole or every})),
     )
 
 

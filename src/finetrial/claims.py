@@ -169,6 +169,8 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
                 f"{_bound(case, contrast, 'upper' if positive else 'lower', against_bound)} by itself, which "
                 f"speaks against it, but not after Holm over {family} claims (p {p_against_holm:.2g})"
             )
+        elif test.lower == test.upper:
+            reason = f"{_tested(case)} is {test.lower:.3g} in every pair"
         else:
             reason = (
                 f"{_tested(case)} lies between {test.lower:.3g} and {test.upper:.3g} "
@@ -199,8 +201,8 @@ def _result(
 ) -> ClaimResult:  # fmt: skip
     assessed = verdict != "not_assessable"
     detectable = None
-    if assessed and contrast is not None:
-        detectable = power.smallest_detectable(contrast.interval.sd or 0.0, contrast.interval.n, ALPHA / family)
+    if assessed and contrast is not None and contrast.interval.sd:  # without spread there is no t to ask
+        detectable = power.smallest_detectable(contrast.interval.sd, contrast.interval.n, ALPHA / family)
     sides = (case.method, case.reference)
     return ClaimResult(
         claim=case.claim.text,
@@ -249,7 +251,7 @@ def _difference(case: Case) -> Interval | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.6g} %"
 
 
 def _kept(case: Case) -> str:
@@ -258,7 +260,7 @@ def _kept(case: Case) -> str:
         return f"{method} drifts at least {_percent(case.claim.margin)} less than {reference}"
     if case.claim.kind == "forgets_less":
         return f"{method} forgets less than {reference}"
-    return f"{method} scores within {_percent(case.claim.margin)} of {reference}"
+    return f"{method} is at most {_percent(case.claim.margin)} worse than {reference}"
 
 
 def _tested(case: Case) -> str:

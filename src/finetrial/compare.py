@@ -215,7 +215,7 @@ def arm_rows(compared: Compared) -> list[tuple[str, ...]]:
     titles = ("task", "method", "study", "test score", "seeds", "drift", "training time", "peak memory")
     rows: list[tuple[str, ...]] = [titles]
     for arm in compared.arms:
-        cost = arm.cost
+        each = arm.cost.train_seconds_each if arm.cost else None
         cells = (
             arm.task,
             arm.method,
@@ -223,8 +223,8 @@ def arm_rows(compared: Compared) -> list[tuple[str, ...]]:
             f"{arm.metric} {_ends(text.interval(arm.score, _decimals(compared, arm.task)))}",
             str(arm.valid) if arm.valid == arm.planned else f"{arm.valid} of {arm.planned}",
             _ends(text.interval(arm.drift, 3, reason="not measured")),
-            text.duration(cost.train_seconds_each.estimate if cost else None),
-            text.size(cost.peak_memory_bytes if cost else None),
+            text.duration(each.estimate if each else None),
+            text.size(arm.cost.peak_memory_bytes if arm.cost else None),
         )
         rows.append(tuple(text.plain(cell) for cell in cells))
     return rows

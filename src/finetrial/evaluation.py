@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from finetrial import checkpoint, files
 from finetrial.assemble import Workbench, input_hash
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches, model_inputs
+from finetrial.errors import Diverged
 from finetrial.frozen import short_hash
 from finetrial.notice import EXIT_CODE
-from finetrial.plugins import Example, Feature, Scored
+from finetrial.plugins import Example, Feature, Scored, metric_of
 from finetrial.records import How
 
 # Outputs that wait to be written take no more than this; a batch that takes more by itself is not kept.
@@ -128,7 +129,13 @@ def evaluate(
     tokens: int = EVALUATION_TOKENS,
     kept: Kept | None = None,
 ) -> Scored:
-    """Scores of a split, so many tokens at a time. Validation chooses the calibration; test is given it."""
+    """Scores of a split, so many tokens at a time. Validation chooses the calibration; test is given it.
+
+    A metric that is not a finite number is left out.
+
+    Raises:
+        Diverged: it is the one that the task is judged by.
+    """
     model.eval()
     predictions: list[Any] = [None] * len(features)
     losses = [math.nan] * len(features)
@@ -154,7 +161,11 @@ def evaluate(
             for index, prediction, loss in zip(indices, made, lost, strict=True):
                 predictions[index], losses[index] = prediction, loss
     scored = bench.task.head.score(predictions, features, examples, bench.task_params, calibration)
-    return replace(scored, losses=_by_example(losses, features, examples))
+    name = metric_of(bench.spec.task).name
+    if not math.isfinite(score := scored.metrics.get(name, 0.0)):
+        raise Diverged(0, f"the score is {score}")
+    known = {name: value for name, value in scored.metrics.items() if math.isfinite(value)}
+    return replace(scored, metrics=known, losses=_by_example(losses, features, examples))
 
 
 def _by_example(

@@ -212,6 +212,12 @@ def _study_notes(study: Study, ledger: Sequence[LedgerRow]) -> list[str]:
             for name, width in widths.items()
         )
         notes.append(f"learning-rate ranges are not equally wide: {said}")
+    told = [f"{row.method} by {row.warm_start.method}" for row in ledger if row.warm_start]
+    if told:
+        notes.append(
+            f"searches were told where to begin (search.warm_start), so that they depend on each other: "
+            f"{', '.join(dict.fromkeys(told))}"
+        )
     if study.search.rows is not None and study.search.rows != study.train.rows:
         full = "all" if study.train.rows is None else f"{study.train.rows:,}"
         notes.append(
@@ -281,16 +287,15 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
             f"{name}: {unmoved} of its trials are void (nothing moved that should have) and have no score"
         )
     notes += _learnt_nothing(task, arm, name)
-    ignored = sorted(
-        {
+    for what, points in (("trials", arm.search.trials), ("replicates", arm.replicates)):
+        ignored = {
             key
-            for trial in arm.search.trials
-            for key in set(trial.settings) & set(trial.settings_used)
-            if not _same(trial.settings[key], trial.settings_used[key])
+            for point in points
+            for key in set(point.settings) & set(point.settings_used)
+            if not _same(point.settings[key], point.settings_used[key])
         }
-    )
-    if ignored:
-        notes.append(f"{name}: trials did not use the proposed {', '.join(ignored)}")
+        if ignored:
+            notes.append(f"{name}: {what} did not use the {', '.join(sorted(ignored))} that they were given")
     void = [f"{point.number} ({point.void})" for point in arm.replicates if point.void]
     if void:
         notes.append(f"{name}: void replicates: {', '.join(void)}")

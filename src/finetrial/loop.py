@@ -174,8 +174,6 @@ class Loop:
         self.clock.evaluate()
         progress.unjudged = False
         score = scored.metrics[metric.name]
-        if not math.isfinite(score):
-            raise Diverged(progress.step, f"the score is {score}")
         loss = statistics.fmean(scored.losses.values())
         if not math.isfinite(loss):
             raise Diverged(progress.step, f"the loss on validation is {loss}")

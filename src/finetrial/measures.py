@@ -59,7 +59,12 @@ def drift(arm: Arm) -> DriftSummary | None:
     if not found:
         return None
     drifts = [drift for _, drift in found.values()]
-    neighbours = [drift["neighbour"] for drift in drifts if drift.get("neighbour")]
+    valid = {replicate.spec.run_id for replicate in arm.valid}
+    neighbours = [
+        drift["neighbour"]
+        for number, (_, drift) in found.items()
+        if drift.get("neighbour") and arm.probes[number].spec.reference in valid
+    ]
     perturbed = [drift["perturbed"] for drift in drifts if drift.get("perturbed")]
     layers = []
     for index, named in enumerate(drifts[0]["layers"]):
@@ -91,7 +96,8 @@ def drift(arm: Arm) -> DriftSummary | None:
         layers=tuple(layers),
         cka=interval([drift["cka_drift_mean"] for drift in drifts]),
         cosine=interval([drift["cosine_drift_mean"] for drift in drifts]),
-        seed_to_seed=interval(apart) if apart else None,
+        # Neighbouring pairs share a model, so that they are not independent: no t-interval.
+        seed_to_seed=interval(apart).model_copy(update={"low": None, "high": None}) if apart else None,
         perturbed=interval(noise) if noise else None,
         means={key: interval(values) for key, values in _other_means(drifts).items()},
         rows_error=_mean_or_none([drift.get("rows_error") for drift in drifts]),

@@ -8,12 +8,10 @@ the verdicts belong to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from finetrial import files
 from finetrial import report_text as text
-from finetrial.frozen import Setting
 from finetrial.report import citation, escape_markdown
 from finetrial.store import Home
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
@@ -44,7 +42,6 @@ def write(summary: Summary, home: Path) -> None:
 
 def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
     """The text of one card; `adapter`: the folder holds an adapter and not the whole model."""
-    best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
     places = {metric: text.metric_decimals(summary, task, metric) for metric in arm.test}
     parts = [
         _front_matter(summary, task, adapter),
@@ -57,7 +54,7 @@ def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: Replic
         "## What the comparison found",
         _findings(summary, task),
         "## How it was trained",
-        _facts(summary, task, arm, replicate, best.settings_used or best.settings if best else {}),
+        _facts(summary, task, arm, replicate),
         "## How to load it",
         _loading(summary, arm, replicate, adapter),
         "## Limits",
@@ -82,6 +79,8 @@ def _scores(task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, place
         "|---|---|---|---|",
     ]
     for metric, value in arm.test.items():
+        if metric.endswith("rows"):  # the size of a group, not a score
+            continue
         own = (
             text.fixed(replicate.test[metric], places[metric])
             if metric in replicate.test
@@ -113,13 +112,8 @@ def _findings(summary: Summary, task: TaskSummary) -> str:
     return "\n".join(f"- {escape_markdown(line)}" for line in said) or "The study claims nothing of this task."
 
 
-def _facts(
-    summary: Summary,
-    task: TaskSummary,
-    arm: ArmSummary,
-    replicate: ReplicatePoint,
-    settings: Mapping[str, Setting],
-) -> str:
+def _facts(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint) -> str:
+    settings = replicate.settings_used or replicate.settings
     counts = task.split_rows | ({"train": used} if (used := _rows_trained_on(summary, arm)) else {})
     rows = ", ".join(f"{split} {count:,}" for split, count in counts.items())
     facts = [

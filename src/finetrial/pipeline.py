@@ -91,6 +91,7 @@ def _conclude(story: Story) -> Summary:
 
 def _summarise(story: Story) -> Summary:
     opened, planned = story.opened, story.planned()
+    notes = [changed.told for changed in opened.changed] + story.at_other_optima()
     return analyse.summarise(
         story.study,
         planned,
@@ -98,7 +99,7 @@ def _summarise(story: Story) -> Summary:
         model_sha256=opened.model_sha256,
         tests=story.tests_of(planned),
         stops=story.stops(),
-        notes=[changed.told for changed in opened.changed],
+        notes=notes,
     )
 
 
@@ -259,6 +260,19 @@ class Story:
             for task, method in self.study.arms
         }
         return {arm: stop for arm, stop in found.items() if stop is not None}
+
+    def at_other_optima(self) -> list[str]:
+        """A sentence for every arm of which replicates were scored on test with other settings than now."""
+        home, found = self.opened.home, []
+        for arm, settings in {spec.arm: spec.settings for spec in self._replicate_specs()}.items():
+            folders = home.find(f"replicate.{arm.replace('/', '.')}.")
+            count = sum(each.result() is not None and each.spec().settings != settings for each in folders)
+            if count:
+                found.append(
+                    f"{arm}: {count} of its replicates were scored on test with other settings and do not "
+                    f"count: its optimum was chosen anew when their scores could be known"
+                )
+        return found
 
     def tests_of(self, planned: list[RunRecord]) -> dict[str, dict[str, float]]:
         """Run id -> test scores by example, of the replicates that are done and have them."""

@@ -97,13 +97,14 @@ def seeds_needed(
 ) -> int | None:
     """The fewest replicates (of each arm) that find a true difference of that size with 80 % power.
 
-    At least 2; None when 1,000 are too few (an effect of 0 always).
+    At least 2; None when 1,000 are too few (an effect of 0 always). Where sd is 0 there is no t, and the
+    sign-flip test decides, whose p is at least 2**-n (two-sided twice that).
     """
     size = abs(effect)
     if size == 0:
         return None
     if sd == 0:
-        return 2
+        return max(2, math.ceil(-math.log2(alpha)) + (sides == "two-sided"))
 
     def enough(n: int) -> bool:
         return power_of_t(size, sd, n, alpha, sides=sides, paired=paired) >= power

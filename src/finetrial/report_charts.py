@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from finetrial import plots
 from finetrial import report_text as text
 from finetrial.frozen import Setting
-from finetrial.summary import ArmSummary, Control, Summary, TaskSummary
+from finetrial.summary import Control, Summary, TaskSummary
 
 Rows = list[dict[str, Any]]
 
@@ -36,11 +36,6 @@ def file_name(name: str) -> str:
 def setting_columns(settings: Mapping[str, Setting | None]) -> dict[str, Setting | None]:
     """A run's hyper-parameters as columns of its row, which no other column can be called."""
     return {f"{plots.SETTING}{name}": value for name, value in settings.items()}
-
-
-def optimum_columns(arm: ArmSummary) -> dict[str, Setting | None]:
-    """What every replicate of an arm was trained with."""
-    return setting_columns({d.name: d.optimum for d in arm.search.dimensions})
 
 
 def drift(summary: Summary, task: TaskSummary) -> Chart | None:
@@ -95,7 +90,8 @@ def forgetting(summary: Summary, task: TaskSummary) -> Chart | None:
         for run, lost in pairs:
             rows.append(
                 {"series": "replicate", "method": arm.method, "replicate": run.number, "score": run.score,
-                 "forgotten": lost, "low": None, "high": None, "run_id": run.run_id, **optimum_columns(arm)}
+                 "forgotten": lost, "low": None, "high": None, "run_id": run.run_id}
+                | setting_columns(run.settings)
             )  # fmt: skip
         mean = arm.test.get(task.metric)
         rows.append(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from finetrial import report_text as text
 from finetrial.report_tables import Badge, Cell, Table, columns_of
-from finetrial.summary import LedgerRow, Summary
+from finetrial.summary import ClaimResult, LedgerRow, Summary
 
 
 def claim_details(summary: Summary) -> Table:
@@ -21,13 +21,18 @@ def claim_details(summary: Summary) -> Table:
         rows.append(
             (
                 f"{claim.task}: {claim.claim}",
-                text.interval(claim.contrast, places, signed=True, reason="no pair of valid seeds"),
+                text.interval(
+                    claim.contrast,
+                    places,
+                    signed=True,
+                    reason="fewer than two pairs" if claim.pairs else "no pair of valid seeds",
+                ),
                 text.fixed(bound, places, signed=True) if bound is not None else text.missing("no test"),
                 text.p_value(claim.p_t),
                 text.p_value(claim.p_sign_flip),
                 text.p_value(claim.p_holm),
                 text.p_value(claim.p_against_holm),
-                text.fixed(least, places) if least is not None else text.missing("too few seeds"),
+                text.fixed(least, places) if least is not None else text.missing(_why_no_least(claim)),
                 str(claim.seeds_needed)
                 if claim.seeds_needed
                 else text.missing(
@@ -54,6 +59,12 @@ def claim_details(summary: Summary) -> Table:
         "Seeds missing",
     )
     return Table("claims", "The claims in detail", columns, tuple(rows), note)
+
+
+def _why_no_least(claim: ClaimResult) -> str:
+    if claim.verdict == "not_assessable":
+        return "no test"
+    return "no spread"
 
 
 def _warm_start(row: LedgerRow) -> str:
@@ -108,7 +119,7 @@ LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
         lambda r: (
             text.missing("not searched")
             if r.learning_rate_decades is None
-            else f"{r.learning_rate_decades:.2g}"
+            else f"{r.learning_rate_decades:.3g}"
         ),
         True,
     ),
@@ -140,7 +151,10 @@ def ledger(summary: Summary, task: str) -> Table:
         ]
         rows.append((title, *(text.duration(getattr(cost, read) if cost else None) for cost in costs_), ""))
     columns = columns_of("Given and used", *(f"#{row.method}" for row in given), "Equal?")
-    note = "Totals over all runs of the arm. k, M, G, T, P: 10³, 10⁶, 10⁹, 10¹², 10¹⁵."
+    note = (
+        "Totals over the arm's runs that have a result; what an attempt had done beyond its last checkpoint "
+        "when it was killed is in none. k, M, G, T, P: 10³, 10⁶, 10⁹, 10¹², 10¹⁵."
+    )
     return Table(f"ledger.{task}", f"Fairness ledger: {task}", columns, tuple(rows), note)
 
 

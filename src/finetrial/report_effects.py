@@ -80,7 +80,8 @@ def _ratio(claim: ClaimResult) -> str:
     if effect is None or effect.ratio is None:
         return text.missing("no pair" if effect is None else "the reference is 0")
     if effect.ratio_low is None or effect.ratio_high is None:
-        return f"{text.fixed(effect.ratio, 3)} (not bounded)"
+        why = "not bounded" if len(claim.pairs) > 1 else "no interval, n = 1"
+        return f"{text.fixed(effect.ratio, 3)} ({why})"
     low, high = (text.fixed(end, 3) for end in (effect.ratio_low, effect.ratio_high))
     return f"{text.fixed(effect.ratio, 3)} ({low} to {high})"
 

@@ -16,7 +16,6 @@ from finetrial.report_charts import (
     drift,
     file_name,
     forgetting,
-    optimum_columns,
     setting_columns,
     spectrum,
 )
@@ -98,8 +97,8 @@ def _scores(summary: Summary, task: TaskSummary) -> Chart | None:
     places = text.metric_decimals(summary, task, task.metric)
     for arm in text.arms_of(summary, task.name):
         for run in arm.replicates:
-            which = {"replicate": run.number, "run_id": run.run_id} | optimum_columns(arm)
-            rows.append(_score_row("replicate", arm.method, run.score, **which))
+            which = {"replicate": run.number, "run_id": run.run_id} | setting_columns(run.settings)
+            rows.append(_score_row("replicate", arm.method, None if run.void else run.score, **which))
         mean = arm.test.get(task.metric)
         if mean:
             rows.append(_score_row("mean", arm.method, mean.estimate, low=mean.low, high=mean.high))
@@ -249,7 +248,7 @@ def _cost(summary: Summary, task: TaskSummary) -> Chart | None:
     rows += _quantity("saved size", {a.method: a.saved_bytes for a in arms}, text.BYTES, text.size)
     if all(row["value"] is None for row in rows):
         return None
-    counts = ", ".join(f"{arm.method} n = {arm.cost.train_seconds_each.n}" for arm in arms if arm.cost)
+    counts = ", ".join(f"{method} n = {each.n}" for method, each in seconds.items() if each)
     said = ", ".join(f"{row['method']} {row['quantity']} {row['text']}" for row in rows if row["text"])
     return Chart(
         file_name(f"{task.name}.cost"),

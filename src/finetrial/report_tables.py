@@ -125,7 +125,8 @@ def _memory(arm: ArmSummary) -> int | None:
 
 
 def _seconds(arm: ArmSummary) -> float | None:
-    return arm.cost.train_seconds_each.estimate if arm.cost else None
+    each = arm.cost.train_seconds_each if arm.cost else None
+    return each.estimate if each else None
 
 
 def _against(

@@ -162,11 +162,16 @@ def percent(share: float, *, signed: bool = False) -> str:
     return f"{fixed(value, 0 if abs(value) >= 2 or value == 0 else 1, signed=signed)}{NARROW}%"
 
 
+def margin(share: float) -> str:
+    """A declared margin as percent, as it was declared."""
+    return f"{100 * share:.6g}{NARROW}%"
+
+
 def difference(claim: ClaimResult, decimals: int) -> str:
     """Method minus reference with its 95 % interval: in points of the score, or in % of the drift."""
     value = claim.difference
     if value is None:
-        return missing("no pair of valid seeds")
+        return missing("the reference is 0" if claim.pairs else "no pair of valid seeds")
     if claim.kind == "drifts_less":
         text = percent(value.estimate, signed=True)
         if value.low is None or value.high is None:
@@ -273,8 +278,8 @@ def _opening(summary: Summary) -> list[str]:
 def sentence(claim: ClaimResult, decimals: int) -> str:
     """One verdict as a sentence that is true on its own."""
     verb, said = {
-        "within": ("scores", f"within {percent(claim.margin)} of {claim.reference}"),
-        "drifts_less": ("drifts", f"at least {percent(claim.margin)} less than {claim.reference}"),
+        "within": ("is", f"at most {margin(claim.margin)} worse than {claim.reference}"),
+        "drifts_less": ("drifts", f"at least {margin(claim.margin)} less than {claim.reference}"),
         "forgets_less": ("forgets", f"less than {claim.reference}"),
     }[claim.kind]
     names = f"{claim.method} {verb}"

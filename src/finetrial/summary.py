@@ -81,6 +81,8 @@ class ReplicatePoint(Frozen):
     run_id: str
     number: int
     outcome: Outcome
+    settings: dict[str, Setting]  # what it was to be trained with
+    settings_used: dict[str, Setting]  # what it was
     void: str | None  # why it does not count: something that should have trained did not move
     score: float | None  # the task's metric on test
     validation_score: float | None
@@ -152,12 +154,12 @@ class ForgettingSummary(Frozen):
 
 
 class ArmCost(Frozen):
-    """Measured cost of the arm's runs; varies from run to run."""
+    """Measured cost of the arm's runs that have a result; varies from run to run."""
 
     search_seconds: float
     train_seconds: float  # of all replicates, wall clock, from their start to their result
-    train_seconds_each: Interval  # of steps alone, without evaluations and what comes before and after
-    peak_memory_bytes: int
+    train_seconds_each: Interval | None  # of steps alone, without evaluations and what comes before and after
+    peak_memory_bytes: int | None
     cpu_seconds: float
     device: str
 

@@ -103,7 +103,8 @@ class Classification:
 
     def baselines(self, splits: Splits, params: ClassificationParams) -> dict[str, dict[str, float]]:
         """Test scores of always saying train's commonest class (`majority`; the lowest of equals), and the
-        expected ones of guessing every class alike (`uniform`; F1 is a mean over random guesses)."""
+        expected ones of guessing every class alike (`uniform`; F1 is a mean over random guesses). Of two
+        classes also of always saying the last, which F1 is of (`always_last`), unless that is the commonest."""
         classes = len(splits.test[0]["classes"])
         true = _labels(splits.test)
         commonest = int(np.bincount(_labels(splits.train), minlength=classes).argmax())
@@ -111,8 +112,12 @@ class Classification:
         draws = [
             metrics(true, random.integers(classes, size=len(true)), classes)["f1"] for _ in range(RANDOM_DRAWS)
         ]
+        last = (
+            {"always_last": metrics(true, np.full_like(true, 1), 2)} if classes == 2 and commonest == 0 else {}
+        )
         return {
             "majority": metrics(true, np.full_like(true, commonest), classes),
+            **last,
             # A guess is right with probability 1 / classes, and no guess correlates with the labels.
             "uniform": {"accuracy": 100.0 / classes, "f1": float(np.mean(draws)), "matthews": 0.0},
         }
