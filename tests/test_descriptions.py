@@ -61,7 +61,7 @@ def drawn_trial(number, score, method="lora", task=TASK, **fields):
 def curve_of(scores, *, method="lora", task=TASK, **search):
     """The curve of an arm all of whose trials were drawn at random; None is a failed one."""
     trials = [
-        failed(spec("trial", n, method, task, settings=drawn(method, n)))
+        failed(spec("trial", n, method, task, settings=drawn(method, n)), "out_of_memory", "too large")
         if score is None
         else drawn_trial(n, score, method, task)
         for n, score in enumerate(scores)
@@ -114,15 +114,16 @@ def test_a_failed_trial_counts_with_the_worst_value_of_the_metric():
     assert curve.expected == pytest.approx([1.3 / 3, 2.1 / 3, 0.8])
 
 
-def test_a_diverged_or_void_trial_counts_with_the_worst_value_and_a_waiting_one_not_at_all():
+def test_a_diverged_or_void_trial_counts_with_the_worst_value_and_one_that_waits_or_was_lost_not_at_all():
     found = [
         *records()[:2],
         drawn_trial(0, None, outcome="diverged", reason="loss"),
         drawn_trial(1, 0.9, proof=proof(void="adapter did not move")),
         drawn_trial(2, 0.6),
         failed(spec("trial", 3, "lora", settings=drawn("lora", 3)), "cancelled", "asked to"),
+        failed(spec("trial", 4, "lora", settings=drawn("lora", 4)), "timed_out", "too slow a machine"),
     ]
-    asked = study(trials=4, sampler="random")
+    asked = study(trials=5, sampler="random")
     curve = arm_of(summarise(asked, found, META), "lora").search.curve
     assert (len(curve.run_ids), curve.without_score) == (3, 2)
     assert curve.expected == pytest.approx([0.2, 0.4, 0.6])

@@ -15,6 +15,8 @@ from statistics import fmean
 
 import pytest
 
+from finetrial import export
+from finetrial.pipeline import analyse_again
 from finetrial.records import Failure
 from finetrial.store import Home, RunFolder
 
@@ -167,6 +169,19 @@ def test_models_are_kept_by_policy_once_they_are_measured(reference, tmp_path, p
         replicates = [f.record() for f in Home(home).find(f"replicate.synthetic_qa.{method}.")]
         best = max(replicates, key=lambda r: (r.result.score, -r.spec.number))
         assert set(kept) <= {Home(home).model_folder(best.spec)}
+
+
+def test_replicates_at_another_optimum_are_said_to_have_been_seen(reference, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(reference[1], home)
+    assert not any("optimum was chosen anew" in note for note in analyse_again(home).fairness_notes)
+    now = export.read(Home(home), "synthetic_qa", "lora")
+    export.write(Home(home), now.model_copy(update={"settings": {**now.settings, "learning_rate": 1e-4}}))
+    found = [note for note in analyse_again(home).fairness_notes if "optimum was chosen anew" in note]
+    assert found == [
+        "synthetic_qa/lora: 2 of its replicates were scored on test with other settings and do not count: its "
+        "optimum was chosen anew when their scores could be known"
+    ]
 
 
 def test_a_later_replicate_is_measured_though_the_one_before_it_was_not_kept(reference, tmp_path):

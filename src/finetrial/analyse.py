@@ -36,7 +36,7 @@ from finetrial.fairness import (
 from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, SearchStop, TaskSpec
-from finetrial.search import random_draw
+from finetrial.search import BAD, random_draw
 from finetrial.space import Choice, Fixed, Range, Space
 from finetrial.study import Claim, Study
 from finetrial.summary import (
@@ -213,7 +213,7 @@ def _search(study: Study, arm: Arm) -> SearchSummary:
     best = best_trial(arm.trials, arm.metric)
     drawn = _drawn(study, arm)
     at_random = {r.spec.number for r in drawn}
-    ended = [r for r in drawn if r.outcome not in LEFT_WAITING]
+    ended = [r for r in drawn if r.outcome == "done" or r.outcome in BAD]  # no others tell of their settings
     points = [
         TrialPoint(
             run_id=r.spec.run_id,

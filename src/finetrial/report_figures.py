@@ -212,8 +212,8 @@ def _tuning(summary: Summary, task: TaskSummary) -> Chart | None:
         f"Tuning curve on {task.name}",
         f"What the best of so many trials is expected to score, from the trials that were drawn at random "
         f"({'; '.join(counts)}): those that TPE has guided depend on one another and are left out. A trial "
-        f"without a score counts with the metric's worst value. Shaded: 95 % band of the whole curve at once, "
-        f"cut off at the figure's edge.",
+        f"without a score counts with the metric's worst value; what a machine's fault ended is left out. "
+        f"Shaded: 95 % band of the whole curve at once, cut off at the figure's edge.",
         f"Expected best validation {task.metric}: {', '.join(said)}.",
         rows,
         plots.tuning_figure(rows, metric=task.metric, methods=text.methods_of(summary)),
