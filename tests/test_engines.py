@@ -23,7 +23,7 @@ from finetrial.plugins import Exit
 from finetrial.processes import OUT_OF_MEMORY_SCORE, Handle
 from finetrial.records import How, TaskSpec
 from finetrial.store import RunFolder
-from scripted import Scripted, make_spec
+from scripted import Scripted, gone, make_spec
 
 LOCAL = Local()  # one nursery for the whole file: its imports take seconds
 ENGINES = {"spawn": Spawn(), "local": LOCAL}
@@ -58,13 +58,6 @@ def wait_for(what, seconds: float = 60.0):
 
 def ended(engine: Any, handle: Any) -> Exit:
     return wait_for(lambda: engine.poll(handle))
-
-
-def gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def scripted(folder: RunFolder, program: str) -> tuple[Scripted, Handle]:
