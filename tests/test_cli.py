@@ -13,16 +13,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from conftest import call
 from finetrial import plugins
-from finetrial.cli import Verbs, main
+from finetrial.cli import Verbs
 from finetrial.study_file import load_study
 from wrong_study_files import ONE_MISTAKE, text_of
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 VERBS = ("init", "check", "plan", "run", "status", "show", "report", "compare")
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def assert_refused(result: Result, code: int = 1) -> None:
@@ -31,11 +30,6 @@ def assert_refused(result: Result, code: int = 1) -> None:
     assert result.exception is None or isinstance(result.exception, SystemExit)
     assert "Traceback" not in result.output
     assert result.stdout == ""
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 # -- usage -----------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from conftest import call
 from finetrial import lease
-from finetrial.cli import main
 from finetrial.records import Failure
 from finetrial.store import Home
 from wrong_study_files import text_of
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 FINISHED = {
     "study": "small",
@@ -28,11 +30,6 @@ FINISHED = {
     "measure": "[]",
     "run": "{engine: inline, threads: 1}",
 }
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +59,6 @@ def edit(before: str, after: str) -> None:
     text = Path("study.yaml").read_text()
     assert before in text
     Path("study.yaml").write_text(text.replace(before, after))
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def assert_refused(result: Result, code: int = 1) -> None:

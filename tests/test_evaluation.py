@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +26,10 @@ from finetrial.train import make_accelerator
 from fragile import TROUBLE, Interrupted
 from tiny_runs import folder_of, make_spec, run, unmeasured
 
+pytestmark = pytest.mark.usefixtures("no_trouble")
+
 TOKENS = 96  # at once: several batches
 OFTEN = {"how": {"checkpoint_steps": 1}}
-
-
-@pytest.fixture(autouse=True)
-def _no_trouble() -> Iterator[None]:
-    TROUBLE.reset()
-    yield
-    TROUBLE.reset()
 
 
 class Model(NamedTuple):

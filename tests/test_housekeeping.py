@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
+from conftest import call
 from finetrial import housekeeping, secrets_guard
-from finetrial.cli import main
 from finetrial.errors import DataError, Incomplete, StudyError
 from finetrial.paths import expand_path
 from finetrial.records import Attempt, Failure
@@ -18,6 +17,8 @@ from finetrial.store import Home
 from finetrial.study_file import parse_study
 from scripted import make_spec
 from wrong_study_files import text_of
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 SECRET = "sk-0123456789abcdef"
 SMALL = {
@@ -30,15 +31,6 @@ SMALL = {
     "measure": "[]",
     "run": "{engine: inline, threads: 1}",
 }
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
 
 
 def write_study(model: Path, **changes: str) -> None:

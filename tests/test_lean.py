@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,7 @@ from fragile import TROUBLE
 from test_resume import interrupted_at
 from tiny_runs import folder_of, make_spec, records, run, unmeasured
 
-
-@pytest.fixture(autouse=True)
-def _no_trouble() -> Iterator[None]:
-    TROUBLE.reset()
-    yield
-    TROUBLE.reset()
+pytestmark = pytest.mark.usefixtures("no_trouble")
 
 
 def generator(seed: int = 0) -> torch.Generator:

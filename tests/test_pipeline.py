@@ -21,6 +21,19 @@ from finetrial.records import Failure
 from finetrial.store import Home, RunFolder
 
 FINETRIAL = [sys.executable, "-m", "finetrial"]
+TINY_STUDY = """\
+study: tiny
+model: {model}
+tasks:
+  synthetic_qa: {{rows: 48, validation_rows: 24, test_rows: 24, max_length: 64}}
+methods:
+  full: {{search: {{learning_rate: {{low: 1e-4, high: 1e-2}}}}}}
+  lora: {{search: {{learning_rate: {{low: 1e-3, high: 1e-1}}, rank: [2, 4]}}}}
+search: {{trials: 3, space: {{epochs: 1, batch_size: 8}}}}
+train: {{seeds: 2}}
+measure: {{drift: {{rows: 24}}, spectrum: {{}}}}
+run: {{threads: 1, log_steps: 1, parallel: 2}}
+"""
 
 
 def run_study(study: Path, home: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -47,8 +60,6 @@ def hashes(home: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> tuple[Path, Path]:
     """A finished tiny study: its file and its folder."""
-    from conftest import TINY_STUDY
-
     folder = tmp_path_factory.mktemp("reference")
     study = folder / "study.yaml"
     study.write_text(TINY_STUDY.format(model=tiny_bert))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,7 @@ from finetrial.store import RunFolder
 from fragile import TROUBLE, Interrupted
 from tiny_runs import examples, folder_of, make_spec, records, run, unmeasured
 
-
-@pytest.fixture(autouse=True)
-def _no_trouble() -> Iterator[None]:
-    TROUBLE.reset()
-    yield
-    TROUBLE.reset()
+pytestmark = pytest.mark.usefixtures("no_trouble")
 
 
 def interrupted_at(spec: RunSpec, home: Path, *losses: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,7 @@ from finetrial.store import Home
 from fragile import TROUBLE
 from tiny_runs import examples, folder_of, make_spec, run
 
-
-@pytest.fixture(autouse=True)
-def _no_trouble() -> Iterator[None]:
-    TROUBLE.reset()
-    yield
-    TROUBLE.reset()
+pytestmark = pytest.mark.usefixtures("no_trouble")
 
 
 # ---- proof of training -----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,7 @@ from finetrial.training_state import Clock, Progress, guard
 from fragile import TROUBLE
 from tiny_runs import folder_of, make_spec, records, run
 
-
-@pytest.fixture(autouse=True)
-def _no_trouble() -> Iterator[None]:
-    TROUBLE.reset()
-    yield
-    TROUBLE.reset()
+pytestmark = pytest.mark.usefixtures("no_trouble")
 
 
 # ---- which weights are kept, and when to stop ----------------------------------------------------------------

@@ -12,13 +12,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from finetrial.cli import main
+from conftest import call
 from wrong_data import DATA
 from wrong_homes import HOMES
 from wrong_models import MODELS
 from wrong_study_files import ONE_MISTAKE, text_of
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 SMALL = {
     "study": "small",
@@ -34,13 +36,8 @@ TEXTS = "{classification: {max_length: 16, data: {train: train.jsonl, test: test
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _a_variable_is_not_set(monkeypatch):
     monkeypatch.delenv("FINETRIAL_NOT_SET", raising=False)
-
-
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
 
 
 def everything(besides: str | None = None) -> dict[str, tuple[int, str]]:

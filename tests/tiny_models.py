@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, folder / name)
+
+
 def write_roberta(folder: Path, tokenizer_from: Path) -> Path:
     """A random two-layer RoBERTa without a pooler, with another model's tokenizer standing in for its own."""
     from transformers import RobertaConfig, RobertaModel
 
-    for name in TOKENIZER_FILES:
-        shutil.copy(tokenizer_from / name, folder / name)
+    copy_tokenizer(tokenizer_from, folder)
     torch.manual_seed(0)
     config = RobertaConfig(
         vocab_size=30522, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
