@@ -79,7 +79,7 @@ def summarise(
         stops: task/method -> why that arm's search was ended early.
         notes: on how the study came about, to stand with those on its fairness.
 
-    Equal studies give equal summaries apart from `cost` and `meta`.
+    Equal studies give equal summaries apart from `cost`, `meta` and what was attempted again or failed.
 
     Raises:
         PluginError: a task's plug-in does not load.

@@ -55,7 +55,7 @@ class Workbench:
 
     def method(self) -> tuple[Any, Any]:
         """The method's plug-in and its parameters."""
-        assert self.spec.method is not None, "baseline runs have no method"
+        assert self.spec.method is not None, "the untrained model and the control have no method"
         plugin = plugins.load("methods", self.spec.method.use)
         return plugin, plugin.Params.model_validate(self.spec.method.params)
 

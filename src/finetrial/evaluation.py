@@ -1,7 +1,8 @@
 """What a model predicts on a split, and its scores. Child side.
 
 A long evaluation keeps the model's outputs as it goes, so that a killed process does not begin it again. Which
-split is scored when, and with which calibration, is `train.py`'s and `stages.py`'s.
+split is scored when, and with which calibration, is up to who asks: in training `loop.py`, else `stages.py`,
+`measuring.py` or `rehearsal.py`.
 """
 
 from __future__ import annotations

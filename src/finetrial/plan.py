@@ -1,7 +1,7 @@
 """A study as the exact list of runs: pure functions from a study to run specs.
 
-Nothing is read, written or started here. What a trial's settings are is `search.py`'s; which run comes
-next is `pipeline.py`'s.
+Nothing is read, written or started here. What a trial's settings are is `search.py`'s; which trial comes
+next is `arm_search.py`'s, and which phase `pipeline.py`'s.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class RunSpec(Frozen):
     rules: LoopRules = LoopRules()
     seeds: Seeds
     inputs: dict[str, str] = {}  # SHA-256 of the model and data files, so that changed input is a new run
-    measures: dict[str, dict[str, Any]] = {}  # probes and rehearsals: name -> its own parameters
+    measures: dict[str, dict[str, Any]] = {}  # probes, rehearsals, the frozen body: name -> its own parameters
     subject: str | None = None  # probes only: run id of the replicate measured; None is the base model
     reference: str | None = None  # probes only: run id of the neighbour replicate, for seed-to-seed drift
     how: How = How()

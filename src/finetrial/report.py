@@ -1,8 +1,9 @@
 """The report: a summary written as one HTML page, Markdown, LaTeX tables and figure files.
 
 Computes nothing: numbers come from `analysis/summary.json` (`analyse.py`), their wording from
-`report_text.py`, tables from `report_tables.py` and `report_checks.py`, figures from `report_figures.py`.
-This file escapes, fills the templates and writes the files, each of them atomically.
+`report_text.py`, tables from `report_tables.py`, `report_measures.py`, `report_effects.py` and
+`report_checks.py`, figures from `report_figures.py`. This file escapes, fills the templates and writes the
+files, each of them atomically.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What models make of the same inputs: forward passes, masked mean pooling, similarity per layer.
 
 Child side: imports torch. Writes nothing: pooled rows live in memory and go, layer by layer, through the
-accumulators of `cka.py`. Not for choosing the inputs (the worker does) nor for statistics over
+accumulators of `cka.py`. Not for choosing the inputs (`measuring.py` does) nor for statistics over
 replicates (`stats.py`).
 
 Axes: B rows of a batch, T tokens, N rows in all, D features. Layers follow transformers' convention:

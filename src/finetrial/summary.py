@@ -1,7 +1,7 @@
 """The shape of `analysis/summary.json`: every number of the report, with the run ids it came from.
 
 Written by `analyse.py`, read by `report.py` and `plots`, which compute nothing. Whatever varies between
-two equal studies (times, memory) lives under `cost` and `meta` alone.
+two equal studies lives under `cost` and `meta` (times, memory), or says what was attempted again or failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ Unit = Literal["score", "share", "points", "nats"]
 
 
 class Interval(Frozen):
-    """An estimate with a two-sided 95 % t-interval over replicates; None where n is too small."""
+    """An estimate with a two-sided 95 % interval over replicates: by t, or for a ratio of drifts by Fieller.
+
+    None where n is too small, or the data do not bound it.
+    """
 
     estimate: float
     low: float | None
@@ -207,7 +210,7 @@ class TaskSummary(Frozen):
     metric: str
     higher_is_better: bool
     split_rows: dict[str, int]
-    input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs; train's is that of full data
+    input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs; train's is of `train.rows`
     baselines: dict[str, dict[str, float]]  # majority, untrained, frozen body ... -> metric -> test value
     baseline_run: str | None
     controls: tuple[Control, ...]  # those that have ended

@@ -1,7 +1,8 @@
 """Interpolation: the task's score, drift and forgetting on the straight line from the base to the tuned body.
 
 What methods are compared by at one task score, and not only where each of them ended. Known from robust
-fine-tuning (Wortsman et al. 2022, arXiv:2109.01903). Which point of the line is taken is `analyse.py`'s.
+fine-tuning (Wortsman et al. 2022, arXiv:2109.01903). Which point of the line is taken is `matching.py`'s,
+and over which pairs `descriptions.py`'s.
 """
 
 from __future__ import annotations
