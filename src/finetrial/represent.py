@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finetrial.batching import model_inputs
 from finetrial.cka import MIN_ROWS, CkaAccumulator, gram_cka, grams
 from finetrial.similarity import (
     NEIGHBOURS,
@@ -32,8 +33,6 @@ from finetrial.similarity import (
     variance_shares,
 )
 
-# A batch carries labels and bookkeeping too; these alone are the model's inputs.
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 CHUNK_ROWS = 512  # rows per accumulator step: large enough for BLAS, small beside D x D sums
 # Rows at most, evenly spaced, where cost grows with their square (RSA ranks half a million distances) or faster
 # (Procrustes: 8.5 s of processor time for 2,500 rows of 2,048 features).
@@ -104,7 +103,7 @@ def _pooled(model: Any, batch: Mapping[str, Any], causal: bool | None) -> list[l
     """Per way of pooling one array per layer: the masked mean and, if it is known, what a head reads."""
     device = next(model.parameters()).device
     model.eval()
-    inputs = {key: batch[key].to(device) for key in MODEL_INPUTS if key in batch}
+    inputs = {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
     pool_mask_BT = batch["pool_mask"].to(device)
     has_content_B = pool_mask_BT.sum(dim=1) > 0
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
