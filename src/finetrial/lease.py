@@ -8,7 +8,6 @@ A lease states its own SHA-256, so that a flipped bit in the host does not keep 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from finetrial import files
-from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, canonical_json
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, short_hash
 
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
@@ -89,7 +88,7 @@ def write(path: Path, lease: Lease) -> None:
 
 
 def _digest(lease: Lease) -> str:
-    return hashlib.sha256(canonical_json(lease.model_dump()).encode()).hexdigest()
+    return short_hash(lease, 64)
 
 
 def is_stale(lease: Lease) -> bool:

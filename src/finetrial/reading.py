@@ -7,7 +7,6 @@ where a pair is one input.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetrial.batching import collate, evaluation_batches
-from finetrial.frozen import canonical_json
+from finetrial.frozen import short_hash
 from finetrial.plugins import Example, Feature
 from finetrial.represent import pooled_rows
 
@@ -29,8 +28,7 @@ class Texts(NamedTuple):
     @property
     def sha256(self) -> str:
         """Of the token ids: equal where two models read the same."""
-        ids = [[feature.input_ids for feature in side] for side in self.sides]
-        return hashlib.sha256(canonical_json(ids).encode()).hexdigest()
+        return short_hash([[feature.input_ids for feature in side] for side in self.sides], 64)
 
 
 def texts_of(examples: Sequence[Example], task: Any, params: Any, tokenizer: Any, *, causal: bool) -> Texts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from finetrial import files
 from finetrial.errors import HomeError
-from finetrial.frozen import canonical_json
+from finetrial.frozen import canonical_json, short_hash
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -65,4 +64,4 @@ def read(path: Path, model: type[M]) -> M:
 
 def digest(content: Any) -> str:
     """The SHA-256 of a record's canonical JSON."""
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return short_hash(content, 64)

@@ -7,7 +7,6 @@ language head. Raw measurements of one model as plain JSON; intervals and verdic
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 from finetrial import plugins, readers
 from finetrial.data import SPLIT_SEED, cap_rows, locate
 from finetrial.errors import DataError, PluginError
-from finetrial.frozen import Frozen, canonical_json
+from finetrial.frozen import Frozen, canonical_json, short_hash
 from finetrial.plugins import ProbeInput
 from finetrial.records import TaskSpec
 
@@ -199,7 +198,7 @@ def _on_text(given: ProbeInput, params: Params) -> dict[str, Any]:
         "tuned": after.mean,
         "forgotten": after.mean - before.mean,
         "tokens": before.tokens,
-        "input_sha256": _hash(inputs),
+        "input_sha256": short_hash(inputs, 64),
     }
 
 
@@ -219,10 +218,6 @@ def _texts(text: Text, folder: Path) -> Iterator[str]:
         if value not in seen:
             yield value
         seen.add(value)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 PLUGIN = Forgetting()
