@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetrial import lease
+from finetrial import lease, sealed
 from finetrial.lease import FileLock, Lease
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -23,7 +23,7 @@ def held_by(path: Path, **changes: object) -> Lease:
     mine = lease.claim(path)
     assert mine is not None
     other = mine.model_copy(update={"token": "another", **changes})
-    lease.write(path, other)
+    sealed.write(path, other)
     return other
 
 
@@ -74,11 +74,11 @@ def test_another_hosts_lease_counts_by_its_heartbeat_alone(lease_file):
 def test_renewing_moves_the_heartbeat_and_fails_once_the_lease_was_taken_over(lease_file):
     mine = lease.claim(lease_file)
     old = mine.model_copy(update={"renewed_at": 1.0})
-    lease.write(lease_file, old)
+    sealed.write(lease_file, old)
     assert lease.renew(lease_file, mine)
     assert lease.read(lease_file).renewed_at > 1.0
     other = mine.model_copy(update={"token": "another"})
-    lease.write(lease_file, other)
+    sealed.write(lease_file, other)
     assert not lease.renew(lease_file, mine)
     lease.release(lease_file, mine)
     assert lease.read(lease_file) == other

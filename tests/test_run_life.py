@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from finetrial import files, setting_aside
+from finetrial import files, sealed, setting_aside
 from finetrial import lease as leases
 from finetrial.errors import FinetrialError, HomeError, Incomplete
 from finetrial.packing import Packing
@@ -350,7 +350,7 @@ class RunLife(RuleBasedStateMachine):
         gone = {"process_started_at": 1.0}
         if elsewhere:
             gone = {"host": f"not-{socket.gethostname()}", "renewed_at": time.time() - 2 * leases.STALE_SECONDS}
-        leases.write(self.folder.lease_file, lease.model_copy(update=gone))
+        sealed.write(self.folder.lease_file, lease.model_copy(update=gone))
 
     @staticmethod
     def _bytes(path: Path) -> bytes | None:

@@ -8,7 +8,6 @@ A lease states its own SHA-256, so that a flipped bit in the host does not keep 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import time
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import psutil
 
-from finetrial import files
-from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, short_hash
+from finetrial import sealed
+from finetrial.errors import HomeError
+from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
@@ -45,7 +45,7 @@ def claim(path: Path) -> Lease | None:
     if held is not None and not is_stale(held):
         return None
     lease = _mine(uuid.uuid4().hex)
-    write(path, lease)
+    sealed.write(path, lease)
     return lease
 
 
@@ -54,7 +54,7 @@ def renew(path: Path, lease: Lease) -> bool:
     held = read(path)
     if held.token != lease.token if held is not None else not path.exists():
         return False
-    write(path, _mine(lease.token))
+    sealed.write(path, _mine(lease.token))
     return True
 
 
@@ -74,21 +74,9 @@ def drop_stale(path: Path) -> None:
 def read(path: Path) -> Lease | None:
     """The lease in a file; None if there is none or it is not what was written."""
     try:
-        content = json.loads(path.read_bytes())
-        stated = content.pop("sha256", None) if isinstance(content, dict) else None
-        lease = Lease.model_validate(content)
-    except (FileNotFoundError, IsADirectoryError, ValueError):  # no JSON, no UTF-8, or other fields
+        return sealed.read(path, Lease)
+    except (FileNotFoundError, IsADirectoryError, HomeError):
         return None
-    return lease if stated == _digest(lease) else None
-
-
-def write(path: Path, lease: Lease) -> None:
-    """Put a lease in its file, as `read` knows it."""
-    files.write_json(path, {**lease.model_dump(), "sha256": _digest(lease)})
-
-
-def _digest(lease: Lease) -> str:
-    return short_hash(lease, 64)
 
 
 def is_stale(lease: Lease) -> bool:
