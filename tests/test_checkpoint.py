@@ -233,6 +233,7 @@ def test_tensors_of_another_model_are_refused(tmp_path):
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_one(tmp_path, monkeypatch, call):
     run = parts()
     save(tmp_path, 1, *run, {"best_step": None})
+    (tmp_path / ".step-00000002.0123abcd.tmp").mkdir()  # a killed attempt's
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

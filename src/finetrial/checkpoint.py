@@ -215,19 +215,16 @@ def _best_step(checkpoint: Path) -> int | None:
 
 @contextmanager
 def committed(final: Path) -> Iterator[Path]:
-    """An empty folder that becomes the final one; on an error (a full disk) nothing of it is left."""
+    """`files.committed` within a run's folder, the folder made and what a killed attempt left of it deleted."""
     if final.parent.is_symlink():  # older ones are deleted there
         raise HomeError(
             f"{final.parent} is a link that leads out of the run's folder; put a folder in its place"
         )
-    temporary = final.with_name(f".{final.name}.tmp")
-    files.discard(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    for left_over in final.parent.glob(f".{final.name}.*tmp"):
+        files.discard(left_over)
+    with files.committed(final) as temporary:
+        temporary.mkdir(parents=True)
         yield temporary
-        files.commit_folder(temporary, final)
-    finally:
-        files.discard(temporary)
 
 
 def _drop_all_but(folder: Path, keep: set[str]) -> None:

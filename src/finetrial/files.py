@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,17 @@ def sealed(folder: Path, otherwise: set[str]) -> set[str]:
         return set(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return otherwise
+
+
+@contextmanager
+def committed(final: Path) -> Iterator[Path]:
+    """Where to make and fill a folder that becomes the final one; on an error nothing of it is left."""
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        commit_folder(temporary, final)
+    finally:
+        discard(temporary)
 
 
 def commit_folder(temporary: Path, final: Path) -> None:

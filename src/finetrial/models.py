@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,14 +75,10 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
         raise ModelError(f"process {holder} has been dequantising {source.name} for 30 minutes; end it")
     try:
         if files.damage(folder) is not None:
-            temporary = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-            try:
+            with files.committed(folder) as temporary:
                 _dequantise(location, source.gguf_file, temporary)
                 if folder.exists():
                     shutil.rmtree(folder)
-                files.commit_folder(temporary, folder)
-            finally:
-                files.discard(temporary)  # there still, if something was raised
     finally:
         lock.release()
     return Location(str(folder), None, True)

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
@@ -125,16 +124,13 @@ def _look(folder: Path, read: Callable[[], T]) -> T | None:
 
 def _keep(folder: Path, write: Callable[[Path, T], None], made: T) -> bool:
     """Commit a folder; whether that succeeds is no run's business."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        write(temporary, made)
-        files.commit_folder(temporary, folder)
+        with files.committed(folder) as temporary:
+            temporary.mkdir(parents=True)
+            write(temporary, made)
     except FAULTS as error:
         sys.stderr.write(f"{folder} is not kept: {error}\n")
         return False
-    finally:
-        files.discard(temporary)
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -209,17 +208,13 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
     final.parent.mkdir(parents=True, exist_ok=True)
     for left_over in final.parent.glob(f".{final.name}.????????.*"):  # a killed attempt's, of this run alone
         files.discard(left_over)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        plugin, _ = bench.method()
+    plugin, _ = bench.method()
+    with files.committed(final) as temporary:
         plugin.save(model, temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report writes one, unsealed
         size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         tokenizer.save_pretrained(temporary)
         files.write_text(temporary / MODEL_OWNER, bench.spec.run_id + "\n")
-        files.commit_folder(temporary, final)
-    finally:
-        files.discard(temporary)
     return size
 
 
