@@ -108,6 +108,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sealed(folder: Path, otherwise: set[str]) -> set[str]:
     """The names of the files that a committed folder's manifest holds; `otherwise` where it cannot be read."""
     try:

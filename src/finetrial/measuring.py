@@ -95,7 +95,7 @@ def keep_and_measure(
         plugin.save(model, place)
         tokenizer.save_pretrained(place)
         saved, found = perf_counter(), {}
-        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        size = files.size_of(place)
         if asked:
             model.zero_grad(set_to_none=True)
             model.to("cpu")

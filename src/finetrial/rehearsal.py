@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from finetrial import files
 from finetrial.account import Clock, cost_of, environment, split_rows
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.batching import heaviest, padded
@@ -200,13 +200,9 @@ def _write_checkpoint(loop: Loop, folder: RunFolder) -> tuple[float, int]:
     lap = _Lap()
     loop.save()
     loop.writer.wait()
-    seconds, size = lap(), _bytes_in(folder.checkpoint)
+    seconds, size = lap(), files.size_of(folder.checkpoint)
     folder.drop_checkpoint()
     return seconds, size
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 class _Lap:

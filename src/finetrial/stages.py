@@ -212,7 +212,7 @@ def _save_model(bench: Workbench, folder: RunFolder, model: Any, tokenizer: Any)
     with files.committed(final) as temporary:
         plugin.save(model, temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the report writes one, unsealed
-        size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        size = files.size_of(temporary)
         tokenizer.save_pretrained(temporary)
         files.write_text(temporary / MODEL_OWNER, bench.spec.run_id + "\n")
     return size
