@@ -71,7 +71,7 @@ class Screen:
 def test_plain_lines_of_a_search():
     screen = Screen(terminal=False)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ARMS, dict.fromkeys(ARMS, 3), metrics=dict.fromkeys(ARMS, F1))
+        progress.phase("search", dict.fromkeys(ARMS, 3), metrics=dict.fromkeys(ARMS, F1))
         first = make_spec(0, rate=3.3e-4)
         progress.started(first)
         progress.tick(first, None)
@@ -94,11 +94,10 @@ def test_plain_lines_of_a_search():
 
 def test_plain_line_of_the_brief_example_after_a_resume():
     screen = Screen(terminal=False)
-    lora = ["squad_v2/lora"]
     before = [ended(make_spec(number), 60.0 + number) for number in range(10)]
     before[8] = ended(make_spec(8, rate=1.9e-5), 72.0)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", lora, {"squad_v2/lora": 15}, metrics={"squad_v2/lora": F1}, done=before)
+        progress.phase("search", {"squad_v2/lora": 15}, metrics={"squad_v2/lora": F1}, done=before)
         progress.finished(ended(make_spec(10, rate=5e-4), 71.4))
     assert screen.text.splitlines() == [
         "search  1 arm, 15 runs, 10 ended before",
@@ -110,10 +109,10 @@ def test_replicates_show_a_mean_and_probes_their_name():
     screen = Screen(terminal=False)
     accuracy = Metric(name="accuracy", higher_is_better=True, worst=0.0, best=1.0)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("train", ["squad_v2/lora"], {"squad_v2/lora": 2}, metrics={"squad_v2/lora": accuracy})
+        progress.phase("train", {"squad_v2/lora": 2}, metrics={"squad_v2/lora": accuracy})
         progress.finished(ended(make_spec(0, stage="replicate"), 0.5))
         progress.finished(ended(make_spec(1, stage="replicate"), 0.75))
-        progress.phase("measure", ["squad_v2", "squad_v2/lora"], {"squad_v2": 1, "squad_v2/lora": 1})
+        progress.phase("measure", {"squad_v2": 1, "squad_v2/lora": 1})
         progress.finished(ended(make_spec(0, method=None, stage="baseline")))
         progress.finished(ended(make_spec(1, stage="probe")))
     assert screen.text.splitlines() == [
@@ -136,7 +135,7 @@ def test_a_halved_search_shows_the_trial_that_it_would_go_on_with():
         return record._replace(result=record.result.model_copy(update={"validation_loss": loss}))
 
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 3}, metrics={"squad_v2/lora": accuracy})
+        progress.phase("search", {"squad_v2/lora": 3}, metrics={"squad_v2/lora": accuracy})
         progress.finished(halved(0, (3,), 0.8, 0.6))
         progress.finished(halved(1, (3,), 0.7, 0.5))
         progress.finished(halved(1, (3, 1), 0.6, None))
@@ -152,7 +151,7 @@ def test_lower_is_better_and_ties_keep_the_first_trial():
     loss = Metric(name="loss", higher_is_better=False, worst=100.0, best=0.0)
     screen = Screen(terminal=False)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 4}, metrics={"squad_v2/lora": loss})
+        progress.phase("search", {"squad_v2/lora": 4}, metrics={"squad_v2/lora": loss})
         for number, score in ((3, 1.5), (1, 1.5), (2, 9.0)):
             progress.finished(ended(make_spec(number), score))
     assert "best 1.5, trial_3" in screen.text.splitlines()[1]
@@ -163,7 +162,7 @@ def test_lower_is_better_and_ties_keep_the_first_trial():
 def test_cancelled_and_unfinished_runs_are_not_counted():
     screen = Screen(terminal=False)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 2}, metrics={"squad_v2/lora": F1})
+        progress.phase("search", {"squad_v2/lora": 2}, metrics={"squad_v2/lora": F1})
         progress.finished(ended(make_spec(0), outcome="cancelled", reason="interrupted"))
         progress.finished(RunRecord(make_spec(0), None, None, ()))
         progress.finished(ended(make_spec(0), 50.0))
@@ -174,7 +173,7 @@ def test_cancelled_and_unfinished_runs_are_not_counted():
 def test_long_lines_are_not_wrapped_and_long_reasons_are_cut():
     screen = Screen(terminal=False, width=40)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 2})
+        progress.phase("search", {"squad_v2/lora": 2})
         progress.finished(ended(make_spec(0), outcome="crashed", reason="x" * 500))
     assert screen.text.splitlines()[1] == f"search  squad_v2/lora  1/2  trial_0 crashed: {'x' * 97}..."
 
@@ -183,7 +182,7 @@ def test_long_lines_are_not_wrapped_and_long_reasons_are_cut():
 def test_why_a_study_stops_is_left_to_the_message_that_it_stops_with(outcome):
     screen = Screen(terminal=False)
     with make_progress(screen.console, interactive=False) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 2})
+        progress.phase("search", {"squad_v2/lora": 2})
         progress.finished(ended(make_spec(0), outcome=outcome, reason="the reason"))
     assert screen.text.splitlines()[1] == f"search  squad_v2/lora  1/2  trial_0 {outcome}"
 
@@ -196,7 +195,7 @@ def half_way():
     """Two arms in the middle of a search, and the screen they are drawn on."""
     screen = Screen(terminal=True)
     progress = make_progress(screen.console, interactive=True)
-    progress.phase("search", ARMS, {"squad_v2/full": 4, "squad_v2/lora": 4}, metrics=dict.fromkeys(ARMS, F1))
+    progress.phase("search", {"squad_v2/full": 4, "squad_v2/lora": 4}, metrics=dict.fromkeys(ARMS, F1))
     for number, score in enumerate((70.0, 72.04)):
         progress.finished(ended(make_spec(number, rate=3.3e-4), score, seconds=120.0))
     progress.finished(ended(make_spec(0, "full"), outcome="diverged", reason="r", seconds=30.0))
@@ -263,7 +262,7 @@ def test_the_terminal_is_left_clean_after_an_error():
 
     def interrupted():
         with make_progress(screen.console, interactive=True) as progress:
-            progress.phase("search", ARMS, dict.fromkeys(ARMS, 1))
+            progress.phase("search", dict.fromkeys(ARMS, 1))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -274,9 +273,9 @@ def test_the_terminal_is_left_clean_after_an_error():
 def test_a_second_phase_starts_a_second_table():
     screen = Screen(terminal=True)
     with make_progress(screen.console, interactive=True) as progress:
-        progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 1})
+        progress.phase("search", {"squad_v2/lora": 1})
         progress.finished(ended(make_spec(0), 50.0))
-        progress.phase("train", ["squad_v2/lora"], {"squad_v2/lora": 2})
+        progress.phase("train", {"squad_v2/lora": 2})
         assert shown(progress)[2][1].strip() == "0/2"
     assert "score so far" in screen.text[: screen.text.index("train")]
 
@@ -294,7 +293,7 @@ def test_a_narrow_terminal_keeps_one_line_an_arm(half_way):
 def test_the_step_rate_survives_a_resume():
     """A second attempt begins at step 200 with its clock at zero."""
     progress = LiveProgress(Screen(terminal=True).console)
-    progress.phase("search", ["squad_v2/lora"], {"squad_v2/lora": 1})
+    progress.phase("search", {"squad_v2/lora": 1})
     run = make_spec(0)
     for step, seconds in ((240, 100.0), (200, 5.0), (220, 10.0)):
         progress.tick(run, {"step": step, "planned_steps": 400, "seconds": seconds})

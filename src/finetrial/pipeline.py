@@ -153,7 +153,7 @@ class Story:
         ended = [r for r in mine if r.result or r.outcome not in self.tried_again]
         done = [r for r in ended if r.spec.arm in totals]
         by_arm = {arm: metrics[arm.partition("/")[0]] for arm in totals}
-        self.progress.phase(name, list(totals), totals, metrics=by_arm, done=done)
+        self.progress.phase(name, totals, metrics=by_arm, done=done)
         engine = plugins.load("engines", study.run.engine)
         Scheduler(
             home, engine, self.packing, study.run.attempts, self.progress, self._finished, self.tried_again,

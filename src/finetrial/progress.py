@@ -5,7 +5,7 @@ writes no file: the report has the numbers that count. Plain lines carry no time
 equal lines.
 
     with make_progress(console, interactive=console.is_terminal) as progress:
-        progress.phase("search", arms, totals, metrics=metrics, done=already_finished)
+        progress.phase("search", totals, metrics=metrics, done=already_finished)
         progress.started(spec); progress.tick(spec, last_record); progress.finished(record)
 """
 
@@ -85,7 +85,6 @@ class Progress:
     def phase(
         self,
         name: str,
-        arms: Sequence[str],
         totals: Mapping[str, int],
         *,
         metrics: Mapping[str, Metric] | None = None,
@@ -95,15 +94,14 @@ class Progress:
 
         Args:
             name: what to call it: search, train, measure.
-            arms: in the order to show them.
-            totals: arm -> number of planned runs.
+            totals: arm -> number of planned runs, in the order to show them.
             metrics: arm -> what its score is called, which way is better and how large it gets; an arm
                 without one shows `score`, higher is better.
             done: runs that ended earlier (a resumed study): counted, not announced.
         """
         self._leave()
         self.name = name
-        self.arms = {arm: Arm(totals.get(arm, 0), (metrics or {}).get(arm)) for arm in arms}
+        self.arms = {arm: Arm(total, (metrics or {}).get(arm)) for arm, total in totals.items()}
         for record in done:
             self._arm(record.spec).add(record)
         self._show_phase(len(done))
@@ -153,8 +151,8 @@ class Progress:
     def _leave(self) -> None: ...
 
 
-class PlainProgress(Progress):
-    """One line for each phase, each ended run and each note; for logs and pipes."""
+class _OnConsole(Progress):
+    """Prints its notes."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -163,6 +161,10 @@ class PlainProgress(Progress):
     def note(self, text: str) -> None:
         # No markup (a path may hold brackets), no highlighting, no wrapping: what is logged is what is said.
         self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class PlainProgress(_OnConsole):
+    """One line for each phase, each ended run and each note; for logs and pipes."""
 
     def _show_phase(self, already: int) -> None:
         runs = sum(arm.total for arm in self.arms.values())
@@ -173,17 +175,13 @@ class PlainProgress(Progress):
         self.note(f"{self.name}  {record.spec.arm}  {arm.ended}/{arm.total}  {ended_text(record, arm)}")
 
 
-class LiveProgress(Progress):
+class LiveProgress(_OnConsole):
     """A table that is redrawn in place: one line an arm, and what is left of the phase."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__()
-        self.console = console
+        super().__init__(console)
         self._live: Live | None = None
         self._drawn_at = -math.inf
-
-    def note(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _show_phase(self, already: int) -> None:
         from rich.live import Live

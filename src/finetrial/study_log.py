@@ -42,14 +42,13 @@ class _Both(Progress):
     def phase(
         self,
         name: str,
-        arms: Sequence[str],
         totals: Mapping[str, int],
         *,
         metrics: Mapping[str, Metric] | None = None,
         done: Sequence[RunRecord] = (),
     ) -> None:
         for one in self.each:
-            one.phase(name, arms, totals, metrics=metrics, done=done)
+            one.phase(name, totals, metrics=metrics, done=done)
 
     def started(self, spec: RunSpec) -> None:
         for one in self.each:
