@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from finetrial import plugins
 from finetrial.errors import PluginError
+from finetrial.fairness import decades
 from finetrial.frozen import Frozen
 from finetrial.plugins import PROTOCOLS, Metric
 from finetrial.space import BOUNDS, COMMON_SPACE, Choice, Fixed, Range
@@ -75,7 +76,7 @@ def test_a_method_s_space_has_a_rate_of_two_decades_and_sensible_values(name):
     rate = space["learning_rate"]
     assert next(iter(space)) == "learning_rate"
     assert isinstance(rate, Range)
-    assert rate.decades == pytest.approx(2.0)
+    assert decades(rate) == pytest.approx(2.0)
     assert not set(space) & set(COMMON_SPACE)
     for key, dimension in space.items():
         match dimension:

@@ -113,11 +113,6 @@ def test_an_optimum_within_five_percent_of_an_end_is_at_the_edge(value, edge):
     assert RATE.edge(value) == edge
 
 
-def test_the_width_of_a_range_in_decades():
-    assert RATE.decades == pytest.approx(2.0)
-    assert Range(low=0, high=1).decades is None
-
-
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=5),
     lambda inner: (

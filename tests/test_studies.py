@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from finetrial.fairness import decades
 from finetrial.plan import overview
 from finetrial.space import Range
 from finetrial.study import Study
@@ -30,7 +31,7 @@ def test_every_example_is_a_study_with_fair_ranges(file):
     for method in claimed:  # another one may be there to show what a rate does
         rate = loaded.spaces[method]["learning_rate"]
         assert isinstance(rate, Range), method
-        assert rate.decades == pytest.approx(2.0), method
+        assert decades(rate) == pytest.approx(2.0), method
 
 
 def test_the_quick_start_is_small_offline_and_large_enough_for_a_verdict():

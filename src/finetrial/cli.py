@@ -242,7 +242,3 @@ def _find_run(run_id: str, home: Path | None) -> Path:
     listed = "\n  ".join(str(path) if home is None else path.name for path in found[:20])
     more = f"\n  and {len(found) - 20} more" if len(found) > 20 else ""
     raise click.UsageError(f"{len(found)} runs match {run_id!r}; write more of the one:\n  {listed}{more}")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 EXIT_DONE = 0
-EXIT_STUDY_WRONG = 1
-EXIT_USAGE = 2
+EXIT_STUDY_WRONG = 1  # 2 is Click's, of a command that is wrong
 EXIT_RUNS_FAILED = 3
 EXIT_INCOMPLETE = 4
 

@@ -42,10 +42,6 @@ class Range(Frozen):
             )
         return self
 
-    @property
-    def decades(self) -> float | None:
-        return math.log10(self.high / self.low) if self.log else None
-
     def position(self, value: float) -> float:
         """Where `value` lies in the range: 0 at `low`, 1 at `high`, on the range's own scale."""
         if self.log:

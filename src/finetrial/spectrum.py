@@ -167,13 +167,11 @@ def intruders(likeness_K: ArrayLike, top: int = INTRUDER_TOP, below: float = INT
     return int((np.asarray(likeness_K, dtype=np.float64)[:top] < below).sum())
 
 
-def intruder_curve(
-    matrices: Sequence[ArrayLike], top: int = INTRUDER_TOP, thresholds: Sequence[float] = THRESHOLDS
-) -> list[list[int]]:
+def intruder_curve(matrices: Sequence[ArrayLike], top: int = INTRUDER_TOP) -> list[list[int]]:
     """Intruders of all the matrices (the m_j of each): per threshold a list of counts, for k = 1 .. `top`."""
     return [
         [sum(intruders(likeness_K, k, below) for likeness_K in matrices) for k in range(1, top + 1)]
-        for below in thresholds
+        for below in THRESHOLDS
     ]
 
 

@@ -57,18 +57,6 @@ def best_over_golds(golds: Sequence[str], predicted: str) -> tuple[float, float]
     return max(exact(gold, predicted) for gold in usable), max(f1(gold, predicted) for gold in usable)
 
 
-def combine(has_answer: float, has_answer_rows: int, no_answer: float, no_answer_rows: int) -> float:
-    """The overall score of the two groups' scores: their mean, weighted by rows.
-
-    Raises:
-        ValueError: both groups are empty.
-    """
-    rows = has_answer_rows + no_answer_rows
-    if rows == 0:
-        raise ValueError("no questions to score")
-    return (has_answer * has_answer_rows + no_answer * no_answer_rows) / rows
-
-
 def aggregate(scores: Mapping[str, tuple[float, float]], has_answer: Mapping[str, bool]) -> dict[str, float]:
     """Percentages over all questions, over those with an answer and over those without.
 
