@@ -46,6 +46,10 @@ class _Loader(yaml.SafeLoader):
         self.lines: Lines = {}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that would be read as something else: by YAML's own rules or by those below."""
+
+
 _Loader.yaml_implicit_resolvers = {}
 _RESOLVERS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -54,19 +58,10 @@ _RESOLVERS = (
     ("float", r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
 )
 for _kind, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z", re.ASCII), list(_first)
-    )
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text that would be read as something else: by YAML's own rules or by those above."""
-
-
-for _kind, _pattern, _first in _RESOLVERS:
-    _Dumper.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z", re.ASCII), list(_first)
-    )
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z", re.ASCII), list(_first)
+        )
 
 
 def dump(value: Any) -> str:
