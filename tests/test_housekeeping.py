@@ -203,7 +203,7 @@ def test_a_folder_above_its_budget_stops_the_study_and_says_what_takes_how_much(
     (models / "model.safetensors").write_bytes(bytes(30_000_000))
     stopped = call("run", "study.yaml")
     assert stopped.exit_code == 4
-    assert "more than run.disk (20.0 MB): models 30.0 MB" in stopped.stderr
+    assert "more than run.disk (20 MB): models 30 MB" in stopped.stderr
     assert "raise run.disk, and run the same command again" in stopped.stderr
     assert not list(Path("runs/small/runs").glob("trial.*"))
 

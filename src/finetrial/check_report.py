@@ -9,6 +9,7 @@ from finetrial.forecast import Forecast
 from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.progress import duration_text as duration
 from finetrial.rehearsed import Rehearsal
+from finetrial.report_text import size
 from finetrial.summary import FROZEN_BASELINE
 
 NOTHING = "-"
@@ -78,11 +79,11 @@ def arm_rows(checked: Checked) -> list[tuple[str, ...]]:
         cells = [tell(arm.rehearsal) if arm.rehearsal else NOTHING for arm in checked.arms.values()]
         rows.append((name, *cells))
 
-    add("memory, predicted peak", lambda r: _bytes(r.predicted_memory_bytes))
-    add("memory, measured peak", lambda r: _bytes(r.measured_memory_bytes))
+    add("memory, predicted peak", lambda r: size(r.predicted_memory_bytes))
+    add("memory, measured peak", lambda r: size(r.measured_memory_bytes))
     add(
         "budget, headroom",
-        lambda r: f"{_bytes(r.budget_bytes)}, {1 - r.measured_memory_bytes / r.budget_bytes:.0%}",
+        lambda r: f"{size(r.budget_bytes)}, {1 - r.measured_memory_bytes / r.budget_bytes:.0%}",
     )
     add(
         "batch size, parts",
@@ -113,7 +114,7 @@ def study_rows(checked: Checked) -> list[tuple[str, ...]]:
         phases = checked.forecast.phases.items()
         rows += [(f"{name}, predicted", duration(seconds)) for name, seconds in phases if seconds]
         rows.append(("the whole study, predicted", duration(checked.forecast.seconds)))
-        rows.append(("disk, predicted", _bytes(checked.forecast.disk_bytes)))
+        rows.append(("disk, predicted", size(checked.forecast.disk_bytes)))
     return rows
 
 
@@ -173,8 +174,4 @@ def _pilots(arm: ArmCheck) -> str:
 
 def _pilot_peak(arm: ArmCheck) -> str:
     peaks = [pilot.measured_memory_bytes for pilot in arm.pilots if pilot.measured_memory_bytes is not None]
-    return _bytes(max(peaks)) if peaks else NOTHING
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return size(max(peaks)) if peaks else NOTHING

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finetrial import files
 from finetrial.errors import HomeError, Incomplete
+from finetrial.report_text import size
 from finetrial.store import Home
 
 # Less than this free and no run is started: records, logs and the report need some room of their own.
@@ -60,7 +61,7 @@ def check_room(home: Home, budget_bytes: int | None) -> None:
     free = shutil.disk_usage(home.path).free
     if free < LEAST_FREE_BYTES:
         raise Incomplete(
-            f"{home.path} lies on a disk with {_size(free)} free, less than {_size(LEAST_FREE_BYTES)}; it "
+            f"{home.path} lies on a disk with {size(free)} free, less than {size(LEAST_FREE_BYTES)}; it "
             f"holds {_told(used(home))}. Make room, and run the same command again"
         )
     if budget_bytes is None:
@@ -69,7 +70,7 @@ def check_room(home: Home, budget_bytes: int | None) -> None:
     total = sum(parts.values())
     if total > budget_bytes:
         raise Incomplete(
-            f"{home.path} holds {_size(total)}, more than run.disk ({_size(budget_bytes)}): {_told(parts)}. "
+            f"{home.path} holds {size(total)}, more than run.disk ({size(budget_bytes)}): {_told(parts)}. "
             "Delete what you no longer need or raise run.disk, and run the same command again"
         )
 
@@ -92,8 +93,4 @@ def used(home: Home) -> dict[str, int]:
 
 
 def _told(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {_size(count)}" for name, count in list(parts.items())[:5]) or "nothing"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
+    return ", ".join(f"{name} {size(count)}" for name, count in list(parts.items())[:5]) or "nothing"
