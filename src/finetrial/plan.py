@@ -7,10 +7,10 @@ next is `arm_search.py`'s, and which phase `pipeline.py`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetrial.frozen import Setting, stream_seed
-from finetrial.records import How, LoopRules, MethodSpec, Rung, RunSpec, Seeds, TaskSpec, WarmStart
+from finetrial.records import How, LoopRules, MethodSpec, Rung, RunSpec, Seeds, Stage, TaskSpec, WarmStart
 from finetrial.space import largest, middle, smallest
 from finetrial.study import MIN_PAIRS, Study
 
@@ -96,13 +96,20 @@ def _rules(study: Study) -> LoopRules:
     return LoopRules.model_validate(study.train.model_dump(exclude={"seeds", "rows"}))
 
 
+def _spec(
+    study: Study, stage: Stage, task: TaskSpec, inputs: Inputs, threads: int, number: int = 0, **more: Any
+) -> RunSpec:  # fmt: skip
+    """What every run of a study is made of, and `more`."""
+    more.setdefault("seeds", seeds(study, stage, task.name, number))
+    return RunSpec(
+        study=study.study, stage=stage, task=task, number=number, model=study.model, rules=_rules(study),
+        inputs=dict(inputs[task.name]), how=how(study, threads), **more,
+    )  # fmt: skip
+
+
 def baseline(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> RunSpec:
     """The task's trivial baselines and the untrained model, scored on test."""
-    return RunSpec(
-        study=study.study, stage="baseline", task=task, number=0, model=study.model, rules=_rules(study),
-        seeds=seeds(study, "baseline", task.name, 0), inputs=dict(inputs[task.name]),
-        how=how(study, threads),
-    )  # fmt: skip
+    return _spec(study, "baseline", task, inputs, threads)
 
 
 def trial(
@@ -111,12 +118,9 @@ def trial(
 ) -> RunSpec:  # fmt: skip
     """Phase 1: train with proposed settings on `search.rows` (to the first end), score on validation."""
     ends = study.search.ends
-    return RunSpec(
-        study=study.study, stage="trial", task=task, method=method, number=number, model=study.model,
-        settings=dict(settings), rows=study.search.rows, rung=Rung(ends=ends[:1]) if ends else None,
-        warm_start=warm_start,
-        rules=_rules(study), seeds=seeds(study, "trial", task.name, number), inputs=dict(inputs[task.name]),
-        how=how(study, threads),
+    return _spec(
+        study, "trial", task, inputs, threads, number, method=method, settings=dict(settings),
+        rows=study.search.rows, rung=Rung(ends=ends[:1]) if ends else None, warm_start=warm_start,
     )  # fmt: skip
 
 
@@ -132,11 +136,9 @@ def replicate(
     inputs: Inputs, threads: int,
 ) -> RunSpec:  # fmt: skip
     """Phase 2: train with the arm's optimum on `train.rows`, score once on test, keep the model."""
-    return RunSpec(
-        study=study.study, stage="replicate", task=task, method=method, number=number, model=study.model,
-        settings=dict(settings), rows=study.train.rows, rules=_rules(study),
-        seeds=seeds(study, "replicate", task.name, number), inputs=dict(inputs[task.name]),
-        how=how(study, threads),
+    return _spec(
+        study, "replicate", task, inputs, threads, number, method=method, settings=dict(settings),
+        rows=study.train.rows,
     )  # fmt: skip
 
 
@@ -168,11 +170,9 @@ def rehearsal(study: Study, task: TaskSpec, method: MethodSpec, inputs: Inputs, 
         "measure": dict(study.measure),
     }
     settings = {name: largest(space[name]) for name in space} | {"learning_rate": middle(rate)}
-    return RunSpec(
-        study=study.study, stage="check", task=task, method=method, number=0, model=study.model,
-        settings=settings, rows=study.train.rows, rules=_rules(study),
-        seeds=seeds(study, "check", task.name, 0), inputs=dict(inputs[task.name]),
-        measures={"rehearsal": {"use": "rehearsal", "params": params}}, how=how(study, threads),
+    return _spec(
+        study, "check", task, inputs, threads, method=method, settings=settings, rows=study.train.rows,
+        measures={"rehearsal": {"use": "rehearsal", "params": params}},
     )  # fmt: skip
 
 
@@ -180,9 +180,8 @@ def frozen_body(study: Study, task: TaskSpec, inputs: Inputs, threads: int) -> R
     """What the head alone learns on `search.rows`, scored on test. Measured, too: the body has not moved."""
     sizes = study.spaces[study.methods[0].name]["batch_size"]
     settings = FROZEN_BODY_SETTINGS | {"batch_size": smallest(sizes)}
-    return RunSpec(
-        study=study.study, stage="baseline", task=task, number=0, model=study.model, settings=settings,
-        method=MethodSpec(name=FROZEN_BODY, use="frozen", params={}), rows=study.search.rows,
-        rules=_rules(study), seeds=seeds(study, "trial", task.name, 0), inputs=dict(inputs[task.name]),
-        measures=study.measure, how=how(study, threads),
+    return _spec(
+        study, "baseline", task, inputs, threads, settings=settings, rows=study.search.rows,
+        method=MethodSpec(name=FROZEN_BODY, use="frozen", params={}), measures=study.measure,
+        seeds=seeds(study, "trial", task.name, 0),
     )  # fmt: skip
