@@ -190,7 +190,7 @@ class Story:
         return [iter([spec(task)]) for spec in (self.baseline, self.frozen_body) for task in tasks]
 
     def trials(self) -> list[Lane]:
-        """One lane per arm: each proposal depends on its trials before; a warm start's on another arm's, too."""
+        """One lane per arm: each proposal depends on its trials before; a told search also on another arm's."""
         return [self.search_of(task, method).lane() for task, method in self.study.arms]
 
     def search_of(self, task: TaskSpec, method: MethodSpec) -> ArmSearch:
