@@ -172,6 +172,29 @@ def test_one_nursery_with_one_thread_serves_all_runs(tmp_path):
 
 
 @forks
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_whole_service_or_job_leaves_the_nursery_to_its_workers(folder, number):
+    """Else they would be killed with it, before their checkpoints."""
+    lock = FileLock(folder.lock_file)
+    assert lock.acquire() is None
+    handle = LOCAL.start(folder.path, make_spec())
+    wait_for(lambda: os.getsid(handle.pid) == handle.pid)
+    nursery = handle.nursery.process.pid
+    os.kill(nursery, number)
+    wait_for(lambda: not int(status_of(nursery)["SigPnd"], 16) and not int(status_of(nursery)["ShdPnd"], 16))
+    assert LOCAL.poll(handle) is None
+    os.kill(handle.pid, number)  # which it takes as any process does
+    assert ended(LOCAL, handle).code == -number
+    lock.release()
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """What Linux says of a process: the signals on their way to it, for one."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@forks
 def test_an_ended_worker_s_id_is_free_only_after_its_end_was_heard(folder):
     folder.spec_file.write_text("{")
     handle = LOCAL.start(folder.path, make_spec())

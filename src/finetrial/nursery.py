@@ -30,10 +30,15 @@ from typing import Any
 
 from finetrial import worker
 
+# What ends all of a service or a job at once. The workers end by it in their own time, with a checkpoint; with
+# this process they would be killed. It is the coordinator's to end.
+OUTLIVED = (signal.SIGTERM, signal.SIGHUP)
+
 
 def main() -> int:
     """Serve until standard input closes; 1 if forking would not be safe. In a fork: do its run."""
     worker.follow_parent()
+    handled = {number: signal.signal(number, signal.SIG_IGN) for number in OUTLIVED}
     requests, answers = 0, os.dup(1)
     os.dup2(2, 1)  # whatever an import prints
     _import_all()
@@ -42,7 +47,7 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # what is here by now stays: a worker's collections need not touch (and so copy) its pages
     _answer(answers, {"ready": True})
-    return _serve(requests, answers)
+    return _serve(requests, answers, handled)
 
 
 def _import_all() -> None:
@@ -58,8 +63,11 @@ def _threads() -> int:
     return len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
 
 
-def _serve(requests: int, answers: int) -> int:
-    """Until standard input closes: 0. In a fork: what the worker's exit code is to be."""
+def _serve(requests: int, answers: int, handled: dict[signal.Signals, Any]) -> int:
+    """Until standard input closes: 0. In a fork: what the worker's exit code is to be.
+
+    `handled`: how a worker takes the signals that this process outlives.
+    """
     wake_reader, wake_writer = os.pipe()
     os.set_blocking(wake_writer, False)
     os.set_blocking(wake_reader, False)
@@ -84,21 +92,26 @@ def _serve(requests: int, answers: int) -> int:
             request = json.loads(line)
             if "let_go" in request:
                 os.waitpid(request["let_go"], os.WNOHANG)
-            elif _fork(request["start"], running, answers):
+            elif _fork(request["start"], running, answers, handled):
                 return _be_a_worker(request)
 
 
-def _fork(number: int, running: set[int], answers: int) -> bool:
+def _fork(number: int, running: set[int], answers: int, handled: dict[signal.Signals, Any]) -> bool:
     """Make a worker and tell of it; True in the worker itself."""
     nursery = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)  # one that comes meanwhile waits for its handler
     try:
         pid = os.fork()
+        if pid == 0:
+            for each, handler in handled.items():
+                signal.signal(each, handler)
+            os.environ[worker.PARENT_VARIABLE] = str(nursery)
+            return True
     except OSError as error:
         _answer(answers, {"failed": number, "why": str(error)})
         return False
-    if pid == 0:
-        os.environ[worker.PARENT_VARIABLE] = str(nursery)
-        return True
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)
     running.add(pid)
     _answer(answers, {"started": number, "pid": pid})
     return False
