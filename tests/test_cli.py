@@ -318,3 +318,38 @@ def test_what_the_machine_refuses_is_one_line_and_incomplete(number):
     result = CliRunner().invoke(program, ["write"])
     assert result.exit_code == 4
     assert result.stderr == "there: what the system says; mend that and run the same command again\n"
+
+
+# ---- notices to end --------------------------------------------------------------------------------------
+
+ENDING = """\
+import os, signal, sys, time
+from finetrial import cli
+number = getattr(signal, sys.argv[1])
+try:
+    with cli._interruptible():
+        try:
+            os.kill(os.getpid(), number)
+            print("goes on")
+        finally:
+            os.kill(os.getpid(), number)
+            print("all runs have been ended")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "ignored", "said"),
+    [
+        ("SIGTERM", False, ["all runs have been ended", "stopped"]),
+        ("SIGHUP", False, ["all runs have been ended", "stopped"]),
+        ("SIGHUP", True, ["goes on", "all runs have been ended"]),
+    ],
+    ids=["terminated", "hung up", "hung up with nohup"],
+)
+def test_a_notice_to_end_interrupts_once_and_does_not_break_off_what_follows(number, ignored, said):
+    nohup = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"] if ignored else []
+    done = subprocess.run([*nohup, sys.executable, "-c", ENDING, number], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines() == said

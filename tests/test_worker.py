@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +43,21 @@ def test_a_disk_that_is_full_for_a_library_written_in_rust_is_refused(tmp_path):
     kind, reason = worker.classify(caught.value)
     assert kind == "refused"
     assert reason == "File too large; mend that and run the same command again"
+
+
+HELD_BACK = """\
+import os, signal
+from finetrial.notice import termination_notice
+with termination_notice() as asked:
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(asked(), signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_is_a_notice_to_end_unless_it_is_ignored(ignored):
+    nohup = ["sh", "-c", "trap '' HUP; exec \"$@\"", "sh"] if ignored else []
+    done = subprocess.run([*nohup, sys.executable, "-c", HELD_BACK], capture_output=True, text=True)
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines() == [f"{not ignored} {ignored}", "True"]

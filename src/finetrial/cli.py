@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import click
 
 from finetrial.errors import EXIT_DONE, EXIT_INCOMPLETE, EXIT_STUDY_WRONG, MAY_PASS, FinetrialError, disk_fault
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+# A shell and the system may both tell of a terminal that goes away, and systemd sends both signals.
+SAME_NOTICE_SECONDS = 60.0
 EPILOG = "Exit codes: 0 done, 1 the study is wrong, 2 usage, 3 some runs failed, 4 incomplete."
 
 
@@ -180,16 +185,31 @@ def compare(homes: tuple[Path, ...], as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """A termination notice is treated as Ctrl-C: the runs under way are ended and kept for resuming."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    """A notice to end (SIGTERM; SIGHUP, of a terminal that goes away) is treated as Ctrl-C.
+
+    The runs under way are ended and kept for resuming. Whoever ignores SIGHUP (`nohup`) goes on doing so.
+    """
+    notices = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    notice = _Notice()
+    before = {number: signal.signal(number, notice) for number in notices}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+class _Notice:
+    """The handler. One that comes while the runs are ended already is the same: it must not break that off."""
+
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def __call__(self, number: int, frame: object) -> None:
+        again = time.monotonic() - self.last < SAME_NOTICE_SECONDS
+        self.last = time.monotonic()
+        if not again:
+            raise KeyboardInterrupt
 
 
 def _load(file: Path, home: Path | None):

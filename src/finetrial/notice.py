@@ -1,4 +1,4 @@
-"""The notice before the end: SIGTERM, from a platform that takes the machine back or from the coordinator.
+"""The notice to end: SIGTERM, of a platform that takes the machine back or of the coordinator, or SIGHUP.
 
 A worker that trains finishes its step, writes a checkpoint and leaves; elsewhere there is nothing to save, and
 the signal does what it always does. Child side.
@@ -15,6 +15,9 @@ from contextlib import contextmanager
 EXIT_CODE = 128 + signal.SIGTERM
 
 
+NOTICES = (signal.SIGTERM, signal.SIGHUP)
+
+
 class _Notice:
     """The handler; one for all runs of a process."""
 
@@ -27,18 +30,19 @@ class _Notice:
 
 @contextmanager
 def termination_notice() -> Iterator[Callable[[], bool]]:
-    """Hold SIGTERM back; the function given says whether one has come. Within another, it is the same notice.
+    """Hold these signals back; the function given says whether one has come. Within another, it is the same.
 
-    Nothing is held back where somebody else handles the signal (the inline engine's coordinator) or where
-    Python allows no handlers (outside the main thread).
+    Nothing is held back where somebody else handles the signal (the inline engine's coordinator), where it is
+    ignored (`nohup`), or where Python allows no handlers (outside the main thread).
     """
-    before = signal.getsignal(signal.SIGTERM)
-    notice = before if isinstance(before, _Notice) else _Notice()
-    mine = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
-    if mine:
-        signal.signal(signal.SIGTERM, notice)
+    before = {number: signal.getsignal(number) for number in NOTICES}
+    notice = next((each for each in before.values() if isinstance(each, _Notice)), _Notice())
+    main = threading.current_thread() is threading.main_thread()
+    mine = [number for number, handler in before.items() if main and handler is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, notice)
     try:
         yield lambda: notice.asked
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)

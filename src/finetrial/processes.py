@@ -127,7 +127,7 @@ def exit_of(code: int) -> Exit:
     if code < 0:
         return Exit(code, reason=f"killed by {_signal_name(-code)}")
     if code == 128 + signal.SIGTERM:
-        return Exit(code, reason="asked to end by SIGTERM; it left a checkpoint")
+        return Exit(code, reason="asked to end; it left a checkpoint")
     return Exit(code, reason=f"exit code {code}" if code else None)
 
 
