@@ -194,6 +194,36 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+CLOSES = """\
+import os
+from finetrial import nursery
+
+
+def one_by_one(first, last):
+    raise AssertionError
+
+
+os.closerange = one_by_one
+reader, writer = os.pipe()
+os.dup2(reader, 700)
+nursery.close_from(writer)
+os.fstat(reader)
+for number in (writer, 700):
+    try:
+        os.fstat(number)
+        print("still open")
+    except OSError:
+        print("closed")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of what is open")
+def test_what_is_open_is_closed_without_trying_every_number_that_there_may_be():
+    """A limit of a thousand million would take minutes, where the system cannot close a range at once."""
+    done = subprocess.run([sys.executable, "-c", CLOSES], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n") == ["closed", "closed", ""], done.stderr
+
+
 @forks
 def test_an_ended_worker_s_id_is_free_only_after_its_end_was_heard(folder):
     folder.spec_file.write_text("{")

@@ -33,6 +33,7 @@ from finetrial import worker
 # What ends all of a service or a job at once. The workers end by it in their own time, with a checkpoint; with
 # this process they would be killed. It is the coordinator's to end.
 OUTLIVED = (signal.SIGTERM, signal.SIGHUP)
+MOST_DESCRIPTORS = 65536  # closed one by one where the system does not list those that are open
 
 
 def main() -> int:
@@ -137,11 +138,25 @@ def _be_a_worker(request: dict[str, Any]) -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    close_from(3)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], **{worker.PARENT_VARIABLE: parent})
     return worker.main(request["folder"])
+
+
+def close_from(first: int) -> None:
+    """Close every descriptor from one on, without going through all that there might be: a thousand million."""
+    try:
+        numbers = [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+    except OSError:
+        most = os.sysconf("SC_OPEN_MAX")
+        os.closerange(first, most if 0 < most < MOST_DESCRIPTORS else MOST_DESCRIPTORS)
+        return
+    for number in numbers:
+        if number >= first:
+            with contextlib.suppress(OSError):  # the one that they were listed by
+                os.close(number)
 
 
 def _answer(descriptor: int, answer: dict[str, Any]) -> None:
