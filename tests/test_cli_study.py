@@ -242,3 +242,29 @@ def test_a_home_that_is_in_use_is_named_with_its_process(there):
         result = call("run", "study.yaml")
     assert_refused(result)
     assert f"runs/small is being worked on by process {os.getpid()}" in result.stderr
+
+
+# ---- output that cannot be written -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nobody", ["a pipe that nobody reads", "a terminal that was closed"])
+def test_output_that_nobody_takes_any_more_changes_neither_the_study_nor_its_exit_code(there, nobody):
+    reader, writer = os.pipe() if nobody.startswith("a pipe") else os.openpty()
+    os.close(reader)
+    logged = len(Path("runs/small/log.txt").read_text().splitlines())
+    command = [sys.executable, "-m", "finetrial", "run", "study.yaml"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = Path("runs/small/log.txt").read_text().splitlines()[logged:]
+    assert len(lines) > 3
+    assert lines[-1].endswith("finetrial run ends")
+
+
+def test_letters_that_the_output_does_not_know_are_shown_as_others(there):
+    Path("runs/small").rename("runs/größe")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "finetrial", "run", "study.yaml", "--home", "runs/größe"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"runs/gr??e/report/index.html" in done.stdout

@@ -9,6 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from finetrial import terminal
 from finetrial.plugins import Metric
 from finetrial.progress import LiveProgress, PlainProgress, duration_text, make_progress
 from finetrial.records import (
@@ -24,6 +25,7 @@ from finetrial.records import (
     Seeds,
     TaskSpec,
 )
+from finetrial.study_log import study_log
 
 F1 = Metric(name="f1", higher_is_better=True, worst=0.0, best=100.0)
 ARMS = ["squad_v2/full", "squad_v2/lora"]
@@ -325,3 +327,32 @@ def test_make_progress_chooses():
     console = Screen(terminal=False).console
     assert isinstance(make_progress(console, interactive=True), LiveProgress)
     assert isinstance(make_progress(console, interactive=False), PlainProgress)
+
+
+class Gone(io.StringIO):
+    """An output that takes nothing any more, for one of several reasons."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(), OSError(5, "Input/output error"), UnicodeEncodeError("ascii", "ö", 0, 1, "no")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_cannot_be_shown_is_logged_and_stops_nothing(tmp_path, error, interactive):
+    console = type(terminal.console)(file=Gone(error), force_terminal=interactive, width=100)
+    with make_progress(console, interactive) as shown, study_log(tmp_path / "log.txt", shown, "it") as progress:
+        progress.phase("search", ARMS, dict.fromkeys(ARMS, 1))
+        progress.started(make_spec(0))
+        progress.note("a folder named \udce9")  # whose name is no UTF-8
+        progress.finished(ended(make_spec(0), 70.0))
+    lines = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 5
+    assert lines[2].endswith("a folder named \\udce9")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import click
 
@@ -38,6 +40,10 @@ class Verbs(click.Group):
             raise
 
     def invoke(self, ctx: click.Context) -> object:
+        with _shown_while_it_can_be():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except FinetrialError as error:
@@ -52,6 +58,47 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             click.echo("stopped; run the same command to go on", err=True)
             ctx.exit(EXIT_INCOMPLETE)
+
+
+class _Output:
+    """Standard output or error, which nobody may take any more: no study stops, or fails, for that."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._unless_nobody_takes_it():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unless_nobody_takes_it():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _unless_nobody_takes_it(self) -> Iterator[None]:
+        """From the first time on nothing is shown: what is left of it, at the very end, goes nowhere either."""
+        try:
+            yield
+        except OSError:  # `| head` has had enough, the terminal was closed, the disk is full
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _shown_while_it_can_be() -> Iterator[None]:
+    """Show what is shown, as far as the output takes it and knows its letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="replace")  # pyrefly: ignore[missing-attribute]
+    out, err = (stream and _Output(stream) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 shown = functools.partial(click.option, show_default=True)

@@ -11,6 +11,7 @@ equal lines.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -208,8 +209,10 @@ class LiveProgress(_OnConsole):
     def _leave(self) -> None:
         live, self._live = self._live, None
         if live:
-            live.refresh()
-            live.stop()  # the last state of the table stays in the scroll-back
+            with contextlib.suppress(OSError, UnicodeError):  # there may be no terminal any more
+                live.refresh()
+            with contextlib.suppress(OSError, UnicodeError):
+                live.stop()  # the last state of the table stays in the scroll-back
 
     def table(self) -> Table:
         """The phase as it is now."""

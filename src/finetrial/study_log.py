@@ -28,16 +28,23 @@ class _Lines(PlainProgress):
     def note(self, text: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         lines = "".join(f"{now}  {line}\n" for line in hide(text).splitlines())
-        with self.path.open("a", encoding="utf-8") as stream:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(lines)
 
 
 class _Both(Progress):
-    """Passes everything on to what is shown and to the log."""
+    """Passes everything on to the log and to what is shown; where that fails, nothing more is shown."""
 
     def __init__(self, shown: Progress, log: Progress):
         super().__init__()
-        self.each = (log, shown)
+        self.shown, self.log = shown, log
+
+    def _pass_on(self, what: str, *arguments: Any, **named: Any) -> None:
+        getattr(self.log, what)(*arguments, **named)
+        try:
+            getattr(self.shown, what)(*arguments, **named)
+        except (OSError, UnicodeError):  # nobody reads it any more, or it cannot be written there
+            self.shown = Progress()
 
     def phase(
         self,
@@ -47,24 +54,19 @@ class _Both(Progress):
         metrics: Mapping[str, Metric] | None = None,
         done: Sequence[RunRecord] = (),
     ) -> None:
-        for one in self.each:
-            one.phase(name, totals, metrics=metrics, done=done)
+        self._pass_on("phase", name, totals, metrics=metrics, done=done)
 
     def started(self, spec: RunSpec) -> None:
-        for one in self.each:
-            one.started(spec)
+        self._pass_on("started", spec)
 
     def tick(self, spec: RunSpec, last_record: Mapping[str, Any] | None) -> None:
-        for one in self.each:
-            one.tick(spec, last_record)
+        self._pass_on("tick", spec, last_record)
 
     def finished(self, record: RunRecord) -> None:
-        for one in self.each:
-            one.finished(record)
+        self._pass_on("finished", record)
 
     def note(self, text: str) -> None:
-        for one in self.each:
-            one.note(hide(text))
+        self._pass_on("note", hide(text))
 
 
 @contextmanager

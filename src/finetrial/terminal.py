@@ -27,11 +27,19 @@ if TYPE_CHECKING:
     from finetrial.summary import Summary
     from finetrial.verify import Verified
 
+
+class _Console(Console):
+    """Leaves it to others what an output that nobody reads means; Rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 # A pipe or a log file has no width of its own; eighty columns would break words in every table.
 # No markup and no emoji codes: paths, reasons and settings may hold brackets and colons.
-console = Console(highlight=False, markup=False, emoji=False)
+console = _Console(highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
-    console = Console(highlight=False, markup=False, emoji=False, width=160)
+    console = _Console(highlight=False, markup=False, emoji=False, width=160)
 
 
 MOST_DIFFERENCES = 20  # listed by `report --verify`; the rest is counted
