@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ import pytest
 from finetrial import lease
 from finetrial.packing import Packing
 from finetrial.plugins import Exit
-from finetrial.records import Attempt, Failure, How, MethodSpec
+from finetrial.records import Attempt, Failure, How, MethodSpec, RunSpec
 from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS
-from scripted import Scripted, done, failed, gone, make_spec
+from scripted import SLEEP, Scripted, done, failed, gone, make_spec
 
 
 def test_a_crashed_run_is_resumed_in_its_folder(bench):
@@ -147,6 +149,36 @@ def test_a_run_over_its_time_limit_is_ended_with_all_it_started(bench):
     while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert all(gone(pid) for pid in pids)
+
+
+class DoesNotEnd(subprocess.Popen):
+    """A process that is stuck in a driver: the system does not end it, whatever it is sent."""
+
+    def poll(self) -> None:
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert timeout is not None, "waits for ever"
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+class Stuck(Scripted):
+    def start(self, run_folder: Path, spec: RunSpec) -> Any:
+        handle = super().start(run_folder, spec)
+        if len(self.started) == 1:
+            handle.process.__class__ = DoesNotEnd
+        return handle
+
+
+def test_a_process_that_not_even_a_kill_ends_is_left_behind_with_a_note(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.processes.KILL_SECONDS", 0.1)
+    monkeypatch.setattr("finetrial.schedule.GRACE_SECONDS", 0.1)
+    spec = bench.spec(0, SLEEP, done(make_spec(0)), how=How(limit_seconds=0.5))
+    bench.engine = Stuck(bench.programs)
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["timed_out", "done"]
+    [note] = [note for note in bench.progress.notes if "not even by SIGKILL" in note]
+    assert f"{spec.run_id}: process {bench.engine.handles[0].pid} does not end" in note
 
 
 def test_who_shares_a_process_with_one_that_takes_too_long_is_not_charged_for_it(bench):

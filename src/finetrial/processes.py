@@ -24,6 +24,7 @@ from finetrial.records import RunSpec
 
 # A child that the kernel should end before anything else when memory runs out (-1000 .. 1000).
 OUT_OF_MEMORY_SCORE = "900"
+KILL_SECONDS = 20.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's or a GPU's driver
 
 
 class Handle(NamedTuple):
@@ -65,7 +66,8 @@ class FreshPython:
             handle.process.wait(timeout=grace_seconds)
         end_group(handle.pid, signal.SIGKILL)
         kill_each(started)  # those that left the group
-        handle.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # else it is left: nobody can end it
+            handle.process.wait(timeout=KILL_SECONDS)
 
 
 def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ class Scheduler:
             runs[0].folder.stack_with([run.folder for run in runs[1:]])
             launch(runs)
         except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
-            process.stop(GRACE_SECONDS)
+            self._stop(process, GRACE_SECONDS)
             for run in runs:
                 release(run, "cancelled", "interrupted while it was started")
             raise
@@ -190,7 +190,7 @@ class Scheduler:
         if folder is None:
             return
         newest = next(run.process for run in running if run.folder.path == folder.path)
-        newest.stop(GRACE_SECONDS)
+        self._stop(newest, GRACE_SECONDS)
         self.packing.ended(folder)
         for run in [run for run in running if run.process is newest]:
             running.remove(run)
@@ -231,7 +231,7 @@ class Scheduler:
         if ended is not None:
             return ended
         if run.deadline is not None and now > run.deadline:
-            run.process.stop(GRACE_SECONDS)
+            self._stop(run.process, GRACE_SECONDS)
             limit = time_limit(run.spec) or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
         if now >= run.renew_at:
@@ -329,6 +329,11 @@ class Scheduler:
             f"  `finetrial show {failure.run_id}` has its log; run again to try it again"
         )
 
+    def _stop(self, process: Process, grace_seconds: float) -> None:
+        left_behind = process.stop(grace_seconds)
+        if left_behind is not None:
+            self.progress.note(left_behind)
+
     def _cancel(self, running: Sequence[Running]) -> None:
         deadline = time.monotonic() + GRACE_SECONDS  # of all together: so long a platform may wait
         for run in running:
@@ -336,6 +341,6 @@ class Scheduler:
                 run.process.ask()
         for run in running:
             with contextlib.suppress(OSError):
-                run.process.stop(max(0.0, deadline - time.monotonic()))
+                self._stop(run.process, max(0.0, deadline - time.monotonic()))
         for run in running:
             release(run, "cancelled", "stopped with its coordinator")

@@ -78,10 +78,19 @@ class Process:
         if self.handle is not None and self.poll() is None and hasattr(self.engine, "ask"):
             self.engine.ask(self.handle)
 
-    def stop(self, grace_seconds: float) -> None:
-        if self.handle is not None and self.poll() is None:
-            self.engine.stop(self.handle, grace_seconds)
-            self.exit = Exit(None, outcome="crashed", reason=STOPPED_WITH)
+    def stop(self, grace_seconds: float) -> str | None:
+        """End it; a warning if it is there all the same."""
+        if self.handle is None or self.poll() is not None:
+            return None
+        self.engine.stop(self.handle, grace_seconds)
+        still_there = self.engine.poll(self.handle) is None
+        self.exit = Exit(None, outcome="crashed", reason=STOPPED_WITH)
+        if not still_there:
+            return None
+        return (
+            f"{self.folders[0].path.name}: process {self.handle.pid} does not end, not even by SIGKILL (is it "
+            f"stuck in a driver?); it is left behind, and its run waits for its end"
+        )
 
 
 @dataclass

@@ -28,7 +28,6 @@ from finetrial.records import RunSpec
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128", "/dev/dxg")
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.02
-KILL_SECONDS = 30.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's driver
 
 
 @dataclass
@@ -194,7 +193,7 @@ class Local:
         if not self._ends_within(grace_seconds, handle):
             self._signal(handle, signal.SIGKILL)
         processes.kill_each(started)  # those that left the group
-        if not self._ends_within(KILL_SECONDS, handle):
+        if not self._ends_within(processes.KILL_SECONDS, handle):
             handle.nursery.end()
 
     @staticmethod
