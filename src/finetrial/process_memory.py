@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +16,7 @@ import torch
 from finetrial import allocator
 from finetrial.assemble import pick_device
 from finetrial.errors import OverBudget
+from finetrial.processes import memory_limits
 from finetrial.records import Fit
 
 # What the runs at a time share unless the study says: so much of the machine's or GPU's memory. The rest is
@@ -32,15 +32,8 @@ def budget_of(asked: int | None, parallel: int) -> int:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
-        total = min([psutil.virtual_memory().total, *_limits_of_group()])
+        total = min([psutil.virtual_memory().total, *memory_limits()])
     return int(total * SHARE / parallel)
-
-
-def _limits_of_group() -> Iterator[int]:
-    """A container's limit."""
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            yield int(Path(file).read_text())
 
 
 def share_process(among: int) -> None:

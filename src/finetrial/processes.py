@@ -13,7 +13,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from finetrial.records import RunSpec
 
 # A child that the kernel should end before anything else when memory runs out (-1000 .. 1000).
 OUT_OF_MEMORY_SCORE = "900"
+MEMORY_EVENTS = ("memory.events", "memory.oom_control")  # of both versions of control groups
 KILL_SECONDS = 20.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's or a GPU's driver
 
 
@@ -78,15 +79,43 @@ def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
     return tuple(found) if len(found) > 1 else ()
 
 
-def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+def control_groups(controller: str, root: Path = Path("/")) -> list[Path]:
+    """The folders of this process's control group (a container, a service, a job) and of all those around it.
+
+    The innermost first; of both versions of control groups, whichever has the controller (`memory`, `cpu`).
+    `root`: where /proc and /sys are.
+    """
+    lines: list[str] = []
+    with contextlib.suppress(OSError):  # not Linux
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    inside = {"": Path(), controller: Path()}  # by controller; version 2 has one hierarchy for all
+    for number, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        for name in controllers.split(","):
+            if name == controller or (not name and number == "0"):
+                inside[name] = Path(*[part for part in path.split("/") if part and part != ".."])
+    mount = root / "sys/fs/cgroup"
+    # Seen from within a container, a group may be named as it is outside, where it is not to be found.
+    return [mount / name / group for name, path in inside.items() for group in (path, *path.parents)]
+
+
+def cores(root: Path = Path("/")) -> int:
     """Processor cores that this process may use: those it may run on, or fewer by its container's quota."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of both versions
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            quota, period = map(int, " ".join((groups / file).read_text() for file in files).split())
-            if quota > 0 and period > 0:
-                found = min(found, math.ceil(quota / period))
+    for group in control_groups("cpu", root):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of both versions
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                quota, period = map(int, " ".join((group / file).read_text() for file in files).split())
+                if quota > 0 and period > 0:
+                    found = min(found, math.ceil(quota / period))
     return found
+
+
+def memory_limits(root: Path = Path("/")) -> Iterator[int]:
+    """Bytes that this process's control group, and each around it, may take; none where there is no limit."""
+    for group in control_groups("memory", root):
+        for file in ("memory.max", "memory.limit_in_bytes"):  # of both versions
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                yield int((group / file).read_text())
 
 
 def child_environment(threads: int, gpu: str | None = None) -> dict[str, str]:
@@ -116,11 +145,16 @@ def go_first_when_memory_runs_out(pid: int) -> None:
         Path(f"/proc/{pid}/oom_score_adj").write_text(OUT_OF_MEMORY_SCORE)
 
 
-def memory_kills() -> int:
-    """How many processes the system has killed for want of memory since it started; 0 where it does not say."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/vmstat").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
+def memory_kills(root: Path = Path("/")) -> int:
+    """Processes that were killed for want of memory: of this control group, or, if it does not say, of all.
+
+    0 where the system does not say either.
+    """
+    groups = [group / file for file in MEMORY_EVENTS for group in control_groups("memory", root)]
+    for file in (*groups, root / "proc/vmstat"):
+        with contextlib.suppress(OSError, StopIteration, ValueError):
+            lines = file.read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("oom_kill ")).split()[1])
     return 0
 
 
