@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from finetrial import lease
+from finetrial import lease, processes, schedule
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.records import How, RunSpec
 from finetrial.schedule import Lane
@@ -172,6 +172,12 @@ def test_all_runs_are_asked_to_end_before_the_first_is_waited_for(bench):
     with pytest.raises(OSError, match="disk is full"):
         bench.run(*(iter([spec]) for spec in specs), lane(), parallel=4)
     assert all((folder / "left").exists() for folder in folders)
+
+
+def test_a_worker_has_the_time_that_platforms_grant_and_no_lease_gets_old_meanwhile():
+    assert 20 <= schedule.GRACE_SECONDS <= 27  # of the 30 s of SLURM and Kubernetes, some for the coordinator
+    longest = schedule.RENEW_SECONDS + schedule.GRACE_SECONDS + processes.KILL_SECONDS
+    assert longest < lease.STALE_SECONDS
 
 
 def test_lanes_that_wait_for_each_other_are_said_and_not_waited_for(bench):

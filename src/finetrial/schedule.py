@@ -41,8 +41,9 @@ from finetrial.under_way import (
 )
 
 POLL_SECONDS = 0.05
-# From SIGTERM to SIGKILL: what a preempted machine commonly grants.
-GRACE_SECONDS = 10.0
+# From SIGTERM to SIGKILL, in which a worker writes a checkpoint of some gigabytes: within the 30 s that SLURM and
+# Kubernetes grant. With processes.KILL_SECONDS, and what a renewal is late, it is less than a lease may be old.
+GRACE_SECONDS = 25.0
 # Failures that a later `finetrial run` tries again: the cause lies outside the run and may be gone.
 TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
 # Failures that only `--retry-failed` tries again: the run had its chances, or would fail the same way.
