@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 
 from finetrial import lease
+from finetrial.errors import Incomplete
+from finetrial.lease import FileLock
 from finetrial.packing import Packing
 from finetrial.plugins import Exit
+from finetrial.processes import HELD_CODE
 from finetrial.records import Attempt, Failure, How, MethodSpec, RunSpec
 from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS
+from finetrial.store import RunFolder
 from scripted import SLEEP, Scripted, done, failed, gone, make_spec
 
 
@@ -149,6 +154,47 @@ def test_a_run_over_its_time_limit_is_ended_with_all_it_started(bench):
     while not all(gone(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert all(gone(pid) for pid in pids)
+
+
+HELD = f"raise SystemExit({HELD_CODE})"
+
+
+def hold(folder: RunFolder) -> FileLock:
+    """Have the run's lock, as a process does that was left behind."""
+    folder.path.mkdir(parents=True)
+    lock = FileLock(folder.lock_file)
+    assert lock.acquire() is None
+    return lock
+
+
+def test_a_run_that_another_process_still_holds_waits_and_is_not_charged_for_it(bench):
+    spec = bench.spec(0, HELD, HELD, done(make_spec(0)))
+    lock = hold(bench.home.run(spec.run_id))
+    bench.run(iter([spec]), attempts=1)
+    lock.release()
+    assert bench.outcomes(spec) == ["cancelled", "cancelled", "done"]
+    attempts = bench.home.run(spec.run_id).attempt_records()
+    assert [attempt.counts for attempt in attempts] == [False, False, True]
+    assert attempts[0].reason == f"process {os.getpid()} still works on it"
+
+
+def test_a_run_that_another_process_holds_for_long_ends_the_command_with_its_name(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.schedule.HELD_SECONDS", 0.0)
+    spec = bench.spec(0, HELD, HELD, done(make_spec(0)))
+    lock = hold(bench.home.run(spec.run_id))
+    with pytest.raises(Incomplete, match=f"{spec.run_id} cannot begin: process {os.getpid()} still"):
+        bench.run(iter([spec]), attempts=1)
+    lock.release()
+    assert bench.outcomes(spec) == ["cancelled"] * 2
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["cancelled", "cancelled", "done"]
+
+
+def test_the_same_exit_code_of_a_run_that_nobody_else_holds_is_a_crash(bench):
+    mine = f"import os; open('worker.lock', 'w').write(str(os.getpid())); {HELD}"
+    spec = bench.spec(0, mine)
+    bench.run(iter([spec]), attempts=1)
+    assert bench.outcomes(spec) == ["crashed"]
 
 
 class DoesNotEnd(subprocess.Popen):

@@ -194,6 +194,13 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+@forks
+def test_a_forked_worker_that_cannot_write_its_log_says_so_in_its_failure(folder):
+    folder.log_file.mkdir()
+    assert ended(LOCAL, LOCAL.start(folder.path, make_spec())).code == 1
+    assert folder.failure().reason.startswith(f"{folder.log_file}: Is a directory")
+
+
 CLOSES = """\
 import os
 from finetrial import nursery

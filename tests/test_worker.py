@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from finetrial import worker
+from finetrial.lease import FileLock
+from finetrial.processes import HELD_CODE
+from finetrial.store import RunFolder
+from scripted import make_spec
 
 
 def test_pytorchs_own_words_for_too_little_cpu_memory_are_known():
@@ -61,3 +67,35 @@ def test_a_hang_up_is_a_notice_to_end_unless_it_is_ignored(ignored):
     done = subprocess.run([*nohup, sys.executable, "-c", HELD_BACK], capture_output=True, text=True)
     assert done.returncode == 0, done
     assert done.stdout.splitlines() == [f"{not ignored} {ignored}", "True"]
+
+
+# ---- runs that cannot begin ------------------------------------------------------------------------------
+
+
+def made(home: Path) -> RunFolder:
+    folder = RunFolder(home / "runs" / make_spec().run_id)
+    folder.create(make_spec())
+    return folder
+
+
+def test_a_run_that_another_process_holds_is_told_by_the_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "LOCK_SECONDS", 0.1)
+    folder = made(tmp_path)
+    lock = FileLock(folder.lock_file)
+    assert lock.acquire() is None
+    assert worker.work(folder) == HELD_CODE
+    lock.release()
+    assert f"another process ({os.getpid()}) is still working" in capsys.readouterr().err
+    assert folder.failure() is None
+
+
+@pytest.mark.parametrize("name", ["lock_file", "spec_file"])
+def test_a_run_whose_files_cannot_be_opened_fails_with_the_reason(tmp_path, name):
+    folder = made(tmp_path)
+    path = getattr(folder, name)
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    assert worker.work(folder) == 1
+    failure = folder.failure()
+    assert failure.kind == "refused"
+    assert failure.reason == f"{path}: Is a directory; mend that and run the same command again"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from finetrial import worker
+from finetrial.store import RunFolder
 
 # What ends all of a service or a job at once. The workers end by it in their own time, with a checkpoint; with
 # this process they would be killed. It is the coordinator's to end.
@@ -134,12 +135,15 @@ def _be_a_worker(request: dict[str, Any]) -> int:
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
-        os.dup2(descriptor, number)
+    try:
+        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
+            os.dup2(descriptor, number)
+        os.chdir(request["cwd"])
+    except OSError as error:
+        return worker.could_not_begin(RunFolder(Path(request["folder"])), error)
     close_from(3)
-    os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"], **{worker.PARENT_VARIABLE: parent})
     return worker.main(request["folder"])

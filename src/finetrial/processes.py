@@ -24,6 +24,8 @@ from finetrial.records import RunSpec
 
 # A child that the kernel should end before anything else when memory runs out (-1000 .. 1000).
 OUT_OF_MEMORY_SCORE = "900"
+# What a worker ends with that has not begun, because another process still works in its folder (EX_TEMPFAIL).
+HELD_CODE = 75
 MEMORY_EVENTS = ("memory.events", "memory.oom_control")  # of both versions of control groups
 KILL_SECONDS = 20.0  # from SIGKILL to the end, at most: a process may be stuck in a disk's or a GPU's driver
 
@@ -164,6 +166,8 @@ def exit_of(code: int) -> Exit:
         return Exit(code, reason=f"killed by {_signal_name(-code)}")
     if code == 128 + signal.SIGTERM:
         return Exit(code, reason="asked to end; it left a checkpoint")
+    if code == HELD_CODE:
+        return Exit(code, reason="another process still works in its folder")
     return Exit(code, reason=f"exit code {code}" if code else None)
 
 

@@ -12,7 +12,7 @@ import itertools
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finetrial import lease as leases
@@ -41,8 +41,8 @@ from finetrial.under_way import (
 )
 
 POLL_SECONDS = 0.05
-# From SIGTERM to SIGKILL, in which a worker writes a checkpoint of some gigabytes: within the 30 s that SLURM and
-# Kubernetes grant. With processes.KILL_SECONDS, and what a renewal is late, it is less than a lease may be old.
+# From SIGTERM to SIGKILL, for a checkpoint of some gigabytes: within the 30 s that SLURM and Kubernetes grant.
+# With processes.KILL_SECONDS, and what a renewal is late, it is less than a lease may be old.
 GRACE_SECONDS = 25.0
 # Failures that a later `finetrial run` tries again: the cause lies outside the run and may be gone.
 TRIED_AGAIN: frozenset[Outcome] = frozenset({"bug", "refused", "cancelled"})
@@ -52,6 +52,7 @@ GIVEN_UP: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost", "out_o
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
 # A run that ran out of memory goes on with half as much at once, so many times at most.
 MOST_HALVINGS = 12
+HELD_SECONDS = 60.0  # that a process of an earlier command may take to let go of its run
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 PUT_OFF = "put off: the runs beside it leave it too little memory"
 
@@ -63,6 +64,7 @@ class Ending(NamedTuple):
     reason: str | None
     final: bool = False
     own_budget: bool = False
+    holder: int | None = None  # the process that holds the run, where it could not begin for that
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Scheduler:
     on_finished: Callable[[RunRecord], None]
     tried_again: frozenset[Outcome] = TRIED_AGAIN
     check_room: Callable[[], None] = lambda: None  # raises where there is none for another run
+    held_since: dict[str, float] = field(default_factory=dict)  # run id -> when another process was found at it
 
     def run(self, lanes: Sequence[Lane]) -> None:
         """Finish every run of every lane; a run that has ended is not started again.
@@ -247,6 +250,12 @@ class Scheduler:
         self.packing.ended(run.folder)
         ending = self._outcome(run, ended)
         outcome, reason = ending.outcome, ending.reason
+        if ending.holder is not None:
+            close(run.folder, run.attempt, outcome, ended.code, reason, counts=False)
+            leases.release(run.folder.lease_file, run.lease)
+            self._wait_for(ending.holder, run.folder)
+            return False
+        self.held_since.pop(run.spec.run_id, None)
         if self._is_crowded(run, ending):
             run.folder.failure_file.unlink(missing_ok=True)
             close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
@@ -289,6 +298,21 @@ class Scheduler:
         self._stop_on_fault(record)
         return True
 
+    def _wait_for(self, holder: int, folder: RunFolder) -> None:
+        """A run that another process holds is begun again and again, which is waiting for that process to end.
+
+        Raises:
+            Incomplete: it has not ended for long.
+        """
+        run_id = folder.path.name
+        now = time.monotonic()
+        if now - self.held_since.setdefault(run_id, now) > HELD_SECONDS:
+            raise Incomplete(
+                f"{run_id} cannot begin: process {holder} still works on it and holds {folder.lock_file}; end "
+                f"that process, or wait for its end, then run the same command again"
+            )
+        self.progress.note(f"{run_id}: process {holder} still works on it; waiting for its end")
+
     def _is_crowded(self, run: Running, ending: Ending) -> bool:
         """Whether memory may suffice with fewer beside it; of runs that are stacked, for half as many."""
         if ending.outcome != "out_of_memory" or ending.final:
@@ -311,6 +335,8 @@ class Scheduler:
         failure = run.folder.failure()
         if failure is not None and failure.attempt == run.attempt.number:
             return Ending(failure.kind, failure.reason, failure.final, failure.own_budget)
+        if ended.code == processes.HELD_CODE and (holder := run.holder()) is not None:
+            return Ending("cancelled", f"process {holder} still works on it", holder=holder)
         if ended.code == -signal.SIGKILL and processes.memory_kills() > run.memory_kills:
             return Ending("out_of_memory", "killed by the system, which ran out of memory")
         if ended.outcome is not None:

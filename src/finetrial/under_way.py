@@ -5,6 +5,7 @@ What becomes of it when it has ended is `schedule.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,14 @@ class Running:
             if self.folder.result_file.exists() or over:
                 return Exit(0)
         return ended
+
+    def holder(self) -> int | None:
+        """The process that has the run's lock, if that is not its own; -1 where it does not say which."""
+        told = ""
+        with contextlib.suppress(OSError):
+            told = self.folder.lock_file.read_text(encoding="utf-8", errors="replace").strip()
+        pid = int(told) if told.isascii() and told.isdigit() else -1
+        return pid if pid != self.attempt.pid else None
 
     def _ran_out_with_others(self, failed: Failure) -> bool:
         """Whether it is out of memory once it had begun: so are the others soon, and until then it is held."""

@@ -1,8 +1,7 @@
 """`python -m finetrial.worker RUN_FOLDER`: one isolated process, of one run or of several that are stacked.
 
-Reads the spec, does it, writes the result or the failure; knows nothing of searches, reports or runs of other
-processes. Exit code 0 when a result was written, 1 when a failure was, 143 when it was told to end and left a
-checkpoint (of several runs the highest); anything else is a crash.
+Exit code 0 when a result was written, 1 when a failure was, 143 when it was asked to end and left a checkpoint,
+HELD_CODE when another process holds the run; anything else is a crash.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ from types import ModuleType
 from finetrial import plugins
 from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, OverBudget, disk_fault, of_the_system
 from finetrial.lease import FileLock
+from finetrial.processes import HELD_CODE
 from finetrial.records import Failure, Outcome, Result, RunSpec
 from finetrial.secrets_guard import hidden_output
 from finetrial.store import RunFolder
 
 PARENT_VARIABLE = "FINETRIAL_PARENT"
 PR_SET_PDEATHSIG = 1
+LOCK_SECONDS = 10.0  # that the process which had the run before may take to end
 # What a plain RuntimeError says where memory does not suffice: the CPU's (c10/core/CPUAllocator.cpp), and a
 # GPU's for a context or a library's workspace, which are not PyTorch's to allocate.
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
@@ -60,10 +61,13 @@ def _work(folder: RunFolder) -> int:
     locks = {each.path: FileLock(each.lock_file) for each in folders}
     with contextlib.ExitStack() as held:
         for each in folders:
-            holder = locks[each.path].acquire(wait_seconds=10.0)
+            try:
+                holder = locks[each.path].acquire(wait_seconds=LOCK_SECONDS)
+            except OSError as error:
+                return could_not_begin(folder, error)
             if holder is not None:
                 sys.stderr.write(f"another process ({holder}) is still working in {each.path}\n")
-                return 1
+                return HELD_CODE
             held.callback(locks[each.path].release)
         waiting = [each for each in folders if not each.result_file.exists()]
         if len(waiting) > 1:
@@ -73,7 +77,10 @@ def _work(folder: RunFolder) -> int:
 
 def _do(folder: RunFolder) -> int:
     """One run."""
-    spec = folder.spec()
+    try:
+        spec = folder.spec()
+    except OSError as error:
+        return could_not_begin(folder, error)
     try:
         stages = prepare(spec)
         _say_begin(folder, spec)
@@ -168,6 +175,15 @@ def _conclude(
     if left is not None:
         sys.stderr.write(f"{left}\n")
     return 0
+
+
+def could_not_begin(folder: RunFolder, error: OSError) -> int:
+    """Write why a run could not even begin; the exit code."""
+    kind, reason = classify(error)
+    sys.stderr.write(f"{kind}: {reason}\n")
+    failure = Failure(run_id=folder.path.name, kind=kind, reason=reason, attempt=_attempt(folder))
+    folder.write_failure(failure)
+    return 1
 
 
 def _is_own_limit(folder: RunFolder) -> bool:
