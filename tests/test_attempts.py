@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,42 @@ def test_a_process_that_not_even_a_kill_ends_is_left_behind_with_a_note(bench, m
     assert bench.outcomes(spec) == ["timed_out", "done"]
     [note] = [note for note in bench.progress.notes if "not even by SIGKILL" in note]
     assert f"{spec.run_id}: process {bench.engine.handles[0].pid} does not end" in note
+
+
+PAUSED = """\
+import sys
+from pathlib import Path
+
+from finetrial.records import How
+from scripted import Bench, done, make_spec
+
+bench = Bench(Path(sys.argv[1]))
+up = "import os, time; open('pid', 'w').write(str(os.getpid()))"
+waits = "while not os.path.exists('go'): time.sleep(0.01)"
+spec = bench.spec(0, "\\n".join([up, waits, done(make_spec(0))]), how=How(limit_seconds=5.0))
+print(bench.home.run(spec.run_id).path, flush=True)
+bench.run(iter([spec]))
+print(bench.outcomes(spec))
+"""
+
+
+def test_time_in_which_everything_was_paused_is_no_time_of_a_run(tmp_path):
+    """As a container or a job is suspended: the coordinator and its run are stopped, and continued together."""
+    command = [sys.executable, "-c", PAUSED, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    coordinator = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    folder = Path(coordinator.stdout.readline().strip())
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        time.sleep(0.01)
+    everything = [coordinator.pid, int((folder / "pid").read_text())]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5.5)
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(0.3)  # the coordinator looks at it before it ends
+    (folder / "go").touch()
+    assert coordinator.communicate(timeout=60)[0] == "['done']\n"
 
 
 def test_who_shares_a_process_with_one_that_takes_too_long_is_not_charged_for_it(bench):

@@ -27,6 +27,7 @@ from finetrial.under_way import (
     BESIDE,
     COORDINATOR_ENDED,
     RENEW_SECONDS,
+    Busy,
     Lane,
     Process,
     Queue,
@@ -79,6 +80,7 @@ class Scheduler:
     on_finished: Callable[[RunRecord], None]
     tried_again: frozenset[Outcome] = TRIED_AGAIN
     check_room: Callable[[], None] = lambda: None  # raises where there is none for another run
+    busy: Busy = field(default_factory=Busy)
     held_since: dict[str, float] = field(default_factory=dict)  # run id -> when another process was found at it
 
     def run(self, lanes: Sequence[Lane]) -> None:
@@ -123,14 +125,16 @@ class Scheduler:
         """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
         while True:
             by_need = sorted(queues, key=lambda queue: queue.under_way)  # the first among equals
-            queue = next((queue for queue in by_need if queue.next() is not None), None)
+            with self.busy.counted():
+                queue = next((queue for queue in by_need if queue.next() is not None), None)
             if queue is None:
                 break
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
             if self._has_ended(folder):
-                self._tidy_up(folder)
-                self.on_finished(folder.record())
+                with self.busy.counted():
+                    self._tidy_up(folder)
+                    self.on_finished(folder.record())
                 queue.ready.pop(0)
                 continue
             specs = self._stack(queue)
@@ -138,8 +142,9 @@ class Scheduler:
             if place is None:
                 break
             specs = [spec.model_copy(update={"how": spec.how.model_copy(update=place)}) for spec in specs]
-            self.check_room()
-            running += self._start(queue, specs)
+            with self.busy.counted():
+                self.check_room()
+                running += self._start(queue, specs)
             here = {id(run.process): run.process for run in running if run.spec.how.gpu == specs[0].how.gpu}
             for process in here.values():
                 process.beside = max(process.beside, len(here) - 1)
@@ -207,7 +212,9 @@ class Scheduler:
 
     def _end(self, run: Running, ended: Exit) -> None:
         """Settle a run whose process has ended, or its part of it; to be resumed, it waits for a place."""
-        if self._settle(run, ended):
+        with self.busy.counted():
+            over = self._settle(run, ended)
+        if over:
             run.queue.under_way -= 1
         else:
             self.progress.finished(run.folder.record())  # for now
@@ -231,6 +238,7 @@ class Scheduler:
         `last`: of its process, whose end is waited for.
         """
         now = time.monotonic()
+        run.allow_for_a_pause(now, self.busy.seconds)
         ended = run.process.poll() if last else run.ended()
         if ended is not None:
             return ended
@@ -357,7 +365,8 @@ class Scheduler:
         )
 
     def _stop(self, process: Process, grace_seconds: float) -> None:
-        left_behind = process.stop(grace_seconds)
+        with self.busy.counted():
+            left_behind = process.stop(grace_seconds)
         if left_behind is not None:
             self.progress.note(left_behind)
 

@@ -23,11 +23,27 @@ from finetrial.store import RunFolder
 Lane = Iterator[RunSpec | Sequence[RunSpec]]
 
 RENEW_SECONDS = 10.0
+PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 STOPPED_WITH = "the process that it shared was stopped"
 # Likewise, and such a run shares no process again, or, cancelled for want of memory, with half as many.
 BESIDE = "not alone, so it is tried again with fewer beside it"
+
+
+class Busy:
+    """How long the coordinator was at what takes its time, in all; the runs go on meanwhile."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
 
 
 @dataclass
@@ -109,6 +125,19 @@ class Running:
     memory_kills: int  # that the system had made before it
     kept_outputs: int  # parts of evaluations that it began with
     stacked: bool = False
+    looked: tuple[float, float] | None = None  # when last, and how long its coordinator had been busy by then
+
+    def allow_for_a_pause(self, now: float, busy_seconds: float) -> None:
+        """Move the deadline by the time that nobody had to work in: a container or a job that was suspended.
+
+        Told by looks at it that lie further apart than what its coordinator was busy with itself, meanwhile.
+        """
+        before, self.looked = self.looked, (now, busy_seconds)
+        if before is None or self.deadline is None:
+            return
+        gap = (now - before[0]) - (busy_seconds - before[1])
+        if gap > PAUSE_SECONDS:
+            self.deadline += gap
 
     def ended(self) -> Exit | None:
         """How it ended, or None while it goes on. One that is stacked ends before its process does."""
