@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetrial import lease, processes, schedule
+from finetrial import lease, processes, schedule, under_way
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.records import How, RunSpec
 from finetrial.schedule import Lane
@@ -176,7 +177,7 @@ def test_all_runs_are_asked_to_end_before_the_first_is_waited_for(bench):
 
 def test_a_worker_has_the_time_that_platforms_grant_and_no_lease_gets_old_meanwhile():
     assert 20 <= schedule.GRACE_SECONDS <= 27  # of the 30 s of SLURM and Kubernetes, some for the coordinator
-    longest = schedule.RENEW_SECONDS + schedule.GRACE_SECONDS + processes.KILL_SECONDS
+    longest = under_way.RENEW_SECONDS + schedule.GRACE_SECONDS + processes.KILL_SECONDS
     assert longest < lease.STALE_SECONDS
 
 
@@ -275,7 +276,7 @@ def test_a_run_that_another_holds_keeps_what_its_spec_says_of_there(bench):
 
 
 def test_a_run_that_another_takes_over_is_ended_here_and_its_records_are_left_alone(bench, monkeypatch):
-    monkeypatch.setattr("finetrial.schedule.RENEW_SECONDS", 0.0)
+    monkeypatch.setattr("finetrial.under_way.RENEW_SECONDS", 0.0)
     spec = bench.spec(0, SLEEP)
     folder = bench.home.run(spec.run_id)
 
@@ -294,6 +295,57 @@ def test_a_run_that_another_takes_over_is_ended_here_and_its_records_are_left_al
     assert bench.nothing_runs()
     assert lease.read(folder.lease_file).token == theirs[0].token
     assert [(a.outcome, a.reason) for a in folder.attempt_records()] == [("lost", "theirs")]
+
+
+class FullDisk(Recorder):
+    """No file may grow, from the first look at a run on, for some looks; then all is well again."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.until = looks
+
+    def tick(self, spec: RunSpec, last_record: Any) -> None:
+        self.looks += 1
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0 if self.looks < self.until else hard, hard))
+
+
+@pytest.fixture
+def files_may_grow_again() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("files_may_grow_again")
+def test_a_lease_that_cannot_be_renewed_for_a_while_ends_nothing(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.under_way.RENEW_SECONDS", 0.0)
+    monkeypatch.setattr("finetrial.under_way.RENEW_AGAIN_SECONDS", 0.0)
+    bench.progress = FullDisk(looks=5)
+    spec = bench.spec(0, f"import time; time.sleep(1.0)\n{done(make_spec(0))}")
+    bench.run(iter([spec]))
+    assert bench.progress.looks > 5
+    assert bench.outcomes(spec) == ["done"]
+
+
+@pytest.mark.usefixtures("files_may_grow_again")
+def test_a_lease_that_cannot_be_renewed_until_it_is_stale_ends_the_command(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.under_way.RENEW_SECONDS", 0.0)
+    monkeypatch.setattr("finetrial.under_way.RENEW_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("finetrial.lease.STALE_SECONDS", 0.5)
+    bench.progress = FullDisk(looks=10**6)
+    spec = bench.spec(0, SLEEP)
+    with pytest.raises(OSError, match="File too large"):
+        bench.run(iter([spec]))
+    assert bench.nothing_runs()
+
+
+def test_what_is_only_shown_of_a_run_may_be_unreadable(bench):
+    unreadable = "import os, time; os.mkdir('metrics.jsonl'); time.sleep(0.5)\n"
+    spec = bench.spec(0, unreadable + done(make_spec(0)))
+    bench.run(iter([spec]))
+    assert bench.progress.looks > 1
+    assert bench.outcomes(spec) == ["done"]
 
 
 def test_a_checkpoint_that_a_finished_run_left_is_dropped(bench):

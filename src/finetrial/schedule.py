@@ -26,7 +26,6 @@ from finetrial.store import Home, RunFolder
 from finetrial.under_way import (
     BESIDE,
     COORDINATOR_ENDED,
-    RENEW_SECONDS,
     Busy,
     Lane,
     Process,
@@ -246,11 +245,9 @@ class Scheduler:
             self._stop(run.process, GRACE_SECONDS)
             limit = time_limit(run.spec) or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
-        if now >= run.renew_at:
-            if not leases.renew(run.folder.lease_file, run.lease):
-                raise Incomplete(f"{run.spec.run_id} was taken over by another coordinator; leave it to that")
-            run.renew_at = now + RENEW_SECONDS
-        self.progress.tick(run.spec, run.folder.last_metrics())
+        if not run.renew(now):
+            raise Incomplete(f"{run.spec.run_id} was taken over by another coordinator; leave it to that")
+        self.progress.tick(run.spec, run.last_metrics())
         return None
 
     def _settle(self, run: Running, ended: Exit) -> bool:

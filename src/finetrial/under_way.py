@@ -23,6 +23,7 @@ from finetrial.store import RunFolder
 Lane = Iterator[RunSpec | Sequence[RunSpec]]
 
 RENEW_SECONDS = 10.0
+RENEW_AGAIN_SECONDS = 1.0  # where the disk did not let it
 PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
@@ -125,7 +126,31 @@ class Running:
     memory_kills: int  # that the system had made before it
     kept_outputs: int  # parts of evaluations that it began with
     stacked: bool = False
+    renewed_at: float = field(default_factory=time.monotonic)
     looked: tuple[float, float] | None = None  # when last, and how long its coordinator had been busy by then
+
+    def renew(self, now: float) -> bool:
+        """Say that it is worked on, where that is due; False if another has taken it over.
+
+        What the disk refuses is tried again for as long as others respect what was said last.
+        """
+        if now < self.renew_at:
+            return True
+        try:
+            held = leases.renew(self.folder.lease_file, self.lease)
+        except OSError:
+            if now - self.renewed_at > leases.STALE_SECONDS - RENEW_SECONDS:
+                raise
+            self.renew_at = now + RENEW_AGAIN_SECONDS
+            return True
+        self.renewed_at, self.renew_at = now, now + RENEW_SECONDS
+        return held
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """What it has told last, to be shown: nothing where that cannot be read."""
+        with contextlib.suppress(OSError):
+            return self.folder.last_metrics()
+        return None
 
     def allow_for_a_pause(self, now: float, busy_seconds: float) -> None:
         """Move the deadline by the time that nobody had to work in: a container or a job that was suspended.
