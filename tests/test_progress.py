@@ -349,7 +349,7 @@ class Gone(io.StringIO):
 def test_what_cannot_be_shown_is_logged_and_stops_nothing(tmp_path, error, interactive):
     console = type(terminal.console)(file=Gone(error), force_terminal=interactive, width=100)
     with make_progress(console, interactive) as shown, study_log(tmp_path / "log.txt", shown, "it") as progress:
-        progress.phase("search", ARMS, dict.fromkeys(ARMS, 1))
+        progress.phase("search", dict.fromkeys(ARMS, 1))
         progress.started(make_spec(0))
         progress.note("a folder named \udce9")  # whose name is no UTF-8
         progress.finished(ended(make_spec(0), 70.0))
