@@ -2,7 +2,7 @@
 
 Reads the spec, does it, writes the result or the failure; knows nothing of searches, reports or runs of other
 processes. Exit code 0 when a result was written, 1 when a failure was, 143 when it was told to end and left a
-checkpoint (of several runs the highest), HELD_CODE when another process holds the run; anything else is a crash.
+checkpoint (of several the highest), HELD_CODE when another process holds the run; anything else is a crash.
 """
 
 from __future__ import annotations
