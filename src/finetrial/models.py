@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetrial import files
+from finetrial.architecture import is_causal
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.records import ModelSource
@@ -169,14 +170,13 @@ def build(
             hint = "read that code, and if you trust it, set model.trust_remote_code: true"
         what = f"the model {source.name} does not load for {kind}"
         raise ModelError(f"{what}: {_reason(error)}; {hint}") from error
-    causal = bool(getattr(config, "is_decoder", False)) or not _is_bidirectional(model)
     heads, stray = _heads(model, missing)
     if stray and not shapes_only:  # without reading the files, what lacks is not known
         raise ModelError(
             f"the checkpoint {source.name} lacks weights of the model itself: {', '.join(stray[:3])}; "
             f"they would be random. Check that it is a whole checkpoint of a {config.model_type} model"
         )
-    return Built(model, tokenizer, heads, causal, mapped)
+    return Built(model, tokenizer, heads, is_causal(model), mapped)
 
 
 def language_model(source: ModelSource, location: Location) -> Any:
@@ -298,18 +298,6 @@ def beside_body(model: Any) -> tuple[str, ...]:
 def in_head(name: str, head_names: Sequence[str]) -> bool:
     """Whether a module or parameter of that full name is one of the head's."""
     return any(name == head or name.startswith(f"{head}.") for head in head_names)
-
-
-def _is_bidirectional(model: Any) -> bool:
-    """Encoders attend both ways; their attention modules say so with `is_causal = False`."""
-    flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    return not any(flags) if flags else model.config.model_type in ENCODERS
-
-
-# For architectures whose attention modules carry no flag.
-ENCODERS = frozenset(
-    {"bert", "roberta", "distilbert", "electra", "xlm-roberta", "deberta-v2", "albert", "mpnet"}
-)
 
 
 def block_linears(model: Any, head_names: Sequence[str]) -> list[str]:
