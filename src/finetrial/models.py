@@ -1,7 +1,7 @@
 """Base models with a task's head, built the same way for every method. Child side: imports torch.
 
-The head's initial weights come from their own seed; a weight that should have been in the checkpoint and
-was not is an error, not a random tensor.
+The head's initial weights come from their own seed, also where the checkpoint has a trained one; a weight that
+should have been in the checkpoint and was not is an error, not a random tensor.
 """
 
 from __future__ import annotations
@@ -160,10 +160,9 @@ def build(
         mapped = config.dtype in (None, torch.float32)
         config.pad_token_id = tokenizer.pad_token_id
         _change(config, source)
-        torch.manual_seed(head_seed)
-        load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_whole
+        load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_with_head
         place = {"device_map": "meta"} if shapes_only else {}
-        model, missing = load(AUTO_CLASSES[kind], location, config, common | place)
+        model, missing = load(AUTO_CLASSES[kind], location, config, common | place, head_seed)
     except LOAD_FAULTS as error:
         hint = f"see to its files in {location.name}, or name another model"
         if "trust_remote_code" in str(error):
@@ -231,31 +230,56 @@ def _change(config: Any, source: ModelSource) -> None:
 
 
 def _load_whole(
-    auto_class: Any, location: Location, config: Any, common: dict[str, Any]
+    auto_class: Any, location: Location, config: Any, common: dict[str, Any], *, but_head: bool = False
 ) -> tuple[Any, set[str]]:
-    """The model with its head, and the names of the weights that the checkpoint does not have."""
+    """The model with its head, and the names of the weights that the checkpoint does not have.
+
+    `but_head`: what is beside the body may have other shapes there; it counts as missing.
+    """
     model, info = auto_class.from_pretrained(
         location.name, config=config, dtype=torch.float32, output_loading_info=True,
         use_safetensors=True, ignore_mismatched_sizes=True, **common,
     )  # fmt: skip
-    if info["mismatched_keys"]:  # refused by name, where transformers would point at a report in the log
-        name, there, wanted = min(info["mismatched_keys"], key=lambda found: found[0])
+    missing, heads = set(info["missing_keys"]), beside_body(model) if but_head else ()
+    others = [found for found in info["mismatched_keys"] if not in_head(found[0], heads)]
+    if others:  # refused by name, where transformers would point at a report in the log
+        name, there, wanted = min(others, key=lambda found: found[0])
         shapes = f"{name} is {tuple(there)} and should be {tuple(wanted)}"
         raise ModelError(
             f"the weights in {location.name} have other shapes than its config.json and the task say: "
             f"{shapes}; name a checkpoint that fits"
         )
-    return model, set(info["missing_keys"])
+    return model, missing | {found[0] for found in info["mismatched_keys"]}
+
+
+def _load_with_head(
+    auto_class: Any, location: Location, config: Any, common: dict[str, Any], head_seed: int
+) -> tuple[Any, set[str]]:
+    """As `_load_whole`; a head that the checkpoint has, trained on some task, gives way to a drawn one."""
+    torch.manual_seed(head_seed)
+    model, missing = _load_whole(auto_class, location, config, common, but_head=True)
+    heads = beside_body(model)
+    drawn = {name for name, _ in model.named_parameters() if in_head(name, heads)}
+    if drawn - missing and not common.get("device_map"):
+        # All is drawn that would have been, had the checkpoint no head, and in the same order.
+        torch.manual_seed(head_seed)
+        for name in drawn | missing:
+            owner, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter_or_buffer(name)
+            owner._is_hf_initialized = parameter._is_hf_initialized = False
+        model.initialize_weights()
+        missing |= drawn
+    return model, missing
 
 
 def _load_body_apart(
-    auto_class: Any, location: Location, config: Any, common: dict[str, Any]
+    auto_class: Any, location: Location, config: Any, common: dict[str, Any], head_seed: int
 ) -> tuple[Any, set[str]]:
-    """As `_load_whole`, the body loaded as a model of its own and put under the head.
+    """As `_load_with_head`, the body loaded as a model of its own and put under the head.
 
     `from_pretrained` with a `key_mapping` would load the same, but would save under the mapped-back names,
     which the class with the head then does not find: a reloaded model would be random.
     """
+    torch.manual_seed(head_seed)
     with torch.device("meta"):  # only the head is drawn: drawing a body to overwrite it takes seconds
         model = auto_class.from_config(config, dtype=torch.float32)
     body, missing = _load_whole(AutoModel, location, config, common)
