@@ -214,6 +214,24 @@ MODELS: dict[str, Wrong] = {
         ("model.config.hiden_size", "did you mean 'hidden_size'?"),
         "{name: ./model, config: {hiden_size: 8}}",
     ),
+    "a change of the padding": Wrong(
+        nothing,
+        ("model.config.pad_token_id", "padding is the tokenizer's token 0", "leave it out"),
+        "{name: ./model, config: {pad_token_id: 5}}",
+    ),
+    # architectures
+    "encoder and decoder": Wrong(
+        written("config.json", '{"model_type": "t5"}'), ("an encoder and a decoder (t5)", "name an encoder")
+    ),
+    "XLNet": Wrong(
+        written("config.json", '{"model_type": "xlnet"}'), ("last place, which here is padding", "another")
+    ),
+    "quantised": Wrong(
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ("is quantised (gptq)", "name the checkpoint that it was made from"),
+    ),
+    "no heads of attention": Wrong(config(num_attention_heads=0), (DOES_NOT_LOAD, "by zero", OR_ANOTHER)),
+    "fewer words than the padding's": Wrong(config(vocab_size=0), (DOES_NOT_LOAD, OR_ANOTHER)),
     # GGUF
     "GGUF cut short": Wrong(
         written("m.gguf", b"GGUF" + bytes(20)),

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetrial import files
-from finetrial.architecture import is_causal
+from finetrial.architecture import is_causal, refuse_unfit
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.records import ModelSource
@@ -34,8 +34,8 @@ from finetrial.sources import Location, locate_model
 
 # What transformers raises on files that are not what they should be.
 LOAD_FAULTS = (
-    OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError,
-    StrictDataclassError,
+    OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+    ImportError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 MOST_CHARACTERS = 400  # of a foreign message
 
@@ -160,6 +160,12 @@ def build(
         mapped = config.dtype in (None, torch.float32)
         config.pad_token_id = tokenizer.pad_token_id
         _change(config, source)
+        if config.pad_token_id != tokenizer.pad_token_id:
+            raise ModelError(
+                f"model.config.pad_token_id: padding is the tokenizer's token {tokenizer.pad_token_id}, and a "
+                f"head told of another would read padding; leave it out"
+            )
+        refuse_unfit(config, kind, source.name)
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_with_head
         place = {"device_map": "meta"} if shapes_only else {}
         model, missing = load(AUTO_CLASSES[kind], location, config, common | place, head_seed)
