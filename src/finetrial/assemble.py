@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from finetrial import files, last_layer, models, plugins, prepared
+from finetrial import files, last_layer, models, plugins, prepared, unchanged
 from finetrial.data import cap_rows
 from finetrial.frozen import canonical_json, short_hash
 from finetrial.plugins import AttachInput, Feature, Splits
 from finetrial.records import RunSpec
-from finetrial.sources import Location
+from finetrial.sources import Location, data_inputs
 from finetrial.store import Home
 
 
@@ -48,10 +48,12 @@ class Workbench:
         `shapes_only`: on the meta device, its weights not read.
         """
         options = self.task.head.model_options(self.splits, self.task_params)
-        return models.build(
+        built = models.build(
             self.spec.model, self.location, self.task.head.kind, options, head_seed=self.spec.seeds.head,
             shapes_only=shapes_only,
         )  # fmt: skip
+        unchanged.model(self.spec, self.home)  # nor has it changed while it was read
+        return built
 
     def method(self) -> tuple[Any, Any]:
         """The method's plug-in and its parameters."""
@@ -88,20 +90,22 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
     """Read the rows (training rows capped as the spec says) and find the model.
 
     Raises:
-        DataError, ModelError: what the study names is not there or not as it says.
+        DataError, ModelError: what the study names is not there, not as it says, or not what it was.
     """
     base = Path(spec.how.base)
     task = plugins.load("tasks", spec.task.use)
     params = task.Params.model_validate(spec.task.params)
+    inputs = unchanged.inputs(spec, home)
+    data = {name: sha256 for name, sha256 in inputs.items() if name.startswith("data/")}
 
     def read() -> Splits:
         found = task.splits(params, base)
+        unchanged.compare(spec, home, data, data_inputs(spec.task, base))  # while it was read
         return replace(found, train=cap_rows(found.train, spec.rows))
 
     of = (spec.task.use, spec.task.params, *_code(base))
-    data = [files.sha256_file(path) for path in task.files(params, base)]
     place = home.cache if data else None  # of others nobody knows whether they are the same tomorrow
-    splits = prepared.splits(place, [*of, data, spec.rows], read)
+    splits = prepared.splits(place, [*of, list(data.values()), spec.rows], read)
     location = models.prepare(spec.model, base, home.cache)
     return Workbench(spec, task, params, splits, location, home, of)
 

@@ -11,7 +11,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from finetrial import files, models, plugins
+from finetrial import files, models, plugins, unchanged
 from finetrial.assemble import Workbench, input_hash, pick_device
 from finetrial.batching import EVALUATION_TOKENS, collate, evaluation_batches
 from finetrial.data import cap_rows
@@ -52,10 +52,12 @@ def measure(
         )  # fmt: skip
         prepared[name] = (plugin, given, params)
     others = {name: partial(_of_another, *each) for name, each in prepared.items()}
-    return {
+    found = {
         name: plugin.measure(replace(given, others={n: o for n, o in others.items() if n != name}), params)
         for name, (plugin, given, params) in prepared.items()
     }
+    unchanged.inputs(bench.spec, bench.home)  # probes read files, too
+    return found
 
 
 def _of_another(plugin: Any, given: ProbeInput, params: Any, model: Any) -> dict[str, Any]:

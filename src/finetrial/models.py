@@ -30,7 +30,7 @@ from finetrial.architecture import is_causal, refuse_unfit
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.records import ModelSource
-from finetrial.sources import Location, locate_model
+from finetrial.sources import Location, locate_model, model_sha256
 
 # What transformers raises on files that are not what they should be.
 LOAD_FAULTS = (
@@ -67,7 +67,11 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
     if source.gguf_file is None:
         return location
     gguf = Path(location.name) / source.gguf_file if location.is_local else None
-    key = files.sha256_file(gguf)[:16] if gguf else f"{source.name.replace('/', '--')}-{source.revision}"
+    key = (
+        model_sha256(source, base, cache)[:16]
+        if gguf
+        else f"{source.name.replace('/', '--')}-{source.revision}"
+    )
     folder = cache / f"dequantised-{key}"
     cache.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache / f"{folder.name}.lock")
@@ -78,6 +82,8 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
         if files.damage(folder) is not None:
             with files.committed(folder) as temporary:
                 _dequantise(location, source.gguf_file, temporary)
+                if gguf and files.sha256_file(gguf)[:16] != key:
+                    raise ModelError(f"{gguf} changed while it was dequantised; run the same command again")
                 if folder.exists():
                     shutil.rmtree(folder)
     finally:

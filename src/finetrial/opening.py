@@ -24,7 +24,14 @@ from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.packing import Packing
 from finetrial.problems import show
 from finetrial.sealed import Damaged
-from finetrial.sources import data_inputs, is_sentence_embedding, measure_inputs, model_inputs, not_there
+from finetrial.sources import (
+    data_inputs,
+    is_sentence_embedding,
+    keep_model_sha256,
+    measure_inputs,
+    model_inputs,
+    not_there,
+)
 from finetrial.store import Home, RunFolder
 from finetrial.study import Study
 from finetrial.summary import Meta
@@ -150,8 +157,10 @@ def open_home(
             begun=begins, created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         _write(home, lock)
+        keep_model_sha256(study.model, Path(study.base), home.cache)
         return Opened(home, study, inputs, threads, time.time(), notes)
     _compare(home, lock, study, inputs)
+    keep_model_sha256(study.model, Path(study.base), home.cache)
     counts = (*lock.changed, *_changed(lock.study, study, home))
     now = lock.model_copy(update={"study": study, "begun": lock.begun or begins, "changed": counts})
     if now != lock:  # more trials or seeds, or another place to run: `status` and `report` read it here

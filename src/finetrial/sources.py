@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetrial import files, plugins
+from finetrial import files, hashed, plugins
 from finetrial.errors import DataError, ModelError, Problem
 from finetrial.paths import expand_path
 from finetrial.records import ModelSource, TaskSpec
@@ -143,16 +143,39 @@ def not_there(
 
 def model_inputs(source: ModelSource, base: Path) -> dict[str, str]:
     """`{"model": SHA-256}` over the names and contents of the model's files; of a Hub model its revision."""
+    return {"model": model_sha256(source, base)}
+
+
+def model_sha256(source: ModelSource, base: Path, cache: Path | None = None) -> str:
+    """The same alone. `cache`: where what was computed is kept; if no file has changed since, none is read."""
     location = locate_model(source, base)
     if not location.is_local:
-        return {"model": f"{location.name}@{location.revision}"}
+        return f"{location.name}@{location.revision}"
+    paths = _model_files(source, location)
+
+    def compute() -> str:
+        if source.gguf_file:
+            return files.sha256_file(paths[0])
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{path.name} {files.sha256_file(path)}\n".encode())
+        return digest.hexdigest()
+
+    return hashed.known(paths, compute, cache) if cache is not None else hashed.fresh(paths, compute)
+
+
+def keep_model_sha256(source: ModelSource, base: Path, cache: Path) -> None:
+    """Let a study's runs know what this process has computed: theirs need not read the model for it."""
+    location = locate_model(source, base)
+    if location.is_local:
+        hashed.keep(_model_files(source, location), cache)
+
+
+def _model_files(source: ModelSource, location: Location) -> list[Path]:
     folder = Path(location.name)
     if source.gguf_file:
-        return {"model": files.sha256_file(folder / source.gguf_file)}
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file()):
-        digest.update(f"{path.name} {files.sha256_file(path)}\n".encode())
-    return {"model": digest.hexdigest()}
+        return [folder / source.gguf_file]
+    return sorted(p for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
 
 
 def data_inputs(task: TaskSpec, base: Path) -> dict[str, str]:
