@@ -115,12 +115,12 @@ def with_result(record, **fields):
 
 def test_a_replicate_scored_on_other_inputs_than_the_baseline_does_not_count():
     def hashed(r, digest):
-        trained = {} if r.spec.stage == "baseline" else {"train": r.spec.run_id}
+        trained = {} if r.spec.stage == "baseline" else {"train": "t"}
         return with_result(r, input_sha256={"test": digest, **trained})
 
     found = [hashed(r, "a") if r.spec.stage in ("baseline", "replicate") else r for r in records()]
     same, unhashed = summarise(study(), found, META), summarise(study(), records(), META)
-    assert same.tasks[0].input_sha256 == {"test": "a", "train": spec("replicate", 0, "full").run_id}
+    assert same.tasks[0].input_sha256 == {"test": "a", "train": "t"}
     assert same.model_copy(update={"tasks": unhashed.tasks}) == unhashed
     odd = hashed(replicate("lora", 2, 0.79), "b")
     summary = summarise(study(), replaced(found, odd), META)
@@ -131,6 +131,24 @@ def test_a_replicate_scored_on_other_inputs_than_the_baseline_does_not_count():
         n.startswith("toy: runs were not all evaluated on the same test") for n in summary.fairness_notes
     )
     assert "lora 2: other test inputs than the baseline's" in within.reason
+
+
+def test_replicates_of_all_methods_trained_on_the_same_inputs_or_do_not_count():
+    def trained(r, digest):
+        return with_result(r, input_sha256={"train": digest})
+
+    found = [trained(r, "t") if r.spec.stage == "replicate" else r for r in records()]
+    assert summarise(study(), found, META).arms == summarise(study(), records(), META).arms
+    odd = trained(replicate("lora", 2, 0.79), "u")
+    summary = summarise(study(), replaced(found, odd), META)
+    assert [r.void for r in arm_of(summary, "full").replicates] == [None] * 5
+    assert arm_of(summary, "lora").replicates[2].void == "other train inputs than most replicates of the task"
+    assert summary.claims[0].pairs == (0, 1, 3, 4)
+    halves = [trained(r, "u") if r.spec.method and r.spec.method.name == "lora" else r for r in found]
+    summary = summarise(study(), halves, META)  # nothing tells which are right
+    for method in ("full", "lora"):
+        voids = {r.void for r in arm_of(summary, method).replicates}
+        assert voids == {"other train inputs than as many replicates of the task"}
 
 
 def test_a_probe_on_other_inputs_than_the_control_measured_something_else():
