@@ -103,6 +103,22 @@ def test_every_run_leaves_what_the_docs_say(reference):
         assert (home / "report" / name).exists()
 
 
+def test_a_replicate_that_trained_on_other_data_is_done_anew_by_the_same_command(reference, tmp_path):
+    study, home = reference[0], Home(tmp_path / "home")
+    shutil.copytree(reference[1], home.path)
+    odd = home.find("replicate.synthetic_qa.lora.001")[0]
+    result = odd.result()
+    odd.write_result(result.model_copy(update={"input_sha256": {**result.input_sha256, "train": "0" * 64}}))
+    done = run_study(study, home.path)
+    assert "had other train inputs than most replicates of the task" in " ".join(done.stdout.split())
+    assert odd.result().input_sha256 == result.input_sha256
+    assert hashes(home.path) == hashes(reference[1])
+    assert home.model_folder(odd.spec()).exists()
+    assert len(home.find("probe.synthetic_qa.lora.001")[0].attempt_records()) == 1
+    assert sorted(path.name.partition(".")[0] for path in home.damaged.iterdir()) == ["probe", "replicate"]
+    assert all(r.void is None for arm in home.summary().arms for r in arm.replicates)
+
+
 def start(study: Path, home: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*FINETRIAL, "run", str(study), "--home", str(home)],
