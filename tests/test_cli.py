@@ -303,7 +303,9 @@ def test_brackets_in_a_path_are_shown_as_they_are():
     assert "./m[red] :smile: [/x]" in captured.get()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT]
+)
 def test_what_the_machine_refuses_is_one_line_and_incomplete(number):
     """A full disk, one that fails, no process, memory or open file to be had: no traceback, and it may pass."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +57,45 @@ def test_a_disk_that_fills_up_in_mid_write_leaves_the_old_file(tmp_path):
     assert "File too large" in done.stderr
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "goes_on"),
+    [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False)],
+)
+def test_a_file_system_that_cannot_sync_folders_is_written_to_all_the_same(
+    tmp_path, monkeypatch, number, goes_on
+):
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if goes_on else pytest.raises(OSError, match=os.strerror(number)):
+        files.write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"
+
+
+@pytest.mark.parametrize(("times", "number"), [(1, errno.ESTALE), (2, errno.ESTALE), (1, errno.EIO)])
+def test_a_stale_handle_is_looked_up_again_once(tmp_path, monkeypatch, times, number):
+    (tmp_path / "a").write_text("text")
+    read, calls = Path.read_bytes, []
+
+    def stale(path: Path) -> bytes:
+        calls.append(path)
+        if len(calls) <= times:
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    if (times, number) == (1, errno.ESTALE):
+        assert files.read_bytes(tmp_path / "a") == b"text"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.read_bytes(tmp_path / "a")
 
 
 def test_a_number_that_json_does_not_have_is_refused_and_nothing_is_written(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +15,9 @@ import psutil
 import pytest
 
 from finetrial import lease, sealed
+from finetrial.errors import HomeError
 from finetrial.lease import FileLock, Lease
+from finetrial.store import Home
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 
@@ -131,3 +135,18 @@ def test_the_lock_is_exclusive_names_its_holder_and_is_free_after_a_kill(tmp_pat
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_message(tmp_path, monkeypatch, number):
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    with pytest.raises(HomeError, match="its file system has no locks") as refused, Home(tmp_path).coordinate():
+        pass
+    assert str(refused.value).startswith(
+        f"{tmp_path / 'coordinator.lock'} cannot be locked ({os.strerror(number)})"
+    )
+    assert before is None or set(os.listdir("/proc/self/fd")) == before

@@ -20,9 +20,10 @@ EXIT_INCOMPLETE = 4
 
 
 # No fault of the program: what may pass (a full disk or quota, a disk that fails, no more processes, memory or
-# open files to be had), and a place that cannot be read or written.
+# open files to be had, a server that shares a disk and is away), and a place that cannot be read or written.
 MAY_PASS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOLCK,
 )  # fmt: skip
 NO_ACCESS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,

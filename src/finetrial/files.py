@@ -7,6 +7,7 @@ file's size and SHA-256, because a flipped bit loads silently from safetensors f
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+# What some file systems answer that sync no folder (SMB, FUSE): there a rename is as safe as they make it.
+NO_SYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 LOG = logging.getLogger("finetrial")
 
 
@@ -53,11 +56,25 @@ def json_text(value: Any) -> str:
 
 
 def sync_folder(folder: Path) -> None:
+    """Have a folder's entries reach the disk, where its file system can be asked to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; read again, once, where another machine has just replaced it (NFS: a stale handle)."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+    return path.read_bytes()
 
 
 def append_json_line(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ A lease states its own SHA-256, so that a flipped bit in the host does not keep 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -20,6 +21,8 @@ from finetrial import sealed
 from finetrial.errors import HomeError
 from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 
+# What a file system answers that has no locks, or whose server of locks does not answer.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
 
@@ -110,7 +113,11 @@ class FileLock:
         self._descriptor: int | None = None
 
     def acquire(self, *, wait_seconds: float = 0.0) -> int | None:
-        """Take the lock: None when it is ours, else the process id that holds it."""
+        """Take the lock: None when it is ours, else the process id that holds it.
+
+        Raises:
+            HomeError: the file system has no locks.
+        """
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -122,6 +129,14 @@ class FileLock:
                     os.close(descriptor)
                     return int(holder) if holder.isdigit() else -1
                 time.sleep(0.05)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno not in NO_LOCKS:
+                    raise
+                raise HomeError(
+                    f"{self.path} cannot be locked ({error.strerror}): its file system has no locks, so two "
+                    f"commands could write at once; put the study's folder on another, say a local disk (--home)"
+                ) from error
             else:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)

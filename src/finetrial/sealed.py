@@ -44,7 +44,7 @@ def read(path: Path, model: type[M]) -> M:
     """
     stated = None
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files.read_bytes(path))
         stated = content.pop("sha256", None) if isinstance(content, dict) else None
         if stated is not None and stated != digest(content):
             raise Damaged(path, "its SHA-256 is not the one that it states")
