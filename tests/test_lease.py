@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,6 +64,30 @@ def test_the_lease_of_a_killed_process_is_taken_even_before_it_is_reaped(lease_f
 
 def test_a_process_id_that_another_process_has_now_is_not_taken_for_the_holder(lease_file):
     held_by(lease_file, process_started_at=psutil.Process().create_time() - 3600)
+    assert lease.claim(lease_file) is not None
+
+
+def test_a_host_of_the_same_name_is_another_one_unless_process_ids_mean_the_same(lease_file):
+    name, *rest = lease.this_host().split("/")
+    assert name == socket.gethostname()
+    if sys.platform.startswith("linux"):
+        boot, namespace = rest
+        assert boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        assert namespace == Path("/proc/self/ns/pid").readlink().name.strip("pid:[]")
+    gone = {"pid": 2**22 - 1, "process_started_at": 1.0}  # no process of this container
+    held_by(lease_file, host=f"{name}/{'/'.join(rest[:1])}/1", **gone)
+    assert lease.claim(lease_file) is None
+    lease_file.unlink()
+    held_by(lease_file, host=lease.this_host(), **gone)
+    assert lease.claim(lease_file) is not None
+
+
+def test_a_lease_of_an_older_version_names_this_host_without_more(lease_file):
+    live = held_by(lease_file, host=socket.gethostname())
+    assert lease.read(lease_file) == live
+    assert lease.claim(lease_file) is None
+    lease_file.unlink()
+    held_by(lease_file, host=socket.gethostname(), process_started_at=1.0)
     assert lease.claim(lease_file) is not None
 
 
@@ -137,16 +162,20 @@ def test_the_lock_is_exclusive_names_its_holder_and_is_free_after_a_kill(tmp_pat
         process.communicate()
 
 
+def open_files() -> int:
+    return psutil.Process().num_fds()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_one_message(tmp_path, monkeypatch, number):
     def no_locks(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    before = open_files()
     with pytest.raises(HomeError, match="its file system has no locks") as refused, Home(tmp_path).coordinate():
         pass
     assert str(refused.value).startswith(
         f"{tmp_path / 'coordinator.lock'} cannot be locked ({os.strerror(number)})"
     )
-    assert before is None or set(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before

@@ -7,12 +7,14 @@ A lease states its own SHA-256, so that a flipped bit in the host does not keep 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -32,7 +34,7 @@ class Lease(Frozen):
 
     schema_version: SchemaVersion = SCHEMA_VERSION
     token: str
-    host: str
+    host: str  # as `this_host` says it; older versions wrote the host's name alone
     pid: int
     process_started_at: float
     renewed_at: float
@@ -82,8 +84,21 @@ def read(path: Path) -> Lease | None:
         return None
 
 
+@cache
+def this_host() -> str:
+    """Where process ids mean what they mean here: the host's name, its boot, and the namespace of process ids.
+
+    Two containers may have the same name, and a process that is alive in one is unknown in the other.
+    """
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        found += [boot, str(Path("/proc/self/ns/pid").stat().st_ino)]
+    return "/".join(found)
+
+
 def is_stale(lease: Lease) -> bool:
-    if lease.host == socket.gethostname():
+    if lease.host in (this_host(), socket.gethostname()):
         try:
             process = psutil.Process(lease.pid)
             # A killed process that its parent has not yet waited for still has an id and a start time.
@@ -98,7 +113,7 @@ def _mine(token: str) -> Lease:
     me = psutil.Process()
     return Lease(
         token=token,
-        host=socket.gethostname(),
+        host=this_host(),
         pid=me.pid,
         process_started_at=me.create_time(),
         renewed_at=time.time(),
@@ -135,7 +150,7 @@ class FileLock:
                     raise
                 raise HomeError(
                     f"{self.path} cannot be locked ({error.strerror}): its file system has no locks, so two "
-                    f"commands could write at once; put the study's folder on another, say a local disk (--home)"
+                    f"commands could write at once; put the study's folder on another, say a local one (--home)"
                 ) from error
             else:
                 os.ftruncate(descriptor, 0)
