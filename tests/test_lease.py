@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -91,13 +93,71 @@ def test_a_lease_of_an_older_version_names_this_host_without_more(lease_file):
     assert lease.claim(lease_file) is not None
 
 
-def test_another_hosts_lease_counts_by_its_heartbeat_alone(lease_file):
-    now = time.time()
-    held_by(lease_file, host="elsewhere", pid=1, renewed_at=now - lease.STALE_SECONDS / 2)
+@pytest.mark.parametrize("ahead", [-7200, 0, 7200])
+def test_another_hosts_lease_is_taken_once_it_was_seen_unchanged_for_long_whatever_its_clock(
+    lease_file, monkeypatch, ahead
+):
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
+    theirs = held_by(lease_file, host="elsewhere/boot/1", pid=1, renewed_at=time.time() + ahead)
+    for _ in range(8):  # it is renewed: by its own clock, which may be any
+        assert lease.claim(lease_file) is None
+        time.sleep(0.1)
+        theirs = theirs.model_copy(update={"renewed_at": theirs.renewed_at + 0.1})
+        sealed.write(lease_file, theirs)
     assert lease.claim(lease_file) is None
-    lease_file.unlink()
-    held_by(lease_file, host="elsewhere", pid=1, renewed_at=now - lease.STALE_SECONDS - 1)
+    time.sleep(0.35)
     assert lease.claim(lease_file) is not None
+
+
+def test_who_begins_looks_until_it_is_known_which_leases_are_live(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.6)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
+    mine, dead, live = (tmp_path / name / "lease.json" for name in ("mine", "dead", "live"))
+    now = time.time()
+    lease.claim(mine)
+    lost = held_by(dead, host="a-node/boot/1", pid=7, renewed_at=now - 90.4)
+    theirs = held_by(live, host="elsewhere/boot/1", token="theirs", renewed_at=now)
+    notes, over = [], threading.Event()
+
+    def renewing() -> None:
+        for count in itertools.count(1):
+            sealed.write(live, theirs.model_copy(update={"renewed_at": now + count}))
+            if over.wait(0.1):
+                return
+
+    other = threading.Thread(target=renewing)
+    other.start()
+    try:
+        begun = time.monotonic()
+        lease.watch([mine, dead, live, tmp_path / "none"], notes.append)
+        assert 0.5 < time.monotonic() - begun < 5
+        assert lease.claim(dead) is not None
+        assert lease.claim(live) is None
+    finally:
+        over.set()
+        other.join()
+    assert notes[0].startswith("dead is held by process 7 of a-node, which last said so 9")
+    assert notes[0].endswith(" s ago, and 1 more: looking for up to 1 s whether that still works on it")
+    assert len(notes) == 1
+    assert lost.host == "a-node/boot/1"
+
+
+def test_nobody_waits_for_leases_of_this_host(tmp_path):
+    path = tmp_path / "run" / "lease.json"
+    held_by(path, process_started_at=1.0)
+    begun = time.monotonic()
+    lease.watch([path], pytest.fail)
+    assert time.monotonic() - begun < 0.3
+    assert lease.claim(path) is not None
+
+
+def test_the_holder_is_told_with_host_process_and_age(lease_file):
+    ahead = held_by(lease_file, host="a-node/boot/1", pid=7, renewed_at=time.time() + 3600.2)
+    assert lease.describe(ahead) == (
+        "process 7 of a-node, which last said so 3600 s in the future by this machine's clock"
+    )
+    assert not lease.seems_stale(ahead)
+    assert lease.seems_stale(ahead.model_copy(update={"renewed_at": time.time() - 61}))
 
 
 def test_renewing_moves_the_heartbeat_and_fails_once_the_lease_was_taken_over(lease_file):

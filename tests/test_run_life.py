@@ -349,7 +349,8 @@ class RunLife(RuleBasedStateMachine):
         """Make a lease that of a process, or a machine, that is gone."""
         gone = {"process_started_at": 1.0}
         if elsewhere:
-            gone = {"host": f"not-{socket.gethostname()}", "renewed_at": time.time() - 2 * leases.STALE_SECONDS}
+            gone = {"host": f"not-{socket.gethostname()}", "renewed_at": time.time() + 3600}  # by its clock
+            leases.seen[lease.token] = (gone["renewed_at"], time.monotonic() - leases.STALE_SECONDS)
         sealed.write(self.folder.lease_file, lease.model_copy(update=gone))
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Who works on a run: a lease with a heartbeat across machines, a lock that dies with its process on one.
 
 A lease on this host is stale as soon as its process is gone (process id and start time must both match, so
-that a recycled id is not taken for it); one of another host when its heartbeat is older than STALE_SECONDS.
+that a recycled id is not taken for it); one of another host once it was seen unchanged for STALE_SECONDS. No
+machine's clock is compared with another's.
 A lease states its own SHA-256, so that a flipped bit in the host does not keep everybody out.
 """
 
@@ -14,6 +15,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +29,9 @@ from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
+LOOK_SECONDS = 0.5
+# Of other hosts' leases, by token: the heartbeat last seen, and since when (monotonic) it has been that.
+seen: dict[str, tuple[float, float]] = {}
 
 
 class Lease(Frozen):
@@ -98,7 +103,8 @@ def this_host() -> str:
 
 
 def is_stale(lease: Lease) -> bool:
-    if lease.host in (this_host(), socket.gethostname()):
+    """Whether its holder is gone, as far as this process has seen: another host's has to be looked at for long."""
+    if _is_here(lease):
         try:
             process = psutil.Process(lease.pid)
             # A killed process that its parent has not yet waited for still has an id and a start time.
@@ -106,7 +112,49 @@ def is_stale(lease: Lease) -> bool:
             return gone or abs(process.create_time() - lease.process_started_at) > 1.0
         except psutil.NoSuchProcess:
             return True
-    return time.time() - lease.renewed_at > STALE_SECONDS
+    renewed_at, since = seen.get(lease.token, (None, 0.0))
+    if renewed_at != lease.renewed_at:
+        since = time.monotonic()
+        seen[lease.token] = (lease.renewed_at, since)
+    return time.monotonic() - since >= STALE_SECONDS
+
+
+def seems_stale(lease: Lease) -> bool:
+    """The same at one look, by the clocks: to be shown, and nothing to be decided by."""
+    return is_stale(lease) if _is_here(lease) else time.time() - lease.renewed_at > STALE_SECONDS
+
+
+def watch(paths: Iterable[Path], say: Callable[[str], None]) -> None:
+    """Look at leases until it is known of each whether its holder lives: a minute at most, where one does not.
+
+    For a coordinator that holds the folder's lock and has nothing under way yet.
+    """
+    found = {path: lease for path in paths if (lease := read(path)) is not None and not _is_here(lease)}
+    first = {path: lease.renewed_at for path, lease in found.items()}
+    told = False
+    while found:
+        for path in list(found):
+            now = read(path)
+            if now is None or now.token != found[path].token or now.renewed_at != first[path] or is_stale(now):
+                del found[path]
+        if found and not told:
+            path, lease = next(iter(found.items()))
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            wait = f"looking for up to {STALE_SECONDS:.0f} s whether that still works on it"
+            say(f"{path.parent.name} is held by {describe(lease)}{more}: {wait}")
+            told = True
+        time.sleep(LOOK_SECONDS if found else 0)
+
+
+def describe(lease: Lease) -> str:
+    """Who holds it, for a person to read."""
+    age = time.time() - lease.renewed_at
+    said = f"{age:.0f} s ago" if age >= 0 else f"{-age:.0f} s in the future by this machine's clock"
+    return f"process {lease.pid} of {lease.host.partition('/')[0]}, which last said so {said}"
+
+
+def _is_here(lease: Lease) -> bool:
+    return lease.host in (this_host(), socket.gethostname())
 
 
 def _mine(token: str) -> Lease:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, files, model_card, plan, plugins, report, setting_aside
+from finetrial import analyse, export, files, lease, model_card, plan, plugins, report, setting_aside
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
@@ -130,6 +130,7 @@ class Story:
     @classmethod
     def begin(cls, opened: Opened, progress: Progress, **options: Any) -> Story:
         """A study that this process coordinates, in its opened folder: damaged runs are set aside."""
+        lease.watch((folder.lease_file for folder in opened.home.find("")), progress.note)
         for note in setting_aside.damaged(opened.home):
             progress.note(note)
         story = cls(opened.study, opened, progress, **options)

@@ -185,7 +185,7 @@ def show_status(home_path: Path, study: Study, records: Sequence[RunRecord], *, 
     counts: dict[tuple[str, str], dict[str, int]] = {key: {} for key in planned}
     for record in records:
         held = lease.read(home.run(record.spec.run_id).lease_file)
-        outcome = record.outcome or ("unfinished" if held is None or lease.is_stale(held) else "running")
+        outcome = record.outcome or ("unfinished" if held is None or lease.seems_stale(held) else "running")
         key = (record.spec.stage, record.spec.arm)
         counts[key][outcome] = counts[key].get(outcome, 0) + 1
     rows = [

@@ -198,7 +198,9 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
         folder.create(spec)
     lease = leases.claim(folder.lease_file)
     if lease is None:
-        raise Incomplete(f"{spec.run_id} is being worked on elsewhere; run again when it has ended")
+        held = leases.read(folder.lease_file)
+        who = leases.describe(held) if held is not None else "another process"
+        raise Incomplete(f"{spec.run_id} is being worked on elsewhere, by {who}; run again when it has ended")
     folder.failure_file.unlink(missing_ok=True)
     past = folder.attempt_records()
     for attempt in past:
