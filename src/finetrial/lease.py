@@ -103,7 +103,7 @@ def this_host() -> str:
 
 
 def is_stale(lease: Lease) -> bool:
-    """Whether its holder is gone, as far as this process has seen: other hosts' have to be looked at for long."""
+    """Whether its holder is gone, as far as this process has seen; another host's is looked at for long."""
     if _is_here(lease):
         try:
             process = psutil.Process(lease.pid)
