@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from finetrial.errors import DataError
+from finetrial.errors import DataError, ModelError
 from finetrial.models import build, language_model
 from finetrial.opening import resolve_inputs
 from finetrial.plugins import ProbeInput, load
@@ -16,6 +16,7 @@ from finetrial.records import ModelSource, TaskSpec
 from finetrial.sources import Location
 from finetrial.store import Home
 from finetrial.study_file import StudyError, parse_study
+from tiny_models import write_model
 from tiny_runs import make_spec, run
 
 GOOD = ["a fine warm film", "warm and fine", "what a fine story", "fine fun for all", "so warm so fine"]
@@ -133,6 +134,18 @@ def test_text_is_measured_for_a_causal_model_and_only_for_one(tiny_bert, tiny_ll
         measured(tiny_llama, text={"file": str(data / "text.jsonl")})
     with pytest.raises(DataError, match="do not fill a window of 256; name a longer text"):
         measured(tiny_llama, text=text)
+
+
+def test_texts_longer_than_the_models_positions_are_refused(data, tiny_bert, tmp_path):
+    folder = write_model(tmp_path, "bert", tiny_bert, max_position_embeddings=5)
+    with pytest.raises(ModelError, match="ends at 5; set the max_length of single, which measure"):
+        measured(folder, tasks={"single": entry(data, "single")})
+    folder = write_model(tmp_path, "gpt2", tiny_bert, n_positions=15)
+    text = {"file": str(data / "text.jsonl"), "column": "page"}
+    with pytest.raises(
+        ModelError, match=r"has 16 tokens.*; set measure\.forgetting\.text_length to 15 or lower"
+    ):
+        measured(folder, text=text, text_length=16, text_tokens=40)
 
 
 # ---- in a study ------------------------------------------------------------------------------------------

@@ -65,6 +65,17 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return spoil
 
 
+def shortened(table: str, key: str, rows: int) -> Callable[[Path], object]:
+    """A table of embeddings cut, and the config with it."""
+    name = f"embeddings.{table}_embeddings.weight"
+
+    def spoil(folder: Path) -> None:
+        tensors(lambda found: found.update({name: found[name][:rows].clone()}))(folder)
+        config(**{key: rows})(folder)
+
+    return spoil
+
+
 def header_flipped(folder: Path) -> None:
     data = bytearray((folder / WEIGHTS).read_bytes())
     data[8 + struct.unpack("<Q", data[:8])[0] // 2] ^= 0x40
@@ -185,6 +196,14 @@ MODELS: dict[str, Wrong] = {
     ),
     "an index cut short": Wrong(
         written(INDEX, '{"weight_map": {'), (INDEX, "cannot be read", "get the checkpoint")
+    ),
+    "fewer positions than tokens": Wrong(
+        shortened("position", "max_position_embeddings", 3),
+        ("an input has 4 tokens", "positions ends at 3", "set tasks.classification.max_length to 3 or lower"),
+    ),
+    "fewer words than the tokenizer's": Wrong(
+        shortened("word", "vocab_size", 1500),
+        ("the tokenizer gives token", "embeddings have 1500 rows", "that the model was trained with"),
     ),
     # tokenizer
     "no tokenizer": Wrong(without(TOKENIZER_FILES), ("./model has no tokenizer", "tokenizer.json beside it")),

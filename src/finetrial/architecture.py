@@ -1,18 +1,23 @@
-"""What a model's architecture says: which way it reads its inputs, and whether it can be trained here at all.
+"""What a model's architecture says: which way it reads its inputs, how long they may be, and whether it can be
+trained here at all.
 
-Child side: imports transformers. Not for loading a model (`models.py`).
+Child side: imports torch and transformers. Not for loading a model (`models.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from finetrial.errors import ModelError
 
 # Encoders that neither say so in their attention nor predict masked words in transformers.
 ENCODERS = frozenset({"xlnet", "markuplm"})
+# What the modules are called that hold one row for every position of a text.
+POSITIONS = frozenset({"position_embeddings", "embed_positions", "wpe", "positions_embed", "pos_encoding"})
 
 
 def is_causal(model: Any) -> bool:
@@ -51,4 +56,40 @@ def refuse_unfit(config: Any, kind: str, name: str) -> None:
         raise ModelError(
             f"the model {name} classifies by what stands at an input's last place, which here is padding; name "
             f"another model"
+        )
+
+
+def most_positions(model: Any) -> int | None:
+    """Tokens that an input may have at most; None where no table of positions says so (rotary, relative)."""
+    limits = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in POSITIONS and isinstance(getattr(module, "weight", None), torch.Tensor):
+            # Some count from behind the padding's own row, OPT from a fixed one.
+            padding = getattr(module, "padding_idx", None)
+            before = getattr(module, "offset", 0) if padding is None else padding + 1
+            limits.append(module.weight.shape[0] - before)
+        tables = [getattr(module, key, None) for key in POSITIONS]
+        limits += [table.shape[0] for table in tables if isinstance(table, torch.Tensor) and table.ndim == 2]
+    most = getattr(model.config, "max_position_embeddings", None)
+    return min(*limits, most if isinstance(most, int) else limits[0]) if limits else None
+
+
+def check_inputs(model: Any, inputs: Iterable[Sequence[int]], key: str) -> None:
+    """Raise ModelError where an input is longer than the model's positions, or a token is none of its own.
+
+    `key`: what of the study file says how long inputs may be.
+    """
+    inputs = list(inputs)
+    longest, most = max(map(len, inputs), default=0), most_positions(model)
+    if most is not None and longest > most:
+        raise ModelError(
+            f"an input has {longest} tokens, and the model's table of positions ends at {most}; set {key} to "
+            f"{most} or lower"
+        )
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    highest = max((max(ids) for ids in inputs if ids), default=0)
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {highest}, and the model's embeddings have {rows} rows, from 0; put "
+            f"the tokenizer that the model was trained with beside it"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetrial import files, last_layer, models, plugins, prepared, unchanged
+from finetrial import architecture, files, last_layer, models, plugins, prepared, unchanged
 from finetrial.data import cap_rows
 from finetrial.frozen import canonical_json, short_hash
 from finetrial.plugins import AttachInput, Feature, Splits
@@ -73,8 +73,17 @@ class Workbench:
         return plugin.attach(given, self.spec.settings, params), built
 
     def encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
-        """Model inputs of some rows; kept for every other run that needs them."""
+        """Model inputs of some rows; kept for every other run that needs them.
 
+        Raises:
+            ModelError: the model cannot take one of them.
+        """
+        features = self._encode(examples, built)
+        key = f"tasks.{self.spec.task.name}.max_length"
+        architecture.check_inputs(built.model, [feature.input_ids for feature in features], key)
+        return features
+
+    def _encode(self, examples: Sequence[plugins.Example], built: models.Built) -> list[Feature]:
         def encode() -> list[Feature]:
             return self.task.head.encode(examples, built.tokenizer, self.task_params, causal=built.causal)
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from finetrial import files
-from finetrial.architecture import is_causal, refuse_unfit
+from finetrial.architecture import check_inputs, is_causal, refuse_unfit
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.records import ModelSource
@@ -181,6 +181,7 @@ def build(
             hint = "read that code, and if you trust it, set model.trust_remote_code: true"
         what = f"the model {source.name} does not load for {kind}"
         raise ModelError(f"{what}: {_reason(error)}; {hint}") from error
+    check_inputs(model, [[tokenizer.pad_token_id]], "max_length")
     heads, stray = _heads(model, missing)
     if stray and not shapes_only:  # without reading the files, what lacks is not known
         raise ModelError(

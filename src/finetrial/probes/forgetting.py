@@ -113,7 +113,7 @@ class Forgetting:
         for name, (plugin, task) in _tasks(params).items():
             if name != given.task:
                 try:
-                    tasks[name] = _on_task(given, plugin, task, params)
+                    tasks[name] = _on_task(given, name, plugin, task, params)
                 except TooFewRows as error:
                     left_out[name] = str(error)
         text = _on_text(given, params) if params.text and given.causal else None
@@ -147,7 +147,8 @@ def _tasks(params: Params) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _on_task(given: ProbeInput, plugin: Any, task: Any, params: Params) -> dict[str, Any]:
+def _on_task(given: ProbeInput, name: str, plugin: Any, task: Any, params: Params) -> dict[str, Any]:
+    from finetrial.architecture import check_inputs
     from finetrial.linear_probe import FOLDS, cross_validated, stratified_folds
     from finetrial.reading import features, texts_of
 
@@ -158,6 +159,8 @@ def _on_task(given: ProbeInput, plugin: Any, task: Any, params: Params) -> dict[
     except ValueError as error:
         raise TooFewRows(str(error)) from error
     texts = texts_of(examples, plugin, task, given.tokenizer, causal=given.causal)
+    ids = [feature.input_ids for side in texts.sides for feature in side]
+    check_inputs(given.base, ids, f"the max_length of {name}, which measure.forgetting reads,")
     base, tuned = (
         100.0 * float(cross_validated(features(model, texts), labels_N, folds).mean())
         for model in (given.base, given.tuned)
@@ -176,6 +179,7 @@ def _on_task(given: ProbeInput, plugin: Any, task: Any, params: Params) -> dict[
 
 
 def _on_text(given: ProbeInput, params: Params) -> dict[str, Any]:
+    from finetrial.architecture import check_inputs
     from finetrial.language import token_loss, windows
 
     assert params.text is not None
@@ -191,6 +195,7 @@ def _on_text(given: ProbeInput, params: Params) -> dict[str, Any]:
         raise DataError(
             f"measure.forgetting.text: {error}; name a longer text, or a lower text_length"
         ) from error
+    check_inputs(given.base, inputs, "measure.forgetting.text_length")
     language_model = given.language_model()
     before, after = (token_loss(language_model, model, inputs) for model in (given.base, given.tuned))
     return {
