@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -240,8 +242,21 @@ def test_a_model_that_cannot_be_had_is_one_line_and_exit_code_1():
 def test_a_home_that_is_in_use_is_named_with_its_process(there):
     with Home(Path("runs/small")).coordinate():
         result = call("run", "study.yaml")
-    assert_refused(result)
-    assert f"runs/small is being worked on by process {os.getpid()}" in result.stderr
+        held = Path("runs/small/coordinator.lock").read_text()
+        Path("runs/small/coordinator.lock").write_text(str(os.getpid()))  # as an older version wrote it
+        older = call("run", "study.yaml")
+        Path("runs/small/coordinator.lock").write_text(f"7 a-node {held.split()[2]}")
+        far = call("run", "study.yaml")
+    assert_refused(result, code=4)
+    pid, host, since = held.split()
+    assert abs(datetime.fromisoformat(since).timestamp() - time.time()) < 600
+    lock = Path("runs/small/coordinator.lock")
+    told = "runs/small is being worked on by process"
+    wait = "; wait for it, or stop it and run again"
+    assert result.stderr == f"{told} {pid} on {host} since {since}{wait}\n"
+    assert older.stderr == f"{told} {pid}{wait}\n"
+    gone = f"; if that machine is gone, and a few minutes have passed, delete {lock} first"
+    assert far.stderr == f"{told} 7 on a-node since {since}{wait}{gone}\n"
 
 
 # ---- output that cannot be written -----------------------------------------------------------------------

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 
 from finetrial import files, sealed, setting_aside
 from finetrial import lease as leases
-from finetrial.errors import FinetrialError, HomeError, Incomplete
+from finetrial.errors import FinetrialError, Incomplete
 from finetrial.packing import Packing
 from finetrial.plugins import Exit
 from finetrial.progress import Progress
@@ -256,7 +256,7 @@ class RunLife(RuleBasedStateMachine):
     @rule()
     def second_coordinator(self) -> None:
         """Two commands on one folder: the second is told who has it."""
-        refused = pytest.raises(HomeError, match=f"worked on by process {os.getpid()}")
+        refused = pytest.raises(Incomplete, match=f"worked on by process {os.getpid()}")
         with self.home.coordinate(), refused, self.home.coordinate():
             pass
         with self.home.coordinate():

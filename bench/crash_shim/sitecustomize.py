@@ -226,7 +226,7 @@ def second_coordinator() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     output = done.stdout + done.stderr
     wrong = []
-    if done.returncode != 1 or f"is being worked on by process {os.getpid()}" not in output:
+    if done.returncode != 4 or f"is being worked on by process {os.getpid()}" not in output:
         wrong.append(f"a second coordinator ended with {done.returncode}: {output[-1000:]}")
     if coordinated(home) != before:
         wrong.append("a second coordinator changed the folder")

@@ -16,6 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def this_host() -> str:
 
 
 def is_stale(lease: Lease) -> bool:
-    """Whether its holder is gone, as far as this process has seen; another host's is looked at for long."""
+    """Whether its holder is gone, as far as this process has seen: another host's takes a minute of looking."""
     if _is_here(lease):
         try:
             process = psutil.Process(lease.pid)
@@ -173,6 +174,8 @@ class FileLock:
 
     def __init__(self, path: Path):
         self.path = path
+        self.holder = ""  # who holds it, once it could not be had: process, host and since when, in words
+        self.elsewhere = False  # that is another host
         self._descriptor: int | None = None
 
     def acquire(self, *, wait_seconds: float = 0.0) -> int | None:
@@ -188,9 +191,12 @@ class FileLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    holder = os.pread(descriptor, 32, 0).decode().strip()
+                    pid, *more = os.pread(descriptor, 512, 0).decode(errors="replace").split() or [""]
                     os.close(descriptor)
-                    return int(holder) if holder.isdigit() else -1
+                    where = f" on {more[0]} since {more[1]}" if len(more) == 2 else ""
+                    self.elsewhere = bool(where) and more[0] != socket.gethostname()
+                    self.holder = f"process {pid}{where}" if pid.isdigit() else "another process"
+                    return int(pid) if pid.isdigit() else -1
                 time.sleep(0.05)
             except OSError as error:
                 os.close(descriptor)
@@ -202,7 +208,8 @@ class FileLock:
                 ) from error
             else:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {now}".encode(), 0)
                 self._descriptor = descriptor
                 return None
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetrial import files, sealed
-from finetrial.errors import HomeError
+from finetrial.errors import HomeError, Incomplete
 from finetrial.lease import FileLock
 from finetrial.records import Attempt, Failure, Fit, Result, RunRecord, RunSpec, SearchStop
 from finetrial.sealed import Damaged
@@ -299,19 +299,22 @@ class Home:
 
     @contextmanager
     def coordinate(self) -> Iterator[None]:
-        """Be the only coordinator of this folder on this machine.
+        """Be the only coordinator of this folder on this machine, or, where its disk shares locks, on all.
 
         Raises:
-            HomeError: another process is; the message names it.
+            Incomplete: another process is; the message names it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise HomeError(f"{self.path} is a file; name a study's folder with --home")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.coordinator_lock)
-        holder = lock.acquire()
-        if holder is not None:
-            raise HomeError(
-                f"{self.path} is being worked on by process {holder}; wait for it, or stop it and run again"
+        if lock.acquire() is not None:
+            first = f"delete {self.coordinator_lock} first"
+            gone = (
+                f"; if that machine is gone, and a few minutes have passed, {first}" if lock.elsewhere else ""
+            )
+            raise Incomplete(
+                f"{self.path} is being worked on by {lock.holder}; wait for it, or stop it and run again{gone}"
             )
         try:
             yield
