@@ -57,3 +57,12 @@ def test_a_file_cut_short_is_damaged_and_dropped(home, place):
     assert not path.exists()
     export.write(home, FOUND)
     assert export.drop_damaged(home, [("sst2", "lora")]) == []
+
+
+def test_an_optimum_of_another_arm_is_not_read_for_this_one(home):
+    export.write(home, FOUND.model_copy(update={"method": "LORA"}))
+    home.best_file("sst2", "LORA").rename(home.best_file("sst2", "lora"))
+    with pytest.raises(Damaged, match="it is of another arm, sst2/LORA"):
+        export.read(home, "sst2", "lora")
+    (said,) = export.drop_damaged(home, [("sst2", "lora")])
+    assert said.endswith("it is exported anew")

@@ -269,6 +269,14 @@ ONE_MISTAKE = {
         "claims (line 5): 'lora within 3% of full' is not a list of clai",
     ),
     # lists
+    "methods alike but for case": (
+        {"methods": "{lora: {}, Lora: {use: lora}}"},
+        "methods.Lora (line 4): 'Lora' differs from 'lora' by case only: files are named by it, and on some",
+    ),
+    "tasks alike but for case": (
+        {"tasks": "{synthetic_qa: {rows: 8}, Synthetic_QA: {use: synthetic_qa, rows: 9}}"},
+        "tasks.Synthetic_QA (line 3): 'Synthetic_QA' differs from 'synthetic_qa' by case only",
+    ),
     "twice": (
         {"methods": "[full, full]"},
         "methods.1 (line 4): 'full' is listed twice; keep one, or give it another name, e.g. full_2: {use:",

@@ -85,6 +85,8 @@ def read(home: Home, task: str, method: str) -> Optimum:
         raise Damaged(path, "it states no SHA-256; an earlier version of finetrial wrote it")
     if stated != digest(found.model_dump(mode="json")):
         raise Damaged(path, "its SHA-256 is not the one that it states")
+    if (found.task, found.method) != (task, method):  # copied here, or a disk on which case tells nothing apart
+        raise Damaged(path, f"it is of another arm, {found.task}/{found.method}")
     return found
 
 

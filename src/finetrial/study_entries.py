@@ -135,6 +135,9 @@ def _entries(collector: Collector, path: KeyPath, value: Any, *, required: bool)
             if name in entries:
                 other = f"another name, e.g. {name}_2: {{use: {name}}}"
                 collector.add(here, f"{name!r} is listed twice; keep one, or give it {other}")
+            elif (alike := {known.casefold(): known for known in entries}.get(name.casefold())) is not None:
+                why = "files are named by it, and on some disks those would be the same"
+                collector.add(here, f"{name!r} differs from {alike!r} by case only: {why}; change one")
             elif not ENTRY_NAME.fullmatch(name):
                 own = f"for a plug-in of your own write my_name: {{use: {name!r}}}"
                 fix = own if ":" in name else "change it"
