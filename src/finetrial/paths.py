@@ -40,4 +40,17 @@ def expand_path(text: str, base: Path) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: a user who is not there, a link to itself
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"{text} is no path that can be looked up: {reason}; mend it") from error
+    wrong = not_utf8(path)
+    if wrong is not None:
+        raise DataError(f"{text}: {wrong}")
     return path
+
+
+def not_utf8(path: Path) -> str | None:
+    """What is wrong with a path that cannot be written down, as records are; None if nothing is."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return f"the path {shown} has a byte that is not UTF-8; rename that file or folder, or move to another"
+    return None

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from finetrial import files, sealed
 from finetrial.errors import HomeError, Incomplete
 from finetrial.lease import FileLock
+from finetrial.paths import not_utf8
 from finetrial.records import Attempt, Failure, Fit, Result, RunRecord, RunSpec, SearchStop
 from finetrial.sealed import Damaged
 from finetrial.secrets_guard import hide
@@ -302,8 +303,11 @@ class Home:
         """Be the only coordinator of this folder on this machine, or, where its disk shares locks, on all.
 
         Raises:
+            HomeError: it is no folder, or cannot be written down.
             Incomplete: another process is; the message names it.
         """
+        if (why := not_utf8(self.path.absolute())) is not None:
+            raise HomeError(f"{why} with --home")
         if self.path.exists() and not self.path.is_dir():
             raise HomeError(f"{self.path} is a file; name a study's folder with --home")
         self.path.mkdir(parents=True, exist_ok=True)

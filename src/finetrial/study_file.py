@@ -6,6 +6,7 @@ model and the data are there is `opening.py`'s question, asked here only of a fi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from finetrial import plugins, study_entries
 from finetrial.errors import Problem, StudyError
+from finetrial.paths import not_utf8
 from finetrial.problems import Collector, guess, nearest, show
 from finetrial.records import ClaimKind, EarlyStopping, LoopRules, MethodSpec, ModelSource
 from finetrial.secrets_guard import held_by
@@ -47,7 +49,8 @@ def load_study(file: str | Path) -> Study:
     path = Path(file)
 
     def wrong(message: str) -> StudyError:
-        return StudyError(str(file), [Problem("file", message)])
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return StudyError(shown, [Problem("file", message)])
 
     try:
         with path.open("rb") as stream:
@@ -62,6 +65,9 @@ def load_study(file: str | Path) -> Study:
         raise wrong(f"is not UTF-8 text ({where}); save it as UTF-8") from None
     except OSError as error:
         raise wrong(f"cannot be read: {error.strerror}; check its path and permissions") from None
+    for place in (path, path.resolve()):
+        if (why := not_utf8(place)) is not None:
+            raise wrong(why)
     return parse_study(text, file=str(file), base=path.resolve().parent, list_missing=True)
 
 
