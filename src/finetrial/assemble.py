@@ -10,20 +10,21 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetrial import architecture, files, last_layer, models, plugins, prepared, unchanged
+from finetrial import architecture, files, last_layer, loaded, models, plugins, prepared, unchanged
 from finetrial.data import cap_rows
 from finetrial.frozen import canonical_json, short_hash
 from finetrial.plugins import AttachInput, Feature, Splits
 from finetrial.records import RunSpec
 from finetrial.sources import Location, data_inputs
 from finetrial.store import Home
+
+LOADED = loaded.sources()  # asked here: before workers are forked
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
 
     Raises:
         DataError, ModelError: what the study names is not there, not as it says, or not what it was.
+        Incomplete: finetrial is not what it was.
     """
+    loaded.check()
     base = Path(spec.how.base)
     task = plugins.load("tasks", spec.task.use)
     params = task.Params.model_validate(spec.task.params)
@@ -124,16 +127,7 @@ def _code(base: Path) -> list[str]:
     base, installed = base.resolve(), Path(sys.prefix).resolve()  # an environment may lie beside a study file
     found = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
     own = sorted(p for p in found if p.is_relative_to(base) and not p.is_relative_to(installed) and p.is_file())
-    return [version("transformers"), version("tokenizers"), _finetrial(), *map(files.sha256_file, own)]
-
-
-@cache
-def _finetrial() -> str:
-    """SHA-256 of this package's sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return [version("transformers"), version("tokenizers"), LOADED, *map(files.sha256_file, own)]
 
 
 def input_hash(features: Sequence[Feature]) -> str:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finetrial import files, sealed
+from finetrial import files, loaded, sealed
 from finetrial.errors import HomeError, Incomplete
 from finetrial.lease import FileLock
 from finetrial.paths import not_utf8
@@ -321,7 +321,8 @@ class Home:
                 f"{self.path} is being worked on by {lock.holder}; wait for it, or stop it and run again{gone}"
             )
         try:
-            yield
+            with loaded.told_to_workers():
+                yield
         finally:
             lock.release()
 
