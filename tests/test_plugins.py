@@ -13,12 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from finetrial import plugins
-from finetrial.errors import PluginError
+from finetrial.errors import PluginError, StudyError
 from finetrial.fairness import decades
 from finetrial.frozen import Frozen
 from finetrial.plugins import PROTOCOLS, Metric
 from finetrial.space import BOUNDS, COMMON_SPACE, Choice, Fixed, Range
 from finetrial.store import Home
+from finetrial.study_file import parse_study
 from own_plugins import FILES
 from wrong_study_files import text_of
 
@@ -167,6 +168,8 @@ def test_a_module_beside_the_study_file_is_found(beside):
         ("ft_class", ("Mine()", "Mine"), "is a class; make an object of it: PLUGIN = Mine()"),
         ("ft_params", ("class Params(Frozen)", "class Params"), "Params has to be a subclass of finetrial"),
         ("ft_rate", ('"learning_rate"', '"speed"'), "has no learning_rate in its space; give it a Range"),
+        ("ft_space", ("Range(low=1e-4, high=1e-2, log=True)", "[1e-4, 1e-2]"),
+         "has 'learning_rate': [0.0001, 0.01] in its space, which is none of Range, Choice and Fixed"),
         ("ft_attribute", ("PLUGIN", "PLUGINS"), "ft_attribute.py defines no 'PLUGIN'; did you mean 'PLUGINS'?"),
         ("ft_nothing", ("PLUGIN = Mine()", ""), "defines no 'PLUGIN'; write PLUGIN = ... at its end"),
         ("ft_syntax", ("class Mine:", "class Mine"), "does not import: SyntaxError in line 8: expected ':'"),
@@ -180,6 +183,26 @@ def test_a_wrong_plug_in_is_told_what_is_wrong(beside, name, change, message):
     with pytest.raises(PluginError) as raised:
         plugins.load("methods", f"{name}:PLUGIN", beside.base)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ft_required", ("strength: int = 1", "strength: int"),
+         "methods.mine.strength (line 4): required and not given; add it"),
+        ("ft_raises", ("space =", "def stepping(self, params): return 1 / 0\n        space ="),
+         "its stepping(params) raises ZeroDivisionError: division by zero; mend it"),
+        ("ft_other", ("space =", "def stepping(self, params): return 'fp32'\n        space ="),
+         "its stepping(params) gives no Stepping; return one"),
+    ],
+)  # fmt: skip
+def test_a_study_file_is_told_what_is_wrong_with_its_method(beside, name, change, message):
+    beside(name, METHOD.replace(*change))
+    text = text_of(methods=f"{{mine: {{use: '{name}:PLUGIN'}}}}", claims="[]")
+    with pytest.raises(StudyError) as raised:
+        parse_study(text, file="study.yaml", base=beside.base)
+    (problem,) = raised.value.problems
+    assert message in f"{problem.where}: {problem.message}"
 
 
 def test_a_module_of_the_same_name_elsewhere_is_not_taken_in_its_place(beside):

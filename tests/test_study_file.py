@@ -85,6 +85,17 @@ def test_one_mistake_gives_one_message(name):
     assert problems[0].startswith(message)
 
 
+def test_a_measure_does_not_ask_about_the_files_of_a_task_that_has_a_mistake(tmp_path):
+    """Forgetting reads the study's own tasks: one with a mistake has no parameters to be read by."""
+    data = "data: {train: a.jsonl, test: b.jsonl}"
+    tasks = f"{{mine: {{use: classification, {data}, max_length: 3}}, rte: {{{data}}}}}"
+    text = text_of(model="./nowhere", tasks=tasks, measure="[drift, forgetting]", claims="[]")
+    with pytest.raises(StudyError) as raised:
+        parse_study(text, file="study.yaml", base=tmp_path, list_missing=True)
+    told = [str(problem) for problem in raised.value.problems]
+    assert [line.partition(" ")[0] for line in told] == ["tasks.mine.max_length", "model:", "tasks.rte:"]
+
+
 def test_all_mistakes_of_a_file_come_together_in_the_order_of_its_lines():
     text = """\
 stduy: x

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetrial import plugins
+from finetrial import files
 from finetrial.assemble import Workbench, pick_device
 from finetrial.fair_time import FAIR
 from finetrial.process_memory import peak_bytes
@@ -83,10 +86,21 @@ def environment(spec: RunSpec) -> dict[str, str]:
         "platform": platform.platform(),
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
-        **{f"source of {name}": digest for name, digest in plugins.own_sources(_plugins_of(spec)).items()},
+        **{f"source of {name}": digest for name, digest in _own_sources(_plugins_of(spec)).items()},
     }
 
 
 def _plugins_of(spec: RunSpec) -> list[str]:
     own = [spec.task.use, *(measure["use"] for measure in spec.measures.values())]
     return [*own, spec.method.use] if spec.method else own
+
+
+def _own_sources(uses: Iterable[str]) -> dict[str, str]:
+    """`module:object` -> the first 12 digits of its file's SHA-256, of those that are not built in."""
+    found = {}
+    for use in uses:
+        module = sys.modules.get(use.partition(":")[0]) if ":" in use else None
+        path = Path(getattr(module, "__file__", None) or "")
+        if path.is_file():
+            found[use] = files.sha256_file(path)[:12]
+    return found

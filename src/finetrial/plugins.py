@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from finetrial import files
 from finetrial.errors import PluginError
 from finetrial.frozen import Frozen, Setting, canonical_json
 from finetrial.records import MethodSpec, Outcome, Result, RunSpec, TaskSpec
-from finetrial.space import Space
+from finetrial.space import Space, space_fault
 
 if TYPE_CHECKING:
     import torch
@@ -319,20 +318,9 @@ def load(kind: Kind, name: str, base: Path | None = None) -> Any:
     params = getattr(plugin, "Params", Frozen)  # engines and trackers have none
     if not (isinstance(params, type) and issubclass(params, Frozen)):
         raise PluginError(f"the {noun} {name!r}: Params has to be a subclass of finetrial.frozen.Frozen")
-    if kind == "methods" and "learning_rate" not in plugin.space:
-        raise PluginError(f"the method {name!r} has no learning_rate in its space; give it a Range")
+    if kind == "methods" and (fault := space_fault(plugin.space)):
+        raise PluginError(f"the method {name!r} {fault}")
     return plugin
-
-
-def own_sources(uses: Iterable[str]) -> dict[str, str]:
-    """`module:object` -> the first 12 digits of its file's SHA-256, of those that are not built in."""
-    found = {}
-    for use in uses:
-        module = sys.modules.get(use.partition(":")[0]) if ":" in use else None
-        path = Path(getattr(module, "__file__", None) or "")
-        if path.is_file():
-            found[use] = files.sha256_file(path)[:12]
-    return found
 
 
 def metric_of(task: TaskSpec) -> Metric:
@@ -351,11 +339,20 @@ def stepping_of(method: MethodSpec) -> Stepping:
     """How a method wants its parameters stepped.
 
     Raises:
-        PluginError: the plug-in does not load.
+        PluginError: the plug-in does not load, or does not say.
     """
     plugin = load("methods", method.use)
+    if not hasattr(plugin, "stepping"):
+        return Stepping()
     params = plugin.Params.model_validate_json(canonical_json(method.params))
-    return plugin.stepping(params) if hasattr(plugin, "stepping") else Stepping()
+    try:
+        found = plugin.stepping(params)
+    except Exception as error:  # foreign code, as in `_import`
+        reason = f"raises {type(error).__name__}: {error}"
+        raise PluginError(f"the method {method.use!r}: its stepping(params) {reason}; mend it") from error
+    if not isinstance(found, Stepping):
+        raise PluginError(f"the method {method.use!r}: its stepping(params) gives no Stepping; return one")
+    return found
 
 
 def _not_there(kind: Kind, name: str) -> str:

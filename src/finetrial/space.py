@@ -111,6 +111,17 @@ BOUNDS: dict[str, tuple[float, float, bool]] = {
 }
 
 
+def space_fault(space: Any) -> str | None:
+    """What is wrong with a method's own space, and what to do; None: nothing."""
+    if not isinstance(space, dict) or "learning_rate" not in space:
+        return "has no learning_rate in its space; give it a Range"
+    for key, dimension in space.items():
+        if not isinstance(dimension, Dimension):
+            given = f"{key!r}: {show(dimension)} in its space"
+            return f"has {given}, which is none of Range, Choice and Fixed; write e.g. Range(low=..., high=...)"
+    return None
+
+
 def middle(dimension: Dimension) -> Setting:
     """The value half-way: by ratio where the range goes by ratio; of a choice the upper median."""
     match dimension:

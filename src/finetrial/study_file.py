@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetrial import plugins, study_entries
-from finetrial.errors import Problem, StudyError
+from finetrial.errors import PluginError, Problem, StudyError
 from finetrial.paths import not_utf8
 from finetrial.problems import Collector, guess, nearest, show
 from finetrial.records import ClaimKind, EarlyStopping, LoopRules, MethodSpec, ModelSource
@@ -134,7 +134,8 @@ def _not_there(collector: Collector, fields: dict[str, Any], base: Path) -> list
     """What cannot be found of the model and data that are named without a mistake."""
     model = fields.get("model") if collector.is_sound("model") else None
     tasks = [task for task in fields.get("tasks", ()) if collector.is_sound("tasks", task.name)]
-    measure = fields.get("measure") or {}
+    whole = len(tasks) == len(fields.get("tasks", ()))  # else a measure may have taken over a task's mistake
+    measure = fields.get("measure") or {} if whole else {}
     measures = {name: given for name, given in measure.items() if collector.is_sound("measure", name)}
     return not_there(model, tasks, measures, base)
 
@@ -227,7 +228,14 @@ def _check_steps(collector: Collector, methods: tuple[MethodSpec, ...], train: T
     if train is None or train.clip != "global":
         return
     for method in methods:
-        if plugins.stepping_of(method).in_backward:
+        if not collector.is_sound("methods", method.name):
+            continue  # its parameters are not there to be asked about
+        try:
+            stepping = plugins.stepping_of(method)
+        except PluginError as error:
+            collector.add(("methods", method.name), str(error))
+            continue
+        if stepping.in_backward:
             collector.add(
                 ("methods", method.name),
                 "a step in the backward pass cannot clip by the norm of the whole gradient, which is not known "
