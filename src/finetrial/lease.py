@@ -169,6 +169,12 @@ def _mine(token: str) -> Lease:
     )
 
 
+def pid_in(content: bytes) -> int:
+    """The process id that a lock's file says it is held by; -1 if it says none."""
+    first, *_ = content.split() or [b""]
+    return int(first) if first.isdigit() else -1
+
+
 class FileLock:
     """An exclusive lock on this machine that the kernel frees when its process dies, however it dies."""
 
@@ -191,12 +197,13 @@ class FileLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    pid, *more = os.pread(descriptor, 512, 0).decode(errors="replace").split() or [""]
+                    content = os.pread(descriptor, 512, 0)
                     os.close(descriptor)
+                    pid, (_, *more) = pid_in(content), content.decode(errors="replace").split() or [""]
                     where = f" on {more[0]} since {more[1]}" if len(more) == 2 else ""
                     self.elsewhere = bool(where) and more[0] != socket.gethostname()
-                    self.holder = f"process {pid}{where}" if pid.isdigit() else "another process"
-                    return int(pid) if pid.isdigit() else -1
+                    self.holder = f"process {pid}{where}" if pid >= 0 else "another process"
+                    return pid
                 time.sleep(0.05)
             except OSError as error:
                 os.close(descriptor)

@@ -176,10 +176,9 @@ class Running:
 
     def holder(self) -> int | None:
         """The process that has the run's lock, if that is not its own; -1 where it does not say which."""
-        told = ""
+        pid = -1
         with contextlib.suppress(OSError):
-            told = self.folder.lock_file.read_text(encoding="utf-8", errors="replace").strip()
-        pid = int(told) if told.isascii() and told.isdigit() else -1
+            pid = leases.pid_in(self.folder.lock_file.read_bytes())
         return pid if pid != self.attempt.pid else None
 
     def _ran_out_with_others(self, failed: Failure) -> bool:
