@@ -107,10 +107,12 @@ def test_after_a_check_alone_the_study_may_be_changed_and_its_pilots_go(tiny_ber
     write_study(tiny_bert)
     assert call("check", "study.yaml").exit_code == 0
     pilots = {folder.path.name for folder in HOME.find("trial.")}
+    gone = len(HOME.find("")) - len(HOME.find("baseline."))
     write_study(tiny_bert, search="{trials: 2, rows: 12, space: {epochs: 1, batch_size: 8}}")
     changed = call("run", "study.yaml")
     assert changed.exit_code == 0, changed.output
-    assert "no trial had, so it begins anew" in said(changed)
+    assert "`finetrial run` had trained nothing, so it begins anew" in said(changed)
+    assert f"what `finetrial check` had run of it was deleted ({gone} runs)" in said(changed)
     assert not pilots & {folder.path.name for folder in HOME.find("trial.")}
     write_study(tiny_bert)
     refused = call("check", "study.yaml")

@@ -203,6 +203,20 @@ def test_a_mended_study_begins_anew_while_only_baselines_have_run(folder, change
     assert Home(home).study_file.read_bytes() == Path(study.file).read_bytes()
 
 
+def test_what_check_ran_of_another_study_is_no_study_s_that_is_opened_there(folder):
+    """A mistyped --home: the pilots are trials that the other study need not run again."""
+    home = folder / "home"
+    study = study_of(folder)
+    open_home(study, Home(home), resolve_inputs(study), begins=False)
+    begin(home, "trial.classification.lora.000")
+    with pytest.raises(HomeError, match=r"(?s)belongs to another study.* study: 'yours', was 'mine'"):
+        opened(study_of(folder, ("study: mine", "study: yours")), home)
+    assert [run.path.name for run in Home(home).find("")] == ["trial.classification.lora.000-0123abcd"]
+    again = opened(study_of(folder, more="search: {rows: 10}\n"), home)  # the same study, changed
+    assert again.notes[-1].endswith("begins anew; what `finetrial check` had run of it was deleted (1 run)")
+    assert not Home(home).find("")
+
+
 def test_everything_that_is_not_there_is_told_at_once_and_nothing_is_written(folder):
     (folder / "train.jsonl").rename(folder / "trian.jsonl")
     study = study_of(

@@ -138,13 +138,16 @@ def open_home(
         1 if study.run.parallel == "auto" else max(1, processes.cores() // study.run.parallel)
     )
     lock = read_lock(home) if home.lock_file.exists() else None
-    if lock is not None and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):
+    same = lock is not None and lock.study.study == study.study  # else a mistyped --home: nothing of it goes
+    if lock and same and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):
         # After `finetrial check`, or a first run that was refused: the file was mended, and nothing is lost.
+        dropped = _drop_pilots(home)
+        lost = f"; what `finetrial check` had run of it was deleted ({dropped} run{'s' * (dropped > 1)})"
         notes = (
             *notes,
-            f"{study.file} or its data changed since {home.path} was begun; no trial had, so it begins anew",
+            f"{study.file} or its data changed since {home.path} was begun, and `finetrial run` had trained "
+            f"nothing, so it begins anew{lost if dropped else ''}",
         )
-        _drop_pilots(home)
         lock = None
     if lock is None:
         if home.runs.exists() and not home.lock_file.exists():
@@ -206,11 +209,15 @@ def _has_trained(home: Home) -> bool:
     return any(not name.startswith(("baseline.", "check.")) and not CONTROL.match(name) for name in names)
 
 
-def _drop_pilots(home: Home) -> None:
-    """Delete what `finetrial check` ran of another version of the study: its trials are not this one's."""
-    for folder in home.find(""):
-        if not folder.path.name.startswith("baseline."):
-            shutil.rmtree(folder.path)
+def _drop_pilots(home: Home) -> int:
+    """Delete what `finetrial check` ran of another version of the study: its trials are not this one's.
+
+    How many runs they were.
+    """
+    folders = [folder for folder in home.find("") if not folder.path.name.startswith("baseline.")]
+    for folder in folders:
+        shutil.rmtree(folder.path)
+    return len(folders)
 
 
 def _model_notes(study: Study) -> tuple[str, ...]:
