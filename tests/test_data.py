@@ -93,6 +93,7 @@ def test_squad_json_becomes_flat_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("lines.json", '{"text": 1}\n{"text": 2}\n', r"one JSON value on every line; call it lines\.jsonl"),
         ("bad.jsonl", '{"text": 1}\n{"text": \n', r"bad.jsonl line 2 is not JSON"),
         ("list.jsonl", '{"text": 1}\n[1]\n', r"list.jsonl line 2 is not an object"),
         ("bad.json", '[\n{"a": 1},\n{"a" 2}]', r"bad.json line 3 is not JSON"),
@@ -344,3 +345,100 @@ def test_the_real_articles_are_kept_apart(real_data):
     assert [len(names) for names in titles] == [9, 1, 3]
     assert len(splits.validation) == 100
     assert len(splits.test) == 725
+
+
+def classes_of(
+    tmp_path: Path, values: list[object], suffix: str = "csv", test: object = None
+) -> tuple[str, ...]:
+    """The classes that training rows with those labels have."""
+    rows = [{"text": f"text {n}", "label": value} for n, value in enumerate(values * 10)]
+    others = [{"text": "another", "label": values[0] if test is None else test}]
+    for name, content in (("train", rows), ("test", others)):
+        lines = [json.dumps(row) for row in content]
+        if suffix == "csv":
+            lines = ["text,label", *(f"{row['text']},{row['label']}" for row in content)]
+        (tmp_path / f"{name}.{suffix}").write_text("\n".join(lines))
+    task = load("tasks", "classification")
+    given = {"data": {role: f"{role}.{suffix}" for role in ("train", "test")}}
+    return task.splits(task.Params.model_validate(given), tmp_path).train[0]["classes"]
+
+
+def test_labels_that_look_like_numbers_are_texts_unless_all_are_written_as_numbers_are(tmp_path):
+    assert classes_of(tmp_path, ["10", "9", "-1"]) == ("-1", "9", "10")
+    assert classes_of(tmp_path, ["18-25", "60", "n/a"]) == ("18-25", "60", "n/a")
+    assert classes_of(tmp_path, ["01", "1"]) == ("01", "1")
+    assert classes_of(tmp_path, [0, "1"], "jsonl") == ("0", "1")
+    with pytest.raises(DataError, match=r"labels are texts \('a'\) and numbers \(1\)"):
+        classes_of(tmp_path, [1, "a"], "jsonl")
+    with pytest.raises(DataError, match="the label is -1, which stands for a hidden label"):
+        classes_of(tmp_path, ["no", "yes"], test="-1")
+
+
+def test_a_second_text_that_only_some_rows_have_is_not_dropped(tmp_path):
+    rows = [{"text": f"text {n}", "label": n % 2, "text_pair": "and"} for n in range(30)]
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "t", "label": 1, "text_pair": "u"}))
+    task = load("tasks", "classification")
+    params = task.Params.model_validate({"data": {"train": "train.jsonl", "test": "test.jsonl"}})
+    for lacking, at in ((0, 1), (7, 8)):
+        some = [
+            {k: v for k, v in row.items() if n != lacking or k != "text_pair"} for n, row in enumerate(rows)
+        ]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        with pytest.raises(DataError, match=f"train.jsonl line {at} has no column 'text_pair'"):
+            task.splits(params, tmp_path)
+
+
+def test_a_column_of_ids_or_titles_that_is_named_has_to_be_there(tmp_path):
+    rows = [{"text": f"text {n}", "label": n % 2, "key": n} for n in range(30)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    task = load("tasks", "classification")
+    named = {"train": "train.json", "columns": {"id": "kye"}}
+    with pytest.raises(DataError, match=r"no column 'kye'; the nearest is 'key'. Write columns: {id: key}"):
+        task.splits(task.Params.model_validate({"data": named, "test_share": 0.2}), tmp_path)
+    rows = [{**row, "article": row["title"]} for row in qa_rows(10, 6)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"'artcle'; the nearest is 'article'. Write columns: {title: article}"):
+        squad(tmp_path, data={"train": "train.json", "columns": {"title": "artcle"}}, test_share=0.2)
+    with pytest.raises(DataError, match=r"no column 'idd'; .* Write columns: {id: id}"):
+        squad(tmp_path, data={"train": "train.json", "columns": {"id": "idd"}}, test_share=0.2)
+
+
+def test_a_column_that_yaml_would_strip_is_advised_in_quotes(tmp_path):
+    (tmp_path / "train.csv").write_text("text, label\na,1\nb,0\n")
+    task = load("tasks", "classification")
+    params = task.Params.model_validate({"data": {"train": "train.csv"}, "test_share": 0.5})
+    with pytest.raises(DataError, match=r'Write columns: {label: " label"}'):
+        task.splits(params, tmp_path)
+
+
+def test_articles_without_titles_are_told_apart_by_what_they_say(tmp_path):
+    def write(name: str, words: list[str]) -> None:
+        articles = [
+            {"paragraphs": [
+                {"context": f"{word} {part}", "qas": [{"id": f"{name} {word} {part} {n}", "question": "Who?"}
+                                                      for n in range(3)]} for part in (1, 2)
+            ]} for word in words
+        ]  # fmt: skip
+        (tmp_path / name).write_text(json.dumps({"data": articles}))
+
+    write("train.json", ["red", "green", "blue"])
+    write("test.json", ["black", "white"])
+    data = {"train": "train.json", "test": "test.json"}
+    splits = squad(tmp_path, data=data, validation_share=0.3)
+    assert len(splits.validation) == 6  # both paragraphs of one article
+    assert len({row["context"].split()[0] for row in splits.validation}) == 1
+    write("test.json", ["black", "blue"])
+    with pytest.raises(DataError, match=r"the context 'blue 1' is in .* a context serves one split only"):
+        squad(tmp_path, data=data)
+
+
+def test_rows_that_train_repeats_are_told_as_what_they_are(tmp_path):
+    rows = [{"text": f"text {n % 3}", "label": n % 2} for n in range(60)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "test.json").write_text(json.dumps([{"text": "t", "label": 1}]))
+    task = load("tasks", "classification")
+    params = task.Params.model_validate({"data": {"train": "train.json", "test": "test.json"}})
+    with pytest.raises(
+        DataError, match=r"rows of validation are also in train.*; train repeats its rows under"
+    ):
+        task.splits(params, tmp_path)

@@ -114,7 +114,7 @@ DATA: dict[str, Wrong] = {
     "empty": labels(".csv", "", "train.csv", "empty"),
     "a blank line": labels(".csv", "\n", "train.csv does not begin with a header"),
     "a header without end": labels(".csv", "x" * 200_000, "train.csv has no header that can be read"),
-    "a label too long": labels(".csv", csv_of(changed(3, label="9" * 5000)), "train.csv row 4", "texts"),
+    "a label too long": labels(".jsonl", jsonl_of(changed(3, label="9" * 5000)), "train.jsonl line 4", "texts"),
     "header only": labels(".csv", "text,label\n", "train.csv has no rows"),
     "a column twice": labels(".csv", "text,label,text\na,1,b\n", "train.csv has the column 'text' twice"),
     "label not in train": labels(
@@ -129,7 +129,7 @@ DATA: dict[str, Wrong] = {
     ),
     "one label": labels(".csv", csv_of([{**row, "label": 1} for row in TRAIN]), "only the label 1"),
     "texts and numbers": labels(
-        ".csv", csv_of(changed(3, label="good")), "train.csv row 4", "texts ('good') and numbers"
+        ".jsonl", jsonl_of(changed(3, label="good")), "train.jsonl line 4", "texts ('good') and numbers"
     ),
     "no label in a row": labels(".csv", csv_of(changed(3, label="")), "train.csv row 4", "the label is ''"),
     "a spreadsheet": labels(".csv", zip_of("xl/workbook.xml"), "train.csv"),

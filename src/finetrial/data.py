@@ -21,6 +21,7 @@ from finetrial.errors import DataError
 from finetrial.frozen import Frozen
 from finetrial.paths import expand_path
 from finetrial.plugins import Example, Splits
+from finetrial.problems import as_written
 from finetrial.readers import SUFFIXES, Row, read
 
 SPLIT_SEED = 20181
@@ -165,7 +166,7 @@ def take(row: Row, ours: str, columns: dict[str, str]) -> Any:
         return row.values[theirs]
     near = difflib.get_close_matches(theirs, row.values, n=1)
     there = f"the nearest is {near[0]!r}" if near else f"it has {', '.join(map(repr, row.values)) or 'none'}"
-    guess = near[0] if near else "<column of your data>"
+    guess = as_written(near[0]) if near else "<column of your data>"
     raise DataError(f"{row.where} has no column {theirs!r}; {there}. Write columns: {{{ours}: {guess}}}")
 
 
@@ -304,8 +305,12 @@ def fill_splits(
 MOST_SHARED = 0.5
 
 
-def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
+def check_disjoint(
+    splits: Splits, group_key: str | None = None, *, called: str | None = None, cut: Sequence[str] = ()
+) -> Splits:
     """The splits, if they are apart; real data may repeat a few rows, so only a share of them is refused.
+
+    `called`: what the user knows a group as; `cut`: the splits that were cut off train and not given.
 
     Raises:
         DataError: a split is empty, an id occurs twice, a group (of `group_key`) is in two splits, or more than
@@ -324,8 +329,8 @@ def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
             group = row[group_key] if group_key else None
             if group_key and groups.setdefault(group, role) != role:
                 raise DataError(
-                    f"the {group_key} {str(group)[:60]!r} is in {groups[group]} and in {role}; a "
-                    f"{group_key} serves one split only. Move its rows to one split"
+                    f"the {called or group_key} {str(group)[:60]!r} is in {groups[group]} and in {role}; a "
+                    f"{called or group_key} serves one split only. Move its rows to one split"
                 )
     seen: dict[str, set[str]] = {}
     for role in ROLES:
@@ -333,10 +338,12 @@ def check_disjoint(splits: Splits, group_key: str | None = None) -> Splits:
         for earlier, theirs in seen.items():
             both = len(rows & theirs)
             if both > MOST_SHARED * len(rows):
+                fix = f"name a file with rows of its own, or leave {role} out: it is cut off train then"
+                if {role, earlier} <= {*cut, "train"}:
+                    fix = "train repeats its rows under other ids: leave the repeated ones out of its file"
                 raise DataError(
                     f"{both} of the {len(rows)} different rows of {role} are also in {earlier}, and a score on "
-                    f"rows that were seen says nothing; name a file with rows of its own, or leave {role} out: "
-                    f"it is cut off train then"
+                    f"rows that were seen says nothing; {fix}"
                 )
         seen[role] = rows
     return splits

@@ -72,6 +72,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def as_written(name: str) -> str:
+    """A name as a study file has to have it: YAML strips spaces, and takes some words for values."""
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*", name) and name.lower() not in ("true", "false", "null")
+    return name if plain else json.dumps(name, ensure_ascii=False)  # whose quotes are YAML's, too
+
+
 def wrong_kind(value: Any, noun: str, fix: str) -> str:
     """That a value is not of the kind it should be, and what to write; a number in quotes gets its own."""
     bare = value.replace("_", "").replace(",", "").strip() if isinstance(value, str) else ""

@@ -77,8 +77,20 @@ def _parsed(path: Path, text: str, line: int | None = None) -> Any:
         raise DataError(f"{path}{at} holds a number that is too long; mend it") from error
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _json(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    whole = _parsed(path, path.read_text(encoding="utf-8-sig"))
+    text = path.read_text(encoding="utf-8-sig")
+    first, *others = [line for line in text.splitlines() if line.strip()] or [""]
+    if others and first.startswith("{") and first.rstrip().endswith("}") and _is_json(first):
+        raise DataError(f"{path} has one JSON value on every line; call it {path.stem}.jsonl")
+    whole = _parsed(path, text)
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         yield from _squad(path, whole["data"])
     elif isinstance(whole, list):
@@ -109,15 +121,18 @@ def _squad(path: Path, articles: list[Any]) -> Iterable[tuple[str, dict[str, Any
     for number, article in enumerate(articles, start=1):
         at = f"article {number}"
         try:
+            title = article.get("title")
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     at = f"question {question['id']}"
                     golds = question.get("answers", [])
+                    # Without a title the first paragraph stands for the article: in another file, too.
+                    title = title or paragraph["context"]
                     yield (
                         at,
                         {
                             "id": question["id"],
-                            "title": article.get("title", f"article {number}"),
+                            "title": title,
                             "context": paragraph["context"],
                             "question": question["question"],
                             "answers": {key: [gold[key] for gold in golds] for key in ("text", "answer_start")},

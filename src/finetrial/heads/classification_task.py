@@ -23,7 +23,7 @@ from finetrial.readers import Row
 
 HIDDEN = -1  # what GLUE's test sets hold in place of labels
 MAX_CLASSES = 1000
-_WHOLE = re.compile(r"[+-]?\d{1,18}")
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,17}")  # in the one form that a number is written back in
 
 Label = int | str
 MetricName = Literal["accuracy", "f1", "matthews"]
@@ -71,9 +71,11 @@ class ClassificationTask:
         columns = {**self.columns, **params.data.columns}
         name = columns.get("label", "label")
         rows = data.load(params.data, base, hidden=lambda values: values.get(name) in (HIDDEN, str(HIDDEN)))
-        pair = "text_pair" in columns or "text_pair" in rows["train"][0].values
+        everything = (row for rows_of_role in rows.values() for row in rows_of_role)
+        pair = "text_pair" in columns or any("text_pair" in row.values for row in everything)
+        needed = ["text", *(["text_pair"] if pair else []), "label"]
+        needed += ["id"] if "id" in params.data.columns else []
         for rows_of_role in rows.values():
-            needed = ("text", "text_pair", "label") if pair else ("text", "label")
             data.require(rows_of_role[0], needed, columns)
         numbers = label_numbers([(row, data.take(row, "label", columns)) for row in rows["train"]])
         classes = tuple(str(label) for label in numbers)
@@ -85,7 +87,7 @@ class ClassificationTask:
         splits = data.fill_splits(
             found, lambda rows, share: cut(rows, share=share), params.validation_share, params.test_share
         )
-        data.check_disjoint(splits)
+        data.check_disjoint(splits, cut=[role for role in data.ROLES if role not in found])
         cap = partial(data.cap_rows, label_key="label", seed=params.split_seed)
         return Splits(
             splits.train, cap(splits.validation, params.validation_rows), cap(splits.test, params.test_rows)
@@ -95,21 +97,25 @@ class ClassificationTask:
 def label_numbers(labels: list[tuple[Row, Any]]) -> dict[Label, int]:
     """Label -> number, in sorted order: whole numbers (also as text, as CSV has them) by value, else texts.
 
+    Texts are numbers if all of them are, each as it is usually written: not `01`, and not `60` beside `18-25`.
+
     Raises:
         DataError: a label is missing or neither, both kinds occur, or there are fewer than two or very many.
     """
     kinds: dict[type, Row] = {}
     found: set[Label] = set()
-    for row, value in labels:
-        label = _label(row, value)
+    read = [(row, _label(row, value)) for row, value in labels]
+    whole = all(_WHOLE.fullmatch(label) for _, label in read if isinstance(label, str))
+    for row, label in read:
+        label = int(label) if whole else label
         kinds.setdefault(type(label), row)
         found.add(label)
     if len(kinds) == 2:
         texts = {label for label in found if isinstance(label, str)}
-        whole = {label for label in found if isinstance(label, int)}
+        numbers = {label for label in found if isinstance(label, int)}
         raise DataError(
             f"{kinds[str].where}: the labels are texts ({sorted(texts)[0]!r}) and numbers "
-            f"({sorted(whole)[0]}); write them all alike"
+            f"({sorted(numbers)[0]}); write them all alike"
         )
     if not 2 <= len(found) <= MAX_CLASSES:
         only = f"only the label {next(iter(found))!r}" if len(found) == 1 else f"{len(found)} labels"
@@ -121,7 +127,7 @@ def _label(row: Row, value: Any) -> Label:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str) and value.strip():
-        return int(value) if _WHOLE.fullmatch(value.strip()) else value.strip()
+        return value.strip()
     if isinstance(value, int):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -141,8 +147,10 @@ def _example(
     pair: bool,
 ) -> Example:
     label = _label(row, data.take(row, "label", columns))
+    if isinstance(label, str) and _WHOLE.fullmatch(label) and isinstance(next(iter(numbers)), int):
+        label = int(label)
     if label not in numbers:
-        if label == HIDDEN:
+        if str(label) == str(HIDDEN):
             raise DataError(
                 f"{row.where}: the label is -1, which stands for a hidden label; nothing can be scored on it. "
                 f"Use the official dev set as test and leave validation out (it is then cut off train)"
@@ -152,7 +160,7 @@ def _example(
             f"mend the label, or add such rows to train"
         )
     example: Example = {
-        "id": str(row.values[columns["id"]]) if columns.get("id") in row.values else row.where,
+        "id": str(data.take(row, "id", columns)) if "id" in columns else row.where,
         "text": data.take_text(row, "text", columns),
         "label": numbers[label],
         "classes": classes,

@@ -53,13 +53,16 @@ class SquadV2:
         data.check_columns(params.data, COLUMNS)
         read = data.load(params.data, base)
         for rows in read.values():
-            data.require(rows[0], ("context", "question", "answers"), params.data.columns)
+            named = [name for name in ("id", "title") if name in params.data.columns]
+            data.require(rows[0], ("context", "question", "answers", *named), params.data.columns)
         found = {role: [example(row, params.data.columns) for row in rows] for role, rows in read.items()}
         cut = partial(data.group_split, group_key="title", seed=params.split_seed)
         splits = data.fill_splits(
             found, lambda rows, share: cut(rows, share=share), params.validation_share, params.test_share
         )
-        data.check_disjoint(splits, group_key="title")
+        untitled = any(row["title"] == row["context"] for rows in found.values() for row in rows)
+        cut_off = [role for role in data.ROLES if role not in found]
+        data.check_disjoint(splits, "title", called="context" if untitled else "title", cut=cut_off)
         cap = partial(data.cap_rows, label_key="is_impossible", seed=params.split_seed)
         return Splits(
             splits.train, cap(splits.validation, params.validation_rows), cap(splits.test, params.test_rows)
@@ -78,9 +81,11 @@ def example(row: Row, columns: dict[str, str]) -> Example:
                 f"{row.where}: answer_start {start} does not point at {text!r}; {where}. Mend the row "
                 f"(answer_start counts characters from 0)"
             )
-    title = row.values.get(columns.get("title", "title"))
+    title, own = (
+        data.take(row, key, columns) if key in columns else row.values.get(key) for key in ("title", "id")
+    )
     return {
-        "id": str(row.values.get(columns.get("id", "id"), row.where)),
+        "id": row.where if own is None else str(own),
         "title": title or context,  # without articles, a paragraph is the unit that splits may not share
         "context": context,
         "question": data.take_text(row, "question", columns),
