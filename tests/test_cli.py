@@ -265,6 +265,46 @@ def test_init_never_overwrites():
     assert Path("studies/other.yaml").exists()
 
 
+OWN_METHOD = """\
+from finetrial.methods.full import PLUGIN as FULL
+
+class Params(FULL.Params):
+    strength: int = 1
+
+class Own(type(FULL)):
+    Params = Params
+
+PLUGIN = Own()
+"""
+
+
+def test_init_takes_a_plug_in_that_lies_beside_the_file(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("sub").mkdir()
+    Path("sub/init_own.py").write_text(OWN_METHOD)
+    asked = ("init", "--method", "full", "--method", "init_own:PLUGIN", "-o", "sub/study.yaml")
+    assert call(*asked).exit_code == 0, call(*asked).output
+    study = load_study("sub/study.yaml")
+    assert [(method.name, method.use) for method in study.methods][1] == ("init_own", "init_own:PLUGIN")
+    assert study.claims[0].text == "init_own within 3% of full"
+    Path("init_needs.py").write_text(OWN_METHOD.replace("strength: int = 1", "strength: int"))
+    result = call("init", "--method", "init_needs:PLUGIN")
+    assert_refused(result)
+    assert "needs strength, which only you know" in result.stderr
+    assert "init_needs: {use: 'init_needs:PLUGIN', strength: ...}" in result.stderr
+    assert not Path("study.yaml").exists()
+
+
+@pytest.mark.parametrize(("output", "named"), [("study.yaml", "./model"), ("sub/y.yaml", "../model")])
+def test_init_names_the_model_as_seen_from_the_file(output, named):
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"hidden_size": 8}')
+    Path("model/model.safetensors").touch()
+    assert call("init", "--model", "./model", "-o", output).exit_code == 0
+    assert load_study(output).model.name == named
+    assert "a small model such as this one" in Path(output).read_text()
+
+
 def test_init_tells_all_its_mistakes_and_writes_nothing():
     result = call("init", "--task", "squadv2", "--method", "lroa", "--method", "full")
     assert_refused(result)

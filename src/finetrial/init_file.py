@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,32 +78,66 @@ def write_study_file(path: Path, *, model: str, tasks: Sequence[str], methods: S
     """
     if path.exists():
         raise StudyError(str(path), [Problem("file", "exists already; choose another name with --output")])
+    base = path.resolve().parent
+    plugins.make_importable(base)
     problems = []
     for kind, option, asked in (("tasks", "--task", tasks), ("methods", "--method", methods)):
         for name in asked:
             try:
-                plugins.load(kind, name)
+                unknown = _unknown(plugins.load(kind, name, base))
             except PluginError as error:
                 problems.append(Problem(f"{option} {name}", str(error)))
+                continue
+            if unknown:
+                keys = "".join(f", {key}: ..." for key in unknown)
+                problems.append(
+                    Problem(
+                        f"{option} {name}",
+                        f"needs {', '.join(unknown)}, which only you know; leave it out here, and write it "
+                        f"into the file: {_entry(name)}: {{use: '{name}'{keys}}}",
+                    )
+                )
     if problems:
         raise StudyError(str(path), problems)
     once = {"tasks": list(dict.fromkeys(tasks)), "methods": list(dict.fromkeys(methods))}
     text = study_text(str(path), model=model, **once)
-    parse_study(text, file=str(path), base=path.resolve().parent)
+    parse_study(text, file=str(path), base=base)
     files.write_text(path, text)
+
+
+def _unknown(plugin: Any) -> list[str]:
+    """The parameters that have no default, but `data`, for which there is an example."""
+    return [key for key, field in plugin.Params.model_fields.items() if field.is_required() and key != "data"]
+
+
+def _entry(name: str) -> str:
+    """What a plug-in is called in the file: one of the user's own by its module."""
+    return name.partition(":")[0].rpartition(".")[2]
+
+
+def _head(name: str) -> list[str]:
+    return [f"  {_entry(name)}:"] + ([f"    use: '{name}'"] if ":" in name else [])
+
+
+def _seen_from(file: str, model: str) -> str:
+    """A model's folder, named relative to here, as the study file has to name it."""
+    if not model.startswith("."):
+        return model
+    path = Path(os.path.relpath(model, Path(file).parent)).as_posix()
+    return path if path.startswith(".") else f"./{path}"
 
 
 def study_text(file: str, *, model: str, tasks: Sequence[str], methods: Sequence[str]) -> str:
     """The text of a commented study file."""
-    others = [name for name in methods if name != "full"] if "full" in methods else []
+    others = [_entry(name) for name in methods if name != "full"] if "full" in methods else []
     claims = [f"{name} within 3% of full" for name in others]
     claims += [f"{name} drifts 20% less than full" for name in others]
     small = _is_small(model)
     return TEMPLATE.format(
         file=file,
         rates=SMALL_RATES if small else RATES,
-        name=_study_name(model, tasks),
-        model=_model_text(model),
+        name=_study_name(model, [_entry(name) for name in tasks]),
+        model=_model_text(model, _seen_from(file, model)),
         tasks="\n".join(_task_text(name) for name in tasks),
         methods="\n".join(_method_text(name, small=small) for name in methods),
         space="\n".join(f"    {key}: {_dimension_text(COMMON_SPACE[key])}" for key in COMMON_SPACE),
@@ -117,14 +152,14 @@ def _study_name(model: str, tasks: Sequence[str]) -> str:
     return name[:64].rstrip("-") or "study"
 
 
-def _model_text(model: str) -> str:
+def _model_text(model: str, named: str) -> str:
     if not model.startswith(("package:", ".", "/", "~", "$")):
         return f"{{name: {_plain_or_quoted(model)}, revision: main}}  # put a commit here: main moves"
     with contextlib.suppress(ModelError, DataError):  # it need not be there yet
         if is_sentence_embedding(ModelSource(name=model), Path()):
             seen = "a sentence-embedding model has seen single texts only"
-            return f"{{name: {_plain_or_quoted(model)}, token_type_ids: false}}  # {seen}"
-    return _plain_or_quoted(model)
+            return f"{{name: {_plain_or_quoted(named)}, token_type_ids: false}}  # {seen}"
+    return _plain_or_quoted(named)
 
 
 def _is_small(model: str) -> bool:
@@ -148,7 +183,7 @@ def _task_text(name: str) -> str:
         elif not field.is_required():
             default = to_jsonable_python(field.get_default(call_default_factory=True))
             lines.append(f"    # {key}: {json.dumps(default)}")
-    return "\n".join([f"  {name}:", *lines])
+    return "\n".join([*_head(name), *lines])
 
 
 def _data_text(source: Any) -> str:
@@ -165,7 +200,7 @@ def _method_text(name: str, *, small: bool) -> str:
     if small and name in SMALL_MODEL_RATES:
         space["learning_rate"] = SMALL_MODEL_RATES[name]
     lines = [f"      {key}: {_dimension_text(space[key])}" for key in space]
-    return "\n".join([f"  {name}:", "    search:", *lines])
+    return "\n".join([*_head(name), "    search:", *lines])
 
 
 def _dimension_text(dimension: Range | Choice | Fixed) -> str:
