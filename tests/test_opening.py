@@ -64,6 +64,20 @@ def test_inputs_are_identified_by_content(folder):
     assert resolve_inputs(study_of(folder))["classification"]["model"] != before
 
 
+def test_code_of_the_models_own_is_part_of_it_where_it_is_run(folder):
+    def hashed(model: str) -> str:
+        return resolve_inputs(study_of(folder, ("model: ./model", f"model: {model}")))["classification"][
+            "model"
+        ]
+
+    trusted = "{name: ./model, trust_remote_code: true}"
+    plain, before = hashed("./model"), hashed(trusted)
+    assert plain == before
+    (folder / "model" / "modeling_own.py").write_text("LAYERS = 2")
+    assert hashed("./model") == plain  # never read
+    assert hashed(trusted) != before
+
+
 def test_the_folder_keeps_the_study_as_given_and_as_resolved(folder):
     study = study_of(folder)
     opened(study, folder / "home")

@@ -175,7 +175,8 @@ def _model_files(source: ModelSource, location: Location) -> list[Path]:
     folder = Path(location.name)
     if source.gguf_file:
         return [folder / source.gguf_file]
-    return sorted(p for p in folder.iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+    suffixes = (*MODEL_SUFFIXES, ".py") if source.trust_remote_code else MODEL_SUFFIXES  # code that will be run
+    return sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file())
 
 
 def data_inputs(task: TaskSpec, base: Path) -> dict[str, str]:
