@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from finetrial.cka import linear_cka
+from finetrial.errors import DataError
 from finetrial.represent import (
     Pooled,
     compare,
@@ -210,7 +211,7 @@ def test_a_row_without_content_is_left_out_of_both_sides():
 
 def test_too_few_rows_different_depths_and_infinite_states_are_refused():
     model = bert()
-    with pytest.raises(ValueError, match="3 probe rows"):
+    with pytest.raises(DataError, match="of which there are 3, and 4 are needed; give more of them"):
         layer_drift(model, model, batches(3)[:1])
     deeper = BertForSequenceClassification(
         BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,

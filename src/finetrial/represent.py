@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from finetrial.batching import model_inputs
 from finetrial.cka import MIN_ROWS, CkaAccumulator, gram_cka, grams
+from finetrial.errors import DataError
 from finetrial.similarity import (
     NEIGHBOURS,
     SUBSAMPLE_SHARE,
@@ -140,12 +141,16 @@ def pool(model: Any, batches: Sequence[Mapping[str, Any]], *, causal: bool | Non
     are kept because a mean-subtracted cosine needs the means first, and a second pass costs more.
 
     Raises:
-        ValueError: fewer than 4 rows with content, or hidden states that are not finite.
+        DataError: fewer than 4 rows with content.
+        ValueError: hidden states that are not finite.
     """
     found = [_pooled(model, batch, causal) for batch in batches]
     n = sum(len(ways[0][0]) for ways in found)
     if n < MIN_ROWS:
-        raise ValueError(f"{n} probe rows with content; at least {MIN_ROWS} are needed")
+        raise DataError(
+            f"layers are compared on validation rows that have a text, of which there are {n}, and {MIN_ROWS} "
+            f"are needed; give more of them, raise the measure's `rows`, or leave the measure out"
+        )
     depth = range(len(found[0][0]))
     ways = [
         [np.concatenate([each[way][layer] for each in found]) for layer in depth]
@@ -211,7 +216,7 @@ def layer_drift(base: Any, tuned: Any, batches: Sequence[Mapping[str, Any]]) -> 
     PEFT models.
 
     Raises:
-        ValueError: as `pool` and `compare`.
+        DataError, ValueError: as `pool` and `compare`.
     """
     return compare(pool(base, batches), pool(tuned, batches)).layers
 

@@ -48,7 +48,7 @@ class Drift:
         control. A value is None where a layer does not vary over the rows.
 
         Raises:
-            ValueError: as `represent.pool` and `represent.compare`.
+            DataError, ValueError: as `represent.pool` and `represent.compare`.
         """
         from finetrial.represent import compare, pool
         from finetrial.updates import perturbed
