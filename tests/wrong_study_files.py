@@ -87,6 +87,10 @@ ONE_MISTAKE = {
         {"model": "{name: a/b, revision: 1234567}"},
         "model.revision (line 2): 1234567 is not text; put it in quotes",
     ),
+    "runs at a time": (
+        {"run": "{parallel: 0}"},
+        "run.parallel (line 5): 0 is not a number of runs; write 1 to",
+    ),
     "number for section": (
         {"run": "5"},
         "run (line 5): 5 is not a mapping; write key: value pairs (engine, parallel",

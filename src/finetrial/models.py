@@ -353,5 +353,8 @@ def linear_names(model: Any, head_names: Sequence[str], *, attention_only: bool)
     if attention_only:
         names = [name for name in names if "attention" in name or "attn" in name]
     if not names:
-        raise ModelError(f"no linear layers were found in {type(model).__name__} to adapt")
+        raise ModelError(
+            f"no linear layers were found in the blocks of {type(model).__name__} to adapt (GPT-2's are of a "
+            f"kind of their own); leave the method out, or name another model"
+        )
     return names

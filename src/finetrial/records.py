@@ -333,9 +333,9 @@ NEXT_STEP: dict[Outcome, str] = {
     "lost": f"see to the machines that its attempts were lost on, {RETRY}",
     "timed_out": f"raise run.trial_limit, {RETRY}",
     "out_of_memory": f"raise run.memory, run fewer at once (run.parallel), or use a smaller model, {RETRY}",
-    "bug": "see its log (`finetrial show RUN`); the same command tries it again",
-    "refused": "do what its reason says; the same command tries it again",
-    "cancelled": "the same command goes on with it",
+    "bug": "see its log (`finetrial show RUN`); `finetrial run` tries it again",
+    "refused": "do what its reason says; `finetrial run` tries it again",
+    "cancelled": "`finetrial run` goes on with it",
 }
 
 

@@ -183,9 +183,11 @@ def _section(
     given = collector.mapping((name,), value, keys)
     if given is None:
         return None
-    for key in given:
-        if key in convert:
-            given[key] = collector.convert((name, key), convert[key], given[key])
+    for key in [key for key in given if key in convert]:
+        before = len(collector.found)
+        given[key] = collector.convert((name, key), convert[key], given[key])
+        if len(collector.found) > before:
+            del given[key]  # told already
     return given
 
 
