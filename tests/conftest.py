@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from finetrial.cli import main
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs these by `nohup` ignores it, and children with them
 
 # The judge looks at the same examples every time; on a desk, new ones are looked for.
 hypothesis.settings.register_profile("judge", derandomize=True)
