@@ -134,8 +134,6 @@ class Story:
         for note in setting_aside.damaged(opened.home):
             progress.note(note)
         story = cls(opened.study, opened, progress, **options)
-        for note in setting_aside.baselines_of_other_inputs(opened.home, story.planned()):
-            progress.note(note)
         for record in story.planned():
             failure = record.failure
             if failure is not None and failure.kind in story.tried_again:
@@ -205,10 +203,7 @@ class Story:
             self.search_of(task, method).export_optimum()
 
     def replicates(self) -> list[Lane]:
-        """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept, or
-        a replicate had other inputs than its task's others."""
-        for note in setting_aside.replicates_of_other_inputs(self.opened.home, self.planned()):
-            self.progress.note(note)
+        """Every arm's optimum, once per replicate; again where a model that is to be measured was not kept."""
         specs = self._replicate_specs()
         kept = specs if self.study.run.keep_models == "all" else []
         for note in setting_aside.without_model(self.opened.home, self._to_be_measured(specs), kept):

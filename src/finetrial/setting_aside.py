@@ -6,16 +6,13 @@ What a run was to do stays in its place: what a trial's settings are was decided
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetrial import files
-from finetrial.evidence import expected_inputs, other_inputs, trained_on
-from finetrial.records import RunRecord, RunSpec
+from finetrial.records import RunSpec
 from finetrial.sealed import Damaged
 from finetrial.store import Home, RunFolder
-
-WHY = "other-inputs.txt"  # in the folder of a run that was set aside for its inputs: which
 
 
 def damaged(home: Home) -> list[str]:
@@ -76,67 +73,6 @@ def without_model(home: Home, measured: Iterable[RunSpec], kept: Iterable[RunSpe
         why = "holds another run's model" if there else "was not kept and is to be measured"
         said.append(f"{model} {why}: its run, set aside in {_move(home, folder, spec)}, is done anew")
     return said
-
-
-def baselines_of_other_inputs(home: Home, records: Sequence[RunRecord]) -> list[str]:
-    """Set aside, once, the baselines on other inputs than a replicate of their task; a sentence each.
-
-    Done anew they say which of the two is right, and they train nothing.
-    """
-    said = []
-    for record in records:
-        found = record.result.input_sha256 if record.result else {}
-        if record.spec.stage != "baseline" or record.spec.method or _again(home, record.spec):
-            continue
-        replicates = [r for r in records if r.spec.stage == "replicate" and r.spec.task.name == record.spec.arm]
-        if any(
-            other_inputs(r, {"test": found.get("test"), **found, "train": trained_on(r)}) for r in replicates
-        ):
-            why = f"{record.spec.run_id} is on other inputs than replicates of its task"
-            said.append(f"{why}: it is done anew, and set aside in {_move_for_inputs(home, record.spec, why)}")
-    return said
-
-
-def replicates_of_other_inputs(home: Home, records: Sequence[RunRecord]) -> list[str]:
-    """Set aside, once, the replicates that had other inputs than they should have had; a sentence each.
-
-    With the probes that measured their models. A replicate that was done anew for this had the right ones, for
-    by then every run saw to that: what the others trained on is compared with its inputs.
-    """
-    said = []
-    for task in dict.fromkeys(record.spec.task.name for record in records):
-        replicates = [
-            r for r in records if r.spec.stage == "replicate" and r.spec.task.name == task and r.result
-        ]
-        expected, done_anew = expected_inputs(records, task), [r for r in replicates if _again(home, r.spec)]
-        right = {trained_on(record) for record in done_anew}
-        if len(right) == 1:
-            expected["train"] = right.pop()
-        for record in replicates:
-            why = other_inputs(record, expected) if record not in done_anew else None
-            if why is None:
-                continue
-            spec = record.spec
-            for probe in home.find("probe."):  # first: of a replicate that is done anew they would not be told
-                if spec.run_id in (probe.spec().subject, probe.spec().reference):
-                    _move(home, probe, probe.spec())
-            had_model = home.model_is_of(spec.run_id, home.model_folder(spec))
-            place = _move_for_inputs(home, spec, why)
-            if had_model:
-                home.model_folder(spec).rename(place / "model")
-            said.append(f"{spec.run_id} had {why}: it is done anew, and set aside in {place}")
-    return said
-
-
-def _move_for_inputs(home: Home, spec: RunSpec, why: str) -> Path:
-    place = _move(home, home.run(spec.run_id), spec)
-    files.write_text(place / WHY, f"{why}\n")
-    return place
-
-
-def _again(home: Home, spec: RunSpec) -> bool:
-    """Whether a run was set aside for its inputs before: what it does by itself, no other time would mend."""
-    return any(home.damaged.glob(f"{spec.run_id}.*/{WHY}"))
 
 
 def _move(home: Home, folder: RunFolder, spec: RunSpec | None) -> Path:
