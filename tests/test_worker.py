@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from finetrial import worker
+from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.processes import HELD_CODE
 from finetrial.store import RunFolder
@@ -30,6 +31,15 @@ def test_pytorchs_own_words_for_too_little_cpu_memory_are_known():
 @pytest.mark.parametrize("text", ["CUDA error: out of memory\nmore of it", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_a_gpu_without_memory_for_a_context_or_a_library_is_out_of_memory(text):
     assert worker.classify(RuntimeError(text))[0] == "out_of_memory"
+
+
+def test_memory_that_runs_out_while_a_model_loads_is_out_of_memory():
+    refusal = ModelError("the model x does not load")
+    assert worker.classify(refusal) == ("refused", "the model x does not load")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58, dtype=torch.float32)
+    refusal.__cause__ = caught.value  # as `raise ... from` makes it
+    assert worker.classify(refusal)[0] == "out_of_memory"
 
 
 @contextlib.contextmanager

@@ -215,16 +215,25 @@ def _say_end(folder: RunFolder, outcome: Outcome, reason: str | None) -> None:
 
 def classify(error: Exception) -> tuple[Outcome, str]:
     """Which outcome an exception is, and one line of reason."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    told = isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if told or (isinstance(error, RuntimeError) and any(text in line for text in OUT_OF_MEMORY)):
-        return "out_of_memory", f"out of memory: {line}"
+    for found in (error, error.__cause__):  # which may have ended a model's loading
+        if found is not None and _is_of_memory(found):
+            return "out_of_memory", f"out of memory: {_line(found)}"
     if isinstance(error, FinetrialError):
         return "refused", str(error)
     fault = disk_fault(error if isinstance(error, OSError) else of_the_system(error))
     if fault is not None:
         return "refused", f"{fault}; mend that and run the same command again"
-    return "bug", f"{type(error).__name__}: {line}"
+    return "bug", f"{type(error).__name__}: {_line(error)}"
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OutOfMemory | MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in _line(error) for text in OUT_OF_MEMORY)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if __name__ == "__main__":
