@@ -261,6 +261,45 @@ def test_workers_end_with_a_killed_nursery_and_the_next_run_has_a_new_one(folder
     assert ended(LOCAL, again).code == 1
 
 
+@forks
+def test_a_worker_that_not_even_a_kill_ends_takes_no_other_with_it(tmp_path, monkeypatch):
+    """Nor does one whose end the nursery does not tell: that is the nursery's fault, and it is ended."""
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.2)
+    handles, locks = [], []
+    for name in ("stuck", "other"):
+        folder = RunFolder(tmp_path / "runs" / name)
+        folder.create(make_spec())
+        locks.append(FileLock(folder.lock_file))
+        assert locks[-1].acquire() is None
+        handles.append(LOCAL.start(folder.path, make_spec()))
+    stuck, other = handles
+    wait_for(lambda: os.getsid(stuck.pid) == stuck.pid)
+    with monkeypatch.context() as patched:  # as in a driver: no signal reaches it
+        patched.setattr(LOCAL, "_signal", lambda handle, number: None)
+        LOCAL.stop(stuck, 0.0)
+    assert LOCAL.poll(stuck) is None
+    assert LOCAL.poll(other) is None
+    os.kill(stuck.nursery.process.pid, signal.SIGSTOP)
+    LOCAL.stop(stuck, 0.0)
+    assert LOCAL.poll(stuck).reason == LOCAL.poll(other).reason
+    assert stuck.nursery.gone
+    for lock in locks:
+        lock.release()
+
+
+@forks
+def test_a_nursery_that_does_not_answer_is_not_waited_for(folder, monkeypatch):
+    folder.spec_file.write_text("{")
+    before = LOCAL.start(folder.path, make_spec())
+    assert ended(LOCAL, before).code == 1
+    os.kill(before.nursery.process.pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr("finetrial.engines.local.READY_SECONDS", 0.5)
+        assert before.nursery.start(folder.path, 1) is None
+    assert before.nursery.gone
+    assert ended(LOCAL, LOCAL.start(folder.path, make_spec())).code == 1
+
+
 def test_where_forking_is_not_safe_a_fresh_python_does_it(folder):
     engine = Local()
     engine.forking = False

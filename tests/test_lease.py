@@ -109,6 +109,17 @@ def test_another_hosts_lease_is_taken_once_it_was_seen_unchanged_for_long_whatev
     assert lease.claim(lease_file) is not None
 
 
+def test_whoever_was_stopped_between_two_looks_looks_anew(lease_file, monkeypatch):
+    """What was suspended together with the holder sees what the holder said before."""
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "LONGEST_LOOK_SECONDS", 0.1)
+    held_by(lease_file, host="elsewhere/boot/1", pid=1)
+    for _ in range(3):
+        assert lease.claim(lease_file) is None
+        time.sleep(0.4)
+    assert lease.claim(lease_file) is not None
+
+
 def test_who_begins_looks_until_it_is_known_which_leases_are_live(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "STALE_SECONDS", 0.6)
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)

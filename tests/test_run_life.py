@@ -350,7 +350,7 @@ class RunLife(RuleBasedStateMachine):
         gone = {"process_started_at": 1.0}
         if elsewhere:
             gone = {"host": f"not-{socket.gethostname()}", "renewed_at": time.time() + 3600}  # by its clock
-            leases.seen[lease.token] = (gone["renewed_at"], time.monotonic() - leases.STALE_SECONDS)
+            leases.seen[lease.token] = (gone["renewed_at"], leases.STALE_SECONDS, time.monotonic())
         sealed.write(self.folder.lease_file, lease.model_copy(update=gone))
 
     @staticmethod

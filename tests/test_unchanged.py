@@ -148,6 +148,7 @@ def forget() -> None:
 def test_a_hash_is_computed_once_for_all_processes_of_a_study_until_the_file_changes(tmp_path, monkeypatch):
     cache, path = tmp_path / "cache", tmp_path / "weights"
     path.write_text("first")
+    os.utime(path, (2e9, 2e9))  # written in the future, by the clock of wherever it comes from
     monkeypatch.setattr(hashed, "SETTLED_SECONDS", 0.1)
     time.sleep(0.2)
     compute = Counted(path)

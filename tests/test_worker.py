@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import subprocess
@@ -109,3 +110,14 @@ def test_a_run_whose_files_cannot_be_opened_fails_with_the_reason(tmp_path, name
     failure = folder.failure()
     assert failure.kind == "refused"
     assert failure.reason == f"{path}: Is a directory; mend that and run the same command again"
+
+
+def test_a_server_of_locks_that_is_away_is_a_reason_and_no_crash(tmp_path, monkeypatch):
+    def away(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    folder = made(tmp_path)
+    monkeypatch.setattr("fcntl.flock", away)
+    assert worker.work(folder) == 1
+    assert folder.failure().kind == "refused"
+    assert folder.failure().reason.startswith(f"{folder.lock_file} cannot be locked")

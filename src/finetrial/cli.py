@@ -253,9 +253,8 @@ class _Notice:
         self.last = -math.inf
 
     def __call__(self, number: int, frame: object) -> None:
-        again = time.monotonic() - self.last < SAME_NOTICE_SECONDS
-        self.last = time.monotonic()
-        if not again:
+        if time.monotonic() - self.last >= SAME_NOTICE_SECONDS:
+            self.last = time.monotonic()
             raise KeyboardInterrupt
 
 

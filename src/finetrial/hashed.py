@@ -31,8 +31,7 @@ def state(paths: Sequence[Path]) -> State:
     """Place, inode, size and times of files. A change that sets the old time of writing sets a new `ctime`."""
     stats = [(str(path), path.stat()) for path in paths]
     facts = [[name, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats]
-    newest = max((max(s.st_mtime, s.st_ctime) for _, s in stats), default=0.0)
-    return State(short_hash(facts, 64), newest)
+    return State(short_hash(facts, 64), max((s.st_ctime for _, s in stats), default=0.0))
 
 
 def fresh(paths: Sequence[Path], compute: Callable[[], str]) -> str:

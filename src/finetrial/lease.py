@@ -31,8 +31,9 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 # A heartbeat is renewed every few seconds; a minute without one is a lost machine, not a slow disk.
 STALE_SECONDS = 60.0
 LOOK_SECONDS = 0.5
-# Of other hosts' leases, by token: the heartbeat last seen, and since when (monotonic) it has been that.
-seen: dict[str, tuple[float, float]] = {}
+LONGEST_LOOK_SECONDS = 5.0  # of a longer gap between two looks no more counts: the looker may have been stopped
+# Of other hosts' leases, by token: the heartbeat last seen, for how long, and when that was (monotonic).
+seen: dict[str, tuple[float, float, float]] = {}
 
 
 class Lease(Frozen):
@@ -113,11 +114,13 @@ def is_stale(lease: Lease) -> bool:
             return gone or abs(process.create_time() - lease.process_started_at) > 1.0
         except psutil.NoSuchProcess:
             return True
-    renewed_at, since = seen.get(lease.token, (None, 0.0))
+    now = time.monotonic()
+    renewed_at, unchanged, looked_at = seen.get(lease.token, (None, 0.0, now))
+    unchanged += min(now - looked_at, LONGEST_LOOK_SECONDS)
     if renewed_at != lease.renewed_at:
-        since = time.monotonic()
-        seen[lease.token] = (lease.renewed_at, since)
-    return time.monotonic() - since >= STALE_SECONDS
+        unchanged = 0.0
+    seen[lease.token] = (lease.renewed_at, unchanged, now)
+    return unchanged >= STALE_SECONDS
 
 
 def seems_stale(lease: Lease) -> bool:

@@ -73,6 +73,14 @@ class FreshPython:
             handle.process.wait(timeout=KILL_SECONDS)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is no more, but for what its parent has not taken note of yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def gpus(devices: Path = Path("/dev")) -> tuple[str, ...]:
     """This machine's NVIDIA GPUs, as CUDA_VISIBLE_DEVICES names them; none unless there are several to use."""
     found = [str(number) for number, _ in enumerate(devices.glob("nvidia[0-9]*"))]

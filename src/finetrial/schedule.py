@@ -95,6 +95,7 @@ class Scheduler:
             while self._fill(queues, running) or running:
                 idle = 0 if running else self._ask_again(queues, idle)
                 for run in list(running):
+                    self._renew(running)
                     ended = self._watch(run, last=sum(other.process is run.process for other in running) == 1)
                     if ended is None:
                         continue
@@ -123,6 +124,7 @@ class Scheduler:
     def _fill(self, queues: Sequence[Queue], running: list[Running]) -> bool:
         """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
         while True:
+            self._renew(running)
             by_need = sorted(queues, key=lambda queue: queue.under_way)  # the first among equals
             with self.busy.counted():
                 queue = next((queue for queue in by_need if queue.next() is not None), None)
@@ -245,10 +247,18 @@ class Scheduler:
             self._stop(run.process, GRACE_SECONDS)
             limit = time_limit(run.spec) or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
-        if not run.renew(now):
-            raise Incomplete(f"{run.spec.run_id} was taken over by another coordinator; leave it to that")
-        self.progress.tick(run.spec, run.last_metrics())
+        with self.busy.counted():
+            self.progress.tick(run.spec, run.last_metrics())
         return None
+
+    def _renew(self, running: Sequence[Running]) -> None:
+        """Renew every lease that is due: as often as anything was done that may take its time."""
+        with self.busy.counted():
+            for run in running:
+                if not run.renew(time.monotonic()):
+                    raise Incomplete(
+                        f"{run.spec.run_id} was taken over by another coordinator; leave it to that"
+                    )
 
     def _settle(self, run: Running, ended: Exit) -> bool:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""

@@ -16,7 +16,7 @@ from finetrial.lease import STALE_SECONDS
 from finetrial.records import RunRecord
 from finetrial.store import Home
 
-# Meanwhile no lease is renewed, and each must still be live afterwards.
+# Of all trackers: meanwhile no lease is renewed, and each must still be live afterwards.
 REPLAY_SECONDS = 0.75 * STALE_SECONDS
 
 
@@ -67,9 +67,10 @@ class Mirror:
 
         thread = threading.Thread(target=replay, name=f"tracker {name}", daemon=True)
         thread.start()
-        thread.join(REPLAY_SECONDS)
+        seconds = REPLAY_SECONDS / len(self.trackers)
+        thread.join(seconds)
         if thread.is_alive():
-            return TimeoutError(f"it has not come back after {REPLAY_SECONDS:g} s")
+            return TimeoutError(f"it has not come back after {seconds:g} s")
         return raised[0] if raised else None
 
     def _damaged(self, path: Path, line: int) -> None:

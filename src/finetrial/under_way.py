@@ -121,11 +121,11 @@ class Running:
     process: Process
     lease: leases.Lease
     attempt: Attempt
-    deadline: float | None
     renew_at: float
     memory_kills: int  # that the system had made before it
     kept_outputs: int  # parts of evaluations that it began with
     stacked: bool = False
+    deadline: float | None = None  # known once its process is there
     renewed_at: float = field(default_factory=time.monotonic)
     looked: tuple[float, float] | None = None  # when last, and how long its coordinator had been busy by then
 
@@ -209,10 +209,9 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
         number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
         started_at=time.time(), from_step=folder.checkpoint_step(), stacked=spec.how.stacked,
     )  # fmt: skip
-    clock, limit = time.monotonic(), time_limit(spec)
     run = Running(
-        queue, spec, folder, process, lease, attempt, clock + limit if limit is not None else None,
-        clock + RENEW_SECONDS, processes.memory_kills(), folder.kept_outputs(),
+        queue, spec, folder, process, lease, attempt, time.monotonic() + RENEW_SECONDS,
+        processes.memory_kills(), folder.kept_outputs(),
     )  # fmt: skip
     process.folders.append(folder)
     try:
@@ -229,7 +228,9 @@ def launch(runs: Sequence[Running]) -> None:
     """Start the process of claimed runs."""
     process, first = runs[0].process, runs[0]
     process.handle = process.engine.start(first.folder.path, first.spec)
+    limit = time_limit(first.spec)
     for run in runs:
+        run.deadline = time.monotonic() + limit if limit is not None else None
         run.stacked = len(runs) > 1
         run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
         run.folder.write_attempt(run.attempt)

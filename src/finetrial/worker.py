@@ -64,7 +64,7 @@ def _work(folder: RunFolder) -> int:
         for each in folders:
             try:
                 holder = locks[each.path].acquire(wait_seconds=LOCK_SECONDS)
-            except OSError as error:
+            except (OSError, FinetrialError) as error:  # the server of locks may be away
                 return could_not_begin(folder, error)
             if holder is not None:
                 sys.stderr.write(f"another process ({holder}) is still working in {each.path}\n")
@@ -178,7 +178,7 @@ def _conclude(
     return 0
 
 
-def could_not_begin(folder: RunFolder, error: OSError) -> int:
+def could_not_begin(folder: RunFolder, error: Exception) -> int:
     """Write why a run could not even begin; the exit code."""
     kind, reason = classify(error)
     sys.stderr.write(f"{kind}: {reason}\n")

@@ -72,7 +72,7 @@ class Nursery:
     def start(self, run_folder: Path, threads: int) -> Forked | None:
         """A new worker; None if there is none to be had from here."""
         self._count += 1
-        number = self._count
+        number, deadline = self._count, time.monotonic() + READY_SECONDS
         request = {
             "start": number, "folder": str(run_folder), "log": str(run_folder / "log.txt"),
             "cwd": str(Path.cwd()), "environment": processes.child_environment(threads),
@@ -81,6 +81,8 @@ class Nursery:
             self._send(request)
             while number not in self._answered and not self.gone:
                 self.listen(0.5)
+                if time.monotonic() > deadline:  # stopped, or stuck
+                    self.end()
         except BaseException:  # a worker that nobody knows of must not run
             self.end()
             raise
@@ -193,8 +195,8 @@ class Local:
         if not self._ends_within(grace_seconds, handle):
             self._signal(handle, signal.SIGKILL)
         processes.kill_each(started)  # those that left the group
-        if not self._ends_within(processes.KILL_SECONDS, handle):
-            handle.nursery.end()
+        if not self._ends_within(processes.KILL_SECONDS, handle) and processes.has_ended(handle.pid):
+            handle.nursery.end()  # it does not tell
 
     @staticmethod
     def _signal(handle: Forked, number: signal.Signals) -> None:
