@@ -335,7 +335,8 @@ def _claims(
             method=_side(by_name[task.name, claim.method], claim),
             reference=_side(by_name[task.name, claim.reference], claim),
             higher_is_better=task.higher_is_better,
-            trivial=_best_trivial(task),
+            # That needs no model: so not the untrained one's score, nor the head's.
+            trivial=task.best_baseline(UNTRAINED, FROZEN_BASELINE, last=True),
             noise=_noise(task, claim),
             unit=_unit(by_name[task.name, claim.reference], claim),
         )
@@ -384,14 +385,3 @@ def _side(arm: Arm, claim: Claim) -> claims.Side:
         run_ids={number: (run_id,) for number, (run_id, _) in found.items()},
         absent=absent,
     )
-
-
-def _best_trivial(task: TaskSummary) -> tuple[str, float] | None:
-    """The best test score that needs no model (so not the untrained one's, nor the head's), and its name."""
-    sign = 1 if task.higher_is_better else -1
-    known = {
-        name: scores[task.metric]
-        for name, scores in task.baselines.items()
-        if name not in (UNTRAINED, FROZEN_BASELINE) and task.metric in scores
-    }
-    return max(known.items(), key=lambda item: (sign * item[1], item[0]), default=None)

@@ -310,15 +310,11 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
 
 def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
     """A sentence where the arm's mean is not told from the best answer that needs no training."""
-    known = {
-        base: scores[task.metric]
-        for base, scores in task.baselines.items()
-        if task.metric in scores and base != FROZEN_BASELINE
-    }
+    known = task.best_baseline(FROZEN_BASELINE, last=True)
     mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
     if mean is None or mean.low is None or mean.high is None or not known:
         return []
-    base, best = max(known.items(), key=lambda item: (sign * item[1], item[0]))
+    base, best = known
     if sign * (mean.low if task.higher_is_better else mean.high) > sign * best:
         return []
     return [

@@ -86,12 +86,7 @@ def _scores(task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, place
             if metric in replicate.test
             else text.missing("none")
         )
-        known = {
-            name: base[metric]
-            for name, base in task.baselines.items()
-            if metric in base and name != FROZEN_BASELINE
-        }
-        best = max(known.items(), key=lambda item: item[1] if task.higher_is_better else -item[1], default=None)
+        best = task.best_baseline(FROZEN_BASELINE, metric=metric)
         shown = f"{text.fixed(best[1], places[metric])} ({best[0]})" if best else text.missing("not defined")
         cells = (metric, own, text.interval(value, places[metric]), shown)
         rows.append(f"| {' | '.join(map(escape_markdown, cells))} |")

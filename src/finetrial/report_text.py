@@ -322,11 +322,10 @@ def _below_baseline(summary: Summary) -> list[str]:
     """Arms whose mean does not beat the best baseline: without this a reader would be misled."""
     sentences = []
     for task in summary.tasks:
-        values = {n: base[task.metric] for n, base in task.baselines.items() if task.metric in base}
-        if not values:
+        if not (found := task.best_baseline()):
             continue
+        name, best = found
         sign = 1 if task.higher_is_better else -1
-        name, best = max(values.items(), key=lambda item: sign * item[1])
         weak = [
             arm.method
             for arm in arms_of(summary, task.name)

@@ -15,8 +15,6 @@ SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1
 
 Verdict = Literal["supported", "refuted", "inconclusive", "not_assessable"]
-
-
 Unit = Literal["score", "share", "points", "nats"]
 
 
@@ -206,6 +204,8 @@ class Control(Frozen):
 
 
 class TaskSummary(Frozen):
+    """A task: its rows, its baselines and its controls."""
+
     name: str
     metric: str
     higher_is_better: bool
@@ -214,6 +214,13 @@ class TaskSummary(Frozen):
     baselines: dict[str, dict[str, float]]  # majority, untrained, frozen body ... -> metric -> test value
     baseline_run: str | None
     controls: tuple[Control, ...]  # those that have ended
+
+    def best_baseline(self, *but: str, metric: str = "", last: bool = False) -> tuple[str, float] | None:
+        """Name and test score of the best baseline `but` some; of equals the first, or by name the last."""
+        metric, sign = metric or self.metric, 1 if self.higher_is_better else -1
+        known = {name: scores[metric] for name, scores in self.baselines.items() if metric in scores}
+        left = [item for item in known.items() if item[0] not in but]
+        return max(left, key=lambda item: (sign * item[1], item[0] if last else ""), default=None)
 
 
 class Effect(Frozen):
@@ -319,9 +326,7 @@ class AcrossTasks(Frozen):
     # better), replicates drawn again within each task; None: fewer than two tasks have such ratios.
     relative: Bootstrapped | None
     left_out: dict[str, str]  # of `relative`: task -> why
-    improvement: (
-        float  # mean over tasks of the share of pairs in which the method is better, a tie counting half
-    )
+    improvement: float  # mean over tasks of the share of pairs in which the method is better, ties as half
     pairs: dict[str, int]  # task -> pairs
 
 
