@@ -336,7 +336,7 @@ def _claims(
             reference=_side(by_name[task.name, claim.reference], claim),
             higher_is_better=task.higher_is_better,
             # That needs no model: so not the untrained one's score, nor the head's.
-            trivial=task.best_baseline(UNTRAINED, FROZEN_BASELINE, last=True),
+            trivial=task.best_baseline(UNTRAINED, FROZEN_BASELINE),
             noise=_noise(task, claim),
             unit=_unit(by_name[task.name, claim.reference], claim),
         )

@@ -310,7 +310,7 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
 
 def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
     """A sentence where the arm's mean is not told from the best answer that needs no training."""
-    known = task.best_baseline(FROZEN_BASELINE, last=True)
+    known = task.best_baseline(FROZEN_BASELINE)
     mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
     if mean is None or mean.low is None or mean.high is None or not known:
         return []

@@ -215,12 +215,12 @@ class TaskSummary(Frozen):
     baseline_run: str | None
     controls: tuple[Control, ...]  # those that have ended
 
-    def best_baseline(self, *but: str, metric: str = "", last: bool = False) -> tuple[str, float] | None:
-        """Name and test score of the best baseline `but` some; of equals the first, or by name the last."""
+    def best_baseline(self, *but: str, metric: str = "") -> tuple[str, float] | None:
+        """Name and test score of the best baseline `but` some; of equals the first."""
         metric, sign = metric or self.metric, 1 if self.higher_is_better else -1
         known = {name: scores[metric] for name, scores in self.baselines.items() if metric in scores}
         left = [item for item in known.items() if item[0] not in but]
-        return max(left, key=lambda item: (sign * item[1], item[0] if last else ""), default=None)
+        return max(left, key=lambda item: sign * item[1], default=None)
 
 
 class Effect(Frozen):

@@ -228,8 +228,8 @@ def launch(runs: Sequence[Running]) -> None:
     """Start the process of claimed runs."""
     process, first = runs[0].process, runs[0]
     process.handle = process.engine.start(first.folder.path, first.spec)
-    limit = time_limit(first.spec)
     for run in runs:
+        limit = time_limit(run.spec)
         run.deadline = time.monotonic() + limit if limit is not None else None
         run.stacked = len(runs) > 1
         run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
