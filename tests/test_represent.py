@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    FunnelConfig,
+    FunnelModel,
     LlamaConfig,
     LlamaForQuestionAnswering,
     LlamaForSequenceClassification,
@@ -171,6 +173,21 @@ def test_the_masked_mean_is_over_content_tokens_alone():
     hidden = torch.tensor([[[100.0], [1.0], [3.0], [100.0]], [[5.0], [7.0], [100.0], [100.0]]])
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
     assert masked_mean(hidden, mask).tolist() == [[2.0], [6.0]]
+
+
+def test_a_model_that_shortens_its_sequences_is_refused_with_what_to_do():
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 16,
+        "n_head": 2,
+        "d_head": 8,
+        "d_inner": 32,
+        "block_sizes": [1, 1],
+        "num_decoder_layers": 1,
+    }
+    model = FunnelModel(FunnelConfig(vocab_size=VOCABULARY, pad_token_id=PAD, **sizes)).eval()
+    with pytest.raises(DataError, match="leave out of `measure`"):
+        pool(model, batches())
 
 
 def test_special_tokens_are_left_out_of_the_embedding_layer():

@@ -69,12 +69,13 @@ def masked_mean(hidden_BTD: torch.Tensor, pool_mask_BT: torch.Tensor) -> torch.T
     Padding and special tokens have mask 0. A row without content gives NaN; `pooled_layers` drops it.
 
     Raises:
-        ValueError: the mask's shape is not the hidden states' (virtual tokens, say, add positions).
+        DataError: other positions than the mask's (Funnel shortens its sequences, virtual tokens are more).
     """
     if hidden_BTD.shape[:2] != pool_mask_BT.shape:
-        raise ValueError(
-            f"hidden states for {tuple(hidden_BTD.shape[:2])} positions, "
-            f"pool_mask for {tuple(pool_mask_BT.shape)}"
+        tokens, positions = pool_mask_BT.shape[1], hidden_BTD.shape[1]
+        raise DataError(
+            f"of {tokens} tokens the model makes hidden states at {positions} positions, "
+            f"so its layers cannot be compared over the tokens; leave out of `measure` what reads them (drift)"
         )
     weights_BT = pool_mask_BT.to(hidden_BTD.device, torch.float32)
     sums_BD = torch.einsum("btd,bt->bd", hidden_BTD.float(), weights_BT)
@@ -95,7 +96,8 @@ def pooled_layers(model: Any, batch: Mapping[str, Any]) -> list[NDArray[np.float
     batch that are not model inputs are ignored.
 
     Raises:
-        ValueError: hidden states that are not finite, or positions that do not fit `pool_mask`.
+        DataError: positions that do not fit `pool_mask`.
+        ValueError: hidden states that are not finite.
     """
     return _pooled(model, batch, None)[0]
 
@@ -125,7 +127,7 @@ def pooled_rows(model: Any, batches: Sequence[Mapping[str, Any]]) -> NDArray[np.
     """The last layer of every row, N x D, in the order of the batches.
 
     Raises:
-        ValueError: as `pooled_layers`, or a row has no content.
+        DataError, ValueError: as `pooled_layers`; ValueError: a row has no content.
     """
     pooled = [pooled_layers(model, batch)[-1] for batch in batches]
     for batch, rows in zip(batches, pooled, strict=True):
@@ -141,7 +143,7 @@ def pool(model: Any, batches: Sequence[Mapping[str, Any]], *, causal: bool | Non
     are kept because a mean-subtracted cosine needs the means first, and a second pass costs more.
 
     Raises:
-        DataError: fewer than 4 rows with content.
+        DataError: fewer than 4 rows with content, or positions that do not fit `pool_mask`.
         ValueError: hidden states that are not finite.
     """
     found = [_pooled(model, batch, causal) for batch in batches]
