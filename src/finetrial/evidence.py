@@ -121,7 +121,7 @@ def arm_of(
     stop: SearchStop | None = None,
 ) -> Arm:
     """The arm's runs among `records` (in order of number), with `seeds` replicates planned."""
-    inputs = expected_inputs(records, task.name)
+    inputs = _expected_inputs(records, task.name)
     mine = [r for r in records if r.spec.method and r.spec.arm == f"{task.name}/{method.name}"]
     replicates = [r for r in mine if r.spec.stage == "replicate"]
     reasons: dict[int, str | None] = dict.fromkeys(range(seeds), NOT_FINISHED)
@@ -153,10 +153,10 @@ def _why_invalid(record: RunRecord, metric: Metric, inputs: Mapping[str, str | N
         return f"void, {void}"
     if metric.name not in record.result.scores.get("test", {}):
         return f"no {metric.name} on test"
-    return other_inputs(record, inputs)
+    return _other_inputs(record, inputs)
 
 
-def expected_inputs(records: Sequence[RunRecord], task: str) -> dict[str, str | None]:
+def _expected_inputs(records: Sequence[RunRecord], task: str) -> dict[str, str | None]:
     """Split -> hash of the inputs that a task's replicates should have had, as far as anything tells.
 
     Those to be judged on are the baseline's. To train on, all replicates of all methods have the same: those
@@ -165,19 +165,19 @@ def expected_inputs(records: Sequence[RunRecord], task: str) -> dict[str, str | 
     baseline = run_of_task(records, task, "baseline")
     expected: dict[str, str | None] = dict(baseline.result.input_sha256) if baseline and baseline.result else {}
     replicates = [r for r in records if r.spec.stage == "replicate" and r.spec.task.name == task and r.result]
-    trained = Counter(sha256 for r in replicates if (sha256 := trained_on(r)) is not None).most_common(2)
+    trained = Counter(sha256 for r in replicates if (sha256 := _trained_on(r)) is not None).most_common(2)
     if trained:
         tied = len(trained) == 2 and trained[0][1] == trained[1][1]
         expected["train"] = None if tied else trained[0][0]
     return expected
 
 
-def trained_on(record: RunRecord) -> str | None:
+def _trained_on(record: RunRecord) -> str | None:
     """The hash of the inputs that a run trained on, if it says."""
     return record.result.input_sha256.get("train") if record.result else None
 
 
-def other_inputs(record: RunRecord, expected: Mapping[str, str | None]) -> str | None:
+def _other_inputs(record: RunRecord, expected: Mapping[str, str | None]) -> str | None:
     """Whether a replicate had other inputs than it should have had: in words, or None."""
     for split, digest in record.result.input_sha256.items() if record.result else ():
         if expected.get(split, digest) == digest:
