@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetrial import lease, processes, schedule, under_way
+from finetrial import lease, loaded, processes, schedule, under_way
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.records import How, RunSpec
 from finetrial.schedule import Lane
@@ -131,6 +131,18 @@ def test_a_refusal_stops_the_study_with_exit_code_1(bench):
     with pytest.raises(FinetrialError, match="t: no column 'label'") as caught:
         bench.run(iter([spec]))
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("kind", ["refused", "bug"])
+def test_after_an_upgrade_that_a_run_met_the_same_command_goes_on(bench, monkeypatch, kind):
+    spec = bench.spec(0, failed(make_spec(0), kind, "AttributeError: of before"), done(make_spec(0)))
+    with monkeypatch.context() as patched:
+        patched.setenv(loaded.VARIABLE, "of before")
+        with pytest.raises(Incomplete, match="finetrial changed while it ran") as caught:
+            bench.run(iter([spec]))
+    assert caught.value.exit_code == 4
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == [kind, "done"]
 
 
 def test_ctrl_c_ends_every_run_and_the_same_command_goes_on(bench):

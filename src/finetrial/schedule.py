@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finetrial import lease as leases
-from finetrial import processes
+from finetrial import loaded, processes
 from finetrial.errors import FinetrialError, Incomplete, RunsFailed
 from finetrial.packing import Packing, stacks
 from finetrial.plugins import Engine, Exit
@@ -88,7 +88,7 @@ class Scheduler:
         Raises:
             RunsFailed: a run ended by a fault of the program; the study stops and the message has the log.
             FinetrialError: a run was refused: what the study names is not there.
-            Incomplete: a person stopped it; running again goes on from here.
+            Incomplete: a person stopped it, or finetrial changed meanwhile; running again goes on from here.
         """
         queues, running, idle = [Queue(lane) for lane in lanes], [], 0
         try:
@@ -363,6 +363,7 @@ class Scheduler:
         failure = record.failure
         if failure is None or failure.kind not in ("bug", "refused"):
             return
+        loaded.check()  # an upgrade meanwhile would explain it
         if failure.kind == "refused":
             raise FinetrialError(f"{record.spec.arm}: {failure.reason}")
         tail = "\n".join(f"    {line}" for line in failure.log_tail.splitlines()[-12:])
