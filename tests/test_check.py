@@ -112,7 +112,7 @@ def test_after_a_check_alone_the_study_may_be_changed_and_its_pilots_go(tiny_ber
     changed = call("run", "study.yaml")
     assert changed.exit_code == 0, changed.output
     assert "`finetrial run` had trained nothing, so it begins anew" in said(changed)
-    assert f"what `finetrial check` had run of it was deleted ({gone} runs)" in said(changed)
+    assert f"what had run of it was deleted ({gone} runs)" in said(changed)
     assert not pilots & {folder.path.name for folder in HOME.find("trial.")}
     write_study(tiny_bert)
     refused = call("check", "study.yaml")

@@ -305,6 +305,25 @@ def test_init_names_the_model_as_seen_from_the_file(output, named):
     assert "a small model such as this one" in Path(output).read_text()
 
 
+def test_init_names_the_model_as_seen_from_where_a_link_leads():
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"hidden_size": 8}')
+    Path("model/model.safetensors").touch()
+    Path("deep/in").mkdir(parents=True)
+    Path("link").symlink_to("deep/in")
+    assert call("init", "--model", "./model", "-o", "link/study.yaml").exit_code == 0
+    assert load_study("link/study.yaml").model.name == "../../model"
+
+
+def test_init_takes_no_two_plug_ins_of_one_name():
+    Path("full.py").write_text(OWN_METHOD)
+    result = call("init", "--method", "full", "--method", "full", "--method", "full:PLUGIN")
+    assert_refused(result)
+    assert "--method full:PLUGIN: would be called full, as full is; leave it out here" in result.stderr
+    assert "another: {use: 'full:PLUGIN'}" in result.stderr
+    assert not Path("study.yaml").exists()
+
+
 def test_init_tells_all_its_mistakes_and_writes_nothing():
     result = call("init", "--task", "squadv2", "--method", "lroa", "--method", "full")
     assert_refused(result)

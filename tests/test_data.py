@@ -430,6 +430,16 @@ def test_articles_without_titles_are_told_apart_by_what_they_say(tmp_path):
     write("test.json", ["black", "blue"])
     with pytest.raises(DataError, match=r"the context 'blue 1' is in .* a context serves one split only"):
         squad(tmp_path, data=data)
+    rows = json.loads((tmp_path / "train.json").read_text())
+    rows["data"][0]["title"] = "Red"  # some have titles
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match="the context 'blue 1' is in "):
+        squad(tmp_path, data=data)
+    rows["data"][2]["title"] = "Blue"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "test.json").write_text(json.dumps({"data": [rows["data"][2]]}).replace("train", "test"))
+    with pytest.raises(DataError, match="the title 'Blue' is in "):
+        squad(tmp_path, data=data)
 
 
 def test_rows_that_train_repeats_are_told_as_what_they_are(tmp_path):

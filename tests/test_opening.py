@@ -227,7 +227,7 @@ def test_what_check_ran_of_another_study_is_no_study_s_that_is_opened_there(fold
         opened(study_of(folder, ("study: mine", "study: yours")), home)
     assert [run.path.name for run in Home(home).find("")] == ["trial.classification.lora.000-0123abcd"]
     again = opened(study_of(folder, more="search: {rows: 10}\n"), home)  # the same study, changed
-    assert again.notes[-1].endswith("begins anew; what `finetrial check` had run of it was deleted (1 run)")
+    assert again.notes[-1].endswith("begins anew; what had run of it was deleted (1 run)")
     assert not Home(home).find("")
 
 

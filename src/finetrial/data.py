@@ -306,11 +306,12 @@ MOST_SHARED = 0.5
 
 
 def check_disjoint(
-    splits: Splits, group_key: str | None = None, *, called: str | None = None, cut: Sequence[str] = ()
-) -> Splits:
+    splits: Splits, group_key: str | None = None, *, called: Callable[[Any], str] | None = None,
+    cut: Sequence[str] = (),
+) -> Splits:  # fmt: skip
     """The splits, if they are apart; real data may repeat a few rows, so only a share of them is refused.
 
-    `called`: what the user knows a group as; `cut`: the splits that were cut off train and not given.
+    `called`: what the user knows a group as, given it; `cut`: the splits that were cut off train and not given.
 
     Raises:
         DataError: a split is empty, an id occurs twice, a group (of `group_key`) is in two splits, or more than
@@ -328,9 +329,10 @@ def check_disjoint(
             ids[row["id"]] = role
             group = row[group_key] if group_key else None
             if group_key and groups.setdefault(group, role) != role:
+                name = called(group) if called else group_key
                 raise DataError(
-                    f"the {called or group_key} {str(group)[:60]!r} is in {groups[group]} and in {role}; a "
-                    f"{called or group_key} serves one split only. Move its rows to one split"
+                    f"the {name} {str(group)[:60]!r} is in {groups[group]} and in {role}; a {name} serves one "
+                    f"split only. Move its rows to one split"
                 )
     seen: dict[str, set[str]] = {}
     for role in ROLES:

@@ -80,9 +80,19 @@ def write_study_file(path: Path, *, model: str, tasks: Sequence[str], methods: S
         raise StudyError(str(path), [Problem("file", "exists already; choose another name with --output")])
     base = path.resolve().parent
     plugins.make_importable(base)
-    problems = []
+    problems: list[Problem] = []
     for kind, option, asked in (("tasks", "--task", tasks), ("methods", "--method", methods)):
+        entries: dict[str, str] = {}
         for name in asked:
+            if entries.setdefault(_entry(name), name) != name:
+                problems.append(
+                    Problem(
+                        f"{option} {name}",
+                        f"would be called {_entry(name)}, as {entries[_entry(name)]} is; leave it out here, "
+                        f"and write it into the file under a name of its own: another: {{use: '{name}'}}",
+                    )
+                )
+                continue
             try:
                 unknown = _unknown(plugins.load(kind, name, base))
             except PluginError as error:
@@ -123,7 +133,7 @@ def _seen_from(file: str, model: str) -> str:
     """A model's folder, named relative to here, as the study file has to name it."""
     if not model.startswith("."):
         return model
-    path = Path(os.path.relpath(model, Path(file).parent)).as_posix()
+    path = Path(os.path.relpath(model, Path(file).resolve().parent)).as_posix()
     return path if path.startswith(".") else f"./{path}"
 
 

@@ -142,7 +142,7 @@ def open_home(
     if lock and same and _differs(lock, study, inputs) and not (lock.begun and _has_trained(home)):
         # After `finetrial check`, or a first run that was refused: the file was mended, and nothing is lost.
         dropped = _drop_pilots(home)
-        lost = f"; what `finetrial check` had run of it was deleted ({dropped} run{'s' * (dropped > 1)})"
+        lost = f"; what had run of it was deleted ({dropped} run{'s' * (dropped > 1)})"
         notes = (
             *notes,
             f"{study.file} or its data changed since {home.path} was begun, and `finetrial run` had trained "

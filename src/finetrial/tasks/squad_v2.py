@@ -60,9 +60,11 @@ class SquadV2:
         splits = data.fill_splits(
             found, lambda rows, share: cut(rows, share=share), params.validation_share, params.test_share
         )
-        untitled = any(row["title"] == row["context"] for rows in found.values() for row in rows)
+        contexts = {row["context"] for rows in found.values() for row in rows}
         cut_off = [role for role in data.ROLES if role not in found]
-        data.check_disjoint(splits, "title", called="context" if untitled else "title", cut=cut_off)
+        data.check_disjoint(
+            splits, "title", called=lambda of: "context" if of in contexts else "title", cut=cut_off
+        )
         cap = partial(data.cap_rows, label_key="is_impossible", seed=params.split_seed)
         return Splits(
             splits.train, cap(splits.validation, params.validation_rows), cap(splits.test, params.test_rows)
