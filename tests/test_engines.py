@@ -288,13 +288,15 @@ def test_a_worker_that_not_even_a_kill_ends_takes_no_other_with_it(tmp_path, mon
 
 
 @forks
-def test_a_nursery_that_does_not_answer_is_not_waited_for(folder, monkeypatch):
+@pytest.mark.parametrize("long", ["", "x" * 100_000])  # more than a pipe takes
+def test_a_nursery_that_does_not_answer_is_not_waited_for(folder, monkeypatch, long):
     folder.spec_file.write_text("{")
     before = LOCAL.start(folder.path, make_spec())
     assert ended(LOCAL, before).code == 1
     os.kill(before.nursery.process.pid, signal.SIGSTOP)
     with monkeypatch.context() as patched:
         patched.setattr("finetrial.engines.local.READY_SECONDS", 0.5)
+        patched.setenv("LONG", long)
         assert before.nursery.start(folder.path, 1) is None
     assert before.nursery.gone
     assert ended(LOCAL, LOCAL.start(folder.path, make_spec())).code == 1

@@ -55,6 +55,7 @@ class Nursery:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self._requests, False)
         self._pending = b""
         self._count = 0
         self._answered: dict[int, Forked | None] = {}  # request -> its worker, not yet given out
@@ -81,7 +82,7 @@ class Nursery:
             self._send(request)
             while number not in self._answered and not self.gone:
                 self.listen(0.5)
-                if time.monotonic() > deadline:  # stopped, or stuck
+                if number not in self._answered and time.monotonic() > deadline:  # stopped, or stuck
                     self.end()
         except BaseException:  # a worker that nobody knows of must not run
             self.end()
@@ -122,6 +123,9 @@ class Nursery:
         data = json.dumps(request).encode() + b"\n"
         try:
             while data:  # an environment may be longer than a pipe takes at once
+                if not select.select([], [self._requests], [], READY_SECONDS)[1]:  # stopped, or stuck
+                    self.end()
+                    return
                 data = data[os.write(self._requests, data) :]
         except BrokenPipeError:
             self.listen(0)
