@@ -237,9 +237,9 @@ def shard(folder: Path, calls: list[str], numbers: Iterable[int], undisturbed: A
 
 def import_everything() -> None:
     """What a coordinator and a worker import; forking needs this process to have one thread afterwards."""
-    from finetrial import nursery, pipeline, terminal  # noqa: F401
+    from finetrial import nursery, pipeline, terminal, worker  # noqa: F401
 
-    nursery._import_all()
+    worker.import_all()
     for name in ("finetrial.study_file", "finetrial.report_figures", "optuna", "safetensors.torch"):
         importlib.import_module(name)
     figure = importlib.import_module("matplotlib.figure").Figure

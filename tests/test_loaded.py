@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -58,8 +59,30 @@ def test_a_worker_that_loaded_another_version_than_its_coordinator_refuses_and_i
     assert worker.work(folder) == 0
 
 
+IMPORTED = """
+import sys
+from finetrial import worker
+worker.import_all()
+print(*sys.modules, sep="\\n")
+"""
+
+
+def test_what_a_run_may_import_later_is_imported_at_its_start():
+    """A probe imports what it needs when it measures, which may be days after a run began."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    here = Path(finetrial.__file__).parent
+    for path in [
+        path for kind in ("probes", "methods", "tasks", "heads") for path in (here / kind).glob("*.py")
+    ]:
+        named = {
+            node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        }
+        own = {module for module in named if module.startswith("finetrial.")}
+        assert own <= set(done.stdout.split()), path
+
+
 def test_workers_are_told_what_their_coordinator_has_loaded(tmp_path):
     with Home(tmp_path).coordinate():
-        assert processes.child_environment(1)[loaded.VARIABLE] == loaded.sources()
+        assert processes.child_environment(1)[loaded.VARIABLE] == loaded.SOURCES
         loaded.check()
     assert loaded.VARIABLE not in os.environ

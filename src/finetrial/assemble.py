@@ -24,8 +24,6 @@ from finetrial.records import RunSpec
 from finetrial.sources import Location, data_inputs
 from finetrial.store import Home
 
-LOADED = loaded.sources()  # asked here: before workers are forked
-
 
 @dataclass(frozen=True)
 class Workbench:
@@ -127,7 +125,7 @@ def _code(base: Path) -> list[str]:
     base, installed = base.resolve(), Path(sys.prefix).resolve()  # an environment may lie beside a study file
     found = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
     own = sorted(p for p in found if p.is_relative_to(base) and not p.is_relative_to(installed) and p.is_file())
-    return [version("transformers"), version("tokenizers"), LOADED, *map(files.sha256_file, own)]
+    return [version("transformers"), version("tokenizers"), loaded.SOURCES, *map(files.sha256_file, own)]
 
 
 def input_hash(features: Sequence[Feature]) -> str:

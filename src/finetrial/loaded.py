@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 from finetrial.errors import Incomplete
@@ -17,17 +16,11 @@ from finetrial.errors import Incomplete
 VARIABLE = "FINETRIAL_SOURCES"  # in the environment of workers: what their coordinator has loaded
 
 
-@cache
-def sources() -> str:
-    """SHA-256 of this package's sources when this process first asked, or the one that it was forked from."""
-    return _on_disk()
-
-
 @contextmanager
 def told_to_workers() -> Iterator[None]:
     """Meanwhile the workers that are started know what this process has loaded."""
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = sources()
+    os.environ[VARIABLE] = SOURCES
     try:
         yield
     finally:
@@ -43,7 +36,7 @@ def check() -> None:
     Raises:
         Incomplete: they have not.
     """
-    if {sources(), os.environ.get(VARIABLE, sources())} != {_on_disk()}:
+    if {SOURCES, os.environ.get(VARIABLE, SOURCES)} != {_on_disk()}:
         raise Incomplete("finetrial changed while it ran, say by an upgrade; run the same command again")
 
 
@@ -55,3 +48,7 @@ def _on_disk() -> str:
     except FileNotFoundError:  # it is being replaced right now
         return ""
     return digest.hexdigest()
+
+
+# SHA-256 of what this process, or the one that it was forked from, has loaded.
+SOURCES = _on_disk()

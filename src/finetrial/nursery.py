@@ -43,21 +43,13 @@ def main() -> int:
     handled = {number: signal.signal(number, signal.SIG_IGN) for number in OUTLIVED}
     requests, answers = 0, os.dup(1)
     os.dup2(2, 1)  # whatever an import prints
-    _import_all()
+    worker.import_all()
     if _threads() != 1:
         return 1
     gc.collect()
     gc.freeze()  # what is here by now stays: a worker's collections need not touch (and so copy) its pages
     _answer(answers, {"ready": True})
     return _serve(requests, answers, handled)
-
-
-def _import_all() -> None:
-    from finetrial import plugins, stages  # noqa: F401 - what a worker imports
-
-    for kind in ("tasks", "methods", "probes"):
-        for name in plugins.names(kind):
-            plugins.load(kind, name)
 
 
 def _threads() -> int:

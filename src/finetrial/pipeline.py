@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrial import analyse, export, files, lease, model_card, plan, plugins, report, setting_aside
+from finetrial import analyse, export, files, lease, loaded, model_card, plan, plugins, report, setting_aside
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.housekeeping import check_room, refuse_links, sweep
@@ -49,6 +49,7 @@ def run_study(study: Study, home_path: Path, progress: Progress, *, retry_failed
             story.phase("train", "replicate", story.replicates())
             story.phase("measure", "probe", story.probes())
             story.reclaim_models()
+            loaded.check()  # what analyses may not be loaded yet
             return _conclude(story)
 
 

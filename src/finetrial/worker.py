@@ -124,6 +124,16 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
     return max(codes)
 
 
+def import_all() -> ModuleType:
+    """Import all that a run may ask for, which later might be of another version; the module of the stages."""
+    from finetrial import language, linear_probe, reading, represent, stages, updates  # noqa: F401 - for probes
+
+    for kind in ("tasks", "methods", "probes"):
+        for name in plugins.names(kind):
+            plugins.load(kind, name)
+    return stages
+
+
 def prepare(spec: RunSpec) -> ModuleType:
     """Make this process what every run's is; the module that knows the stages."""
     plugins.make_importable(Path(spec.how.base))
@@ -138,12 +148,12 @@ def prepare(spec: RunSpec) -> ModuleType:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nor is memory filled that is written before it is read, which that would have.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]
-    from finetrial import attention, dropout, process_memory, stages
+    from finetrial import attention, dropout, process_memory
 
     process_memory.give_back()
     dropout.install()
     attention.install()
-    return stages
+    return import_all()
 
 
 def _conclude(
