@@ -19,6 +19,7 @@ from finetrial import worker
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.processes import HELD_CODE
+from finetrial.records import How
 from finetrial.store import RunFolder
 from scripted import make_spec
 
@@ -41,6 +42,16 @@ def test_memory_that_runs_out_while_a_model_loads_is_out_of_memory():
         torch.empty(2**58, dtype=torch.float32)
     refusal.__cause__ = caught.value  # as `raise ... from` makes it
     assert worker.classify(refusal)[0] == "out_of_memory"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_memory_that_runs_out_while_a_model_loads_is_not_tried_again_with_half_as_much(tmp_path, alone):
+    folder = made(tmp_path)
+    spec = folder.spec().model_copy(update={"how": How(stacked=1 if alone else 2)})
+    refusal = ModelError("the model x does not load")
+    refusal.__cause__ = MemoryError()
+    assert worker._conclude(folder, spec, refusal) == 1
+    assert (folder.failure().kind, folder.failure().final) == ("out_of_memory", alone)
 
 
 @contextlib.contextmanager

@@ -330,7 +330,7 @@ class Scheduler:
 
     def _is_crowded(self, run: Running, ending: Ending) -> bool:
         """Whether memory may suffice with fewer beside it; of runs that are stacked, for half as many."""
-        if ending.outcome != "out_of_memory" or ending.final:
+        if ending.outcome != "out_of_memory":
             return False
         return run.stacked or (not ending.own_budget and self.packing.back_off(run.process.beside))
 

@@ -20,7 +20,15 @@ from pathlib import Path
 from types import ModuleType
 
 from finetrial import plugins
-from finetrial.errors import DoesNotFit, FinetrialError, OutOfMemory, OverBudget, disk_fault, of_the_system
+from finetrial.errors import (
+    DoesNotFit,
+    FinetrialError,
+    ModelError,
+    OutOfMemory,
+    OverBudget,
+    disk_fault,
+    of_the_system,
+)
 from finetrial.lease import FileLock
 from finetrial.processes import HELD_CODE
 from finetrial.records import Failure, Outcome, Result, RunSpec
@@ -172,11 +180,13 @@ def _conclude(
             traceback.print_exc()
         else:
             sys.stderr.write(f"{kind}: {reason}\n")
+        # While a model is loaded (a ModelError), too: half as much at once would change nothing.
+        final = kind == "out_of_memory" and isinstance(error, DoesNotFit | ModelError)
+        own = isinstance(error, DoesNotFit | OverBudget) or (kind == "out_of_memory" and _is_own_limit(folder))
         failure = Failure(
             run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
             # What does not fit beside others may fit alone.
-            attempt=_attempt(folder), final=isinstance(error, DoesNotFit) and spec.how.stacked == 1,
-            own_budget=isinstance(error, OverBudget) or (kind == "out_of_memory" and _is_own_limit(folder)),
+            attempt=_attempt(folder), final=final and spec.how.stacked == 1, own_budget=own,
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
