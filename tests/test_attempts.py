@@ -181,7 +181,7 @@ def test_a_run_that_another_process_still_holds_waits_and_is_not_charged_for_it(
 
 
 def test_a_run_that_another_process_holds_for_long_ends_the_command_with_its_name(bench, monkeypatch):
-    monkeypatch.setattr("finetrial.schedule.HELD_SECONDS", 0.0)
+    monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", 0.0)
     spec = bench.spec(0, HELD, HELD, done(make_spec(0)))
     lock = hold(bench.home.run(spec.run_id))
     with pytest.raises(Incomplete, match=f"{spec.run_id} cannot begin: process {os.getpid()} still"):
@@ -190,6 +190,19 @@ def test_a_run_that_another_process_holds_for_long_ends_the_command_with_its_nam
     assert bench.outcomes(spec) == ["cancelled"] * 2
     bench.run(iter([spec]), attempts=1)
     assert bench.outcomes(spec) == ["cancelled", "cancelled", "done"]
+
+
+def test_what_another_process_holds_keeps_no_other_run_from_its_end(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", 0.0)
+    held, beside, after = make_spec(0), make_spec(1), bench.spec(2)
+    bench.spec(0, HELD)
+    bench.spec(1, f"import time; time.sleep(1.5)\n{done(beside)}")
+    lock = hold(bench.home.run(held.run_id))
+    with pytest.raises(Incomplete, match=f"{held.run_id} cannot begin"):
+        bench.run(iter([[held, after]]), iter([beside]), parallel=2)
+    lock.release()
+    assert [bench.outcomes(spec) for spec in (beside, after)] == [["done"]] * 2
+    assert bench.outcomes(held) == ["cancelled"] * 2  # it rested meanwhile
 
 
 def test_the_same_exit_code_of_a_run_that_nobody_else_holds_is_a_crash(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,13 @@ def test_a_tracker_that_hangs_holds_nothing_up_and_is_replayed_at_the_next_call(
     (warned,) = bench.warnings
     assert "test_tracking:ONE failed" in warned
     assert "it has not come back after 0.05 s" in warned
+    bench.warnings.clear()
+    TWO.hang.clear()
+    began = time.monotonic()
+    bench.mirror()(bench.record(3))
+    assert time.monotonic() - began < 10  # the thread of neither is waited for
+    assert [text.count("it has not come back after 0.05 s") for text in bench.warnings] == [1, 1]
+    TWO.hang.set()
     monkeypatch.setattr(tracking, "REPLAY_SECONDS", 60)
     ONE.runs = []  # what the first call's thread writes when it goes on is not looked at
     stuck, ONE.hang = ONE.hang, threading.Event()

@@ -27,6 +27,7 @@ from finetrial.under_way import (
     BESIDE,
     COORDINATOR_ENDED,
     Busy,
+    Held,
     Lane,
     Process,
     Queue,
@@ -52,7 +53,6 @@ GIVEN_UP: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost", "out_o
 RESUMED: frozenset[Outcome] = frozenset({"crashed", "timed_out", "lost"})
 # A run that ran out of memory goes on with half as much at once, so many times at most.
 MOST_HALVINGS = 12
-HELD_SECONDS = 60.0  # that a process of an earlier command may take to let go of its run
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 PUT_OFF = "put off: the runs beside it leave it too little memory"
 
@@ -80,7 +80,7 @@ class Scheduler:
     tried_again: frozenset[Outcome] = TRIED_AGAIN
     check_room: Callable[[], None] = lambda: None  # raises where there is none for another run
     busy: Busy = field(default_factory=Busy)
-    held_since: dict[str, float] = field(default_factory=dict)  # run id -> when another process was found at it
+    held: Held = field(default_factory=Held)
 
     def run(self, lanes: Sequence[Lane]) -> None:
         """Finish every run of every lane; a run that has ended is not started again.
@@ -99,6 +99,7 @@ class Scheduler:
                     ended = self._watch(run, last=sum(other.process is run.process for other in running) == 1)
                     if ended is None:
                         continue
+                    self._renew(running)  # ending one over its limit takes its time, and so does what follows
                     running.remove(run)
                     self._end(run, ended)
                     for queue in queues:
@@ -125,13 +126,20 @@ class Scheduler:
         """Start what may go side by side, of the lanes with the fewest runs first; whether anything is left."""
         while True:
             self._renew(running)
-            by_need = sorted(queues, key=lambda queue: queue.under_way)  # the first among equals
+            for queue in queues:
+                queue.ready.sort(key=self.held.rests)
+            # The first among equals, and first those that need not wait for another process.
+            by_need = sorted(queues, key=lambda q: (bool(q.ready) and self.held.rests(q.ready[0]), q.under_way))
             with self.busy.counted():
                 queue = next((queue for queue in by_need if queue.next() is not None), None)
             if queue is None:
                 break
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
+            if self.held.rests(spec):
+                if running:
+                    break
+                self.held.check(spec)
             if self._has_ended(folder):
                 with self.busy.counted():
                     self._tidy_up(folder)
@@ -203,6 +211,7 @@ class Scheduler:
         self._stop(newest, GRACE_SECONDS)
         self.packing.ended(folder)
         for run in [run for run in running if run.process is newest]:
+            self._renew(running)
             running.remove(run)
             if run.folder.result() is not None or run.folder.failure() is not None:  # it has got there first
                 self._end(run, Exit(None, outcome="crashed", reason=PUT_OFF))
@@ -268,9 +277,10 @@ class Scheduler:
         if ending.holder is not None:
             close(run.folder, run.attempt, outcome, ended.code, reason, counts=False)
             leases.release(run.folder.lease_file, run.lease)
-            self._wait_for(ending.holder, run.folder)
+            self.held.found(run.spec, ending.holder, run.folder.lock_file)
+            self.progress.note(f"{run.spec.run_id}: {reason}; waiting for its end")
             return False
-        self.held_since.pop(run.spec.run_id, None)
+        self.held.let_go(run.spec)
         if self._is_crowded(run, ending):
             run.folder.failure_file.unlink(missing_ok=True)
             close(run.folder, run.attempt, "cancelled", ended.code, f"{reason}; {BESIDE}", counts=False)
@@ -312,21 +322,6 @@ class Scheduler:
         self.on_finished(record)
         self._stop_on_fault(record)
         return True
-
-    def _wait_for(self, holder: int, folder: RunFolder) -> None:
-        """A run that another process holds is begun again and again, which is waiting for that process to end.
-
-        Raises:
-            Incomplete: it has not ended for long.
-        """
-        run_id = folder.path.name
-        now = time.monotonic()
-        if now - self.held_since.setdefault(run_id, now) > HELD_SECONDS:
-            raise Incomplete(
-                f"{run_id} cannot begin: process {holder} still works on it and holds {folder.lock_file}; end "
-                f"that process, or wait for its end, then run the same command again"
-            )
-        self.progress.note(f"{run_id}: process {holder} still works on it; waiting for its end")
 
     def _is_crowded(self, run: Running, ending: Ending) -> bool:
         """Whether memory may suffice with fewer beside it; of runs that are stacked, for half as many."""

@@ -1,8 +1,8 @@
 """Mirroring finished runs into trackers. `metrics.jsonl` is the record; a tracker can lose and fail nothing.
 
 The parent replays a run after it has ended, once per tracker and ending (a marker file says so). A tracker
-that raises, or that has not come back after REPLAY_SECONDS, becomes one warning and is left out until the
-study is run again.
+that raises, or that has not come back after its share of REPLAY_SECONDS, becomes one warning and is left out
+until the study is run again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Mirror:
     def __init__(self, home: Home, trackers: Sequence[str], warn: Callable[[str], None]):
         self.home = home
         self.trackers = list(trackers)
+        self.seconds = REPLAY_SECONDS / max(1, len(trackers))  # of each, though others have been left out
         self.warn = warn
 
     def __call__(self, record: RunRecord) -> None:
@@ -67,10 +68,9 @@ class Mirror:
 
         thread = threading.Thread(target=replay, name=f"tracker {name}", daemon=True)
         thread.start()
-        seconds = REPLAY_SECONDS / len(self.trackers)
-        thread.join(seconds)
+        thread.join(self.seconds)
         if thread.is_alive():
-            return TimeoutError(f"it has not come back after {seconds:g} s")
+            return TimeoutError(f"it has not come back after {self.seconds:g} s")
         return raised[0] if raised else None
 
     def _damaged(self, path: Path, line: int) -> None:

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetrial import lease as leases
@@ -24,6 +25,8 @@ Lane = Iterator[RunSpec | Sequence[RunSpec]]
 
 RENEW_SECONDS = 10.0
 RENEW_AGAIN_SECONDS = 1.0  # where the disk did not let it
+HELD_SECONDS = 60.0  # that another process may take to let go of its run, where nothing else is left to do
+HELD_REST_SECONDS = 30.0  # before such a run is tried again, where there is
 PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
@@ -45,6 +48,42 @@ class Busy:
             yield
         finally:
             self.seconds += time.monotonic() - began
+
+
+class Held:
+    """Runs that another process still holds: one of an earlier command, or one that no signal ends.
+
+    Such a run is begun again and again, which is waiting for that process; while others go on, with a rest.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, float, str]] = {}  # run id -> when first, when last, why it waits
+
+    def found(self, spec: RunSpec, holder: int, lock_file: Path) -> None:
+        now = time.monotonic()
+        first, *_ = self._found.get(spec.run_id, (now,))
+        why = f"process {holder} still works on it and holds {lock_file}"
+        self._found[spec.run_id] = (first, now, why)
+
+    def let_go(self, spec: RunSpec) -> None:
+        self._found.pop(spec.run_id, None)
+
+    def rests(self, spec: RunSpec) -> bool:
+        """Whether it was tried just now, so that whatever else there is comes first."""
+        return spec.run_id in self._found and time.monotonic() - self._found[spec.run_id][1] < HELD_REST_SECONDS
+
+    def check(self, spec: RunSpec) -> None:
+        """See that it is worth waiting for, as nothing else is left.
+
+        Raises:
+            Incomplete: it has been held for long.
+        """
+        first, last, why = self._found[spec.run_id]
+        if last - first > HELD_SECONDS:
+            raise Incomplete(
+                f"{spec.run_id} cannot begin: {why}; end that process, or wait for its end, then run the same "
+                f"command again"
+            )
 
 
 @dataclass
