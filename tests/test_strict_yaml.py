@@ -155,7 +155,7 @@ def test_no_text_of_yaml_s_own_signs_crashes(text):
 
 @pytest.mark.parametrize(
     ("written", "size_bytes"),
-    [("24 GB", 24_000_000_000), ("512 MiB", 536_870_912), ("1.5kb", 1500), (1000, 1000), ("7B", 7)],
+    [("24 GB", 24_000_000_000), ("512 MiB", 536_870_912), ("1.5kb", 1500), ("7B", 7)],
 )
 def test_sizes(written, size_bytes):
     assert parse_size(written) == size_bytes
@@ -163,13 +163,15 @@ def test_sizes(written, size_bytes):
 
 @pytest.mark.parametrize(
     ("written", "seconds"),
-    [("30 min", 1800), ("2 h", 7200), ("1.5h", 5400), (0.5, 0.5), ("1 day", 86400), ("3 Hours", 10800)],
+    [("30 min", 1800), ("2 h", 7200), ("1.5h", 5400), ("0.5 s", 0.5), ("1 day", 86400), ("3 Hours", 10800)],
 )
 def test_durations(written, seconds):
     assert parse_duration(written) == seconds
 
 
-@pytest.mark.parametrize("wrong", ["5 parsecs", "lots", "", "GB", "-3 GB", "1e3 GB", "3 GB 4", True, None, [3]])
+@pytest.mark.parametrize(
+    "wrong", ["5 parsecs", "lots", "", "GB", "-3 GB", "1e3 GB", "3 GB 4", True, None, [3], 30, 0.5]
+)
 def test_what_is_no_quantity_is_refused_with_an_example(wrong):
     with pytest.raises(ValueError, match=r"write e\.g\. 24 GB or 512 MiB"):
         parse_size(wrong)
@@ -182,7 +184,7 @@ def test_an_unknown_unit_is_named_with_the_known_ones():
         parse_duration("5 parsecs")
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 0.0, "0 GB", "0.0 B"])
+@pytest.mark.parametrize("wrong", ["0 GB", "0.0 B"])
 def test_a_quantity_is_above_zero(wrong):
     with pytest.raises(ValueError, match=r"not above 0"):
         parse_size(wrong)

@@ -150,6 +150,10 @@ ONE_MISTAKE = {
         {"run": "{trial_limit: 5 parsecs}"},
         "run.trial_limit (line 5): '5 parsecs' has an unknown unit, 'parsecs'",
     ),
+    "no unit": (
+        {"run": "{trial_limit: 30}"},
+        "run.trial_limit (line 5): 30 has no unit; write e.g. 30 min or",
+    ),
     "size": (
         {"run": "{memory: lots}"},
         "run.memory (line 5): 'lots' is not a size; write e.g. 24 GB or 512 MiB",

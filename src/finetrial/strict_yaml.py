@@ -187,7 +187,7 @@ def _syntax_problem(error: yaml.YAMLError) -> Problem:
 
 
 def parse_size(value: Any) -> int:
-    """Bytes of `24 GB`, `512 MiB` or a plain number of bytes.
+    """Bytes of `24 GB` or `512 MiB`.
 
     Raises:
         ValueError: it is none of these; the message says what to write.
@@ -196,7 +196,7 @@ def parse_size(value: Any) -> int:
 
 
 def parse_duration(value: Any) -> float:
-    """Seconds of `30 min`, `2 h`, `90 s` or a plain number of seconds.
+    """Seconds of `30 min`, `2 h` or `90 s`.
 
     Raises:
         ValueError: it is none of these; the message says what to write.
@@ -209,18 +209,15 @@ def _quantity(
 ) -> float:
     shown = show(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) > LARGEST_WHOLE:
-            raise ValueError(f"{shown} is too large; write e.g. {example}")
-        number, factor = float(value), 1
-    else:
-        found = QUANTITY.fullmatch(value) if isinstance(value, str) else None
-        if not found:
-            raise ValueError(f"{shown} is not a {noun}; write e.g. {example}")
-        if fold(found[2]) not in units:
-            raise ValueError(
-                f"{shown} has an unknown unit, {found[2]!r}; write e.g. {example} (units: {', '.join(units)})"
-            )
-        number, factor = float(found[1]), units[fold(found[2])]
+        raise ValueError(f"{shown} has no unit; write e.g. {example} (units: {', '.join(units)})")
+    found = QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        raise ValueError(f"{shown} is not a {noun}; write e.g. {example}")
+    if fold(found[2]) not in units:
+        raise ValueError(
+            f"{shown} has an unknown unit, {found[2]!r}; write e.g. {example} (units: {', '.join(units)})"
+        )
+    number, factor = float(found[1]), units[fold(found[2])]
     if not math.isfinite(number * factor):
         raise ValueError(f"{shown} is too large; write e.g. {example}")
     if number <= 0:
