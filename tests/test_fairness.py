@@ -212,13 +212,15 @@ def test_trials_that_moved_nothing_are_noted_and_do_not_end_with_a_score():
     assert "1 of 6 search trials failed (1 void)" in paragraph(summary)
 
 
-def halved(number, *ends, score=0.7, loss=0.5):
+def halved(number, *ends, score=0.7, loss=0.5, **fields):
     """A trial's run to the last of these ends; without a loss it failed."""
     settings = {"learning_rate": 5e-4 * (number + 1), "batch_size": 16}
     made = spec("trial", number, "lora", settings=settings, rung=Rung(ends=ends))
     if loss is None:
         return failed(made, "diverged", "loss")
-    return ended(made, score=score, validation_loss=loss if ends[-1] > 1 else None, settings_used=settings)
+    return ended(
+        made, score=score, validation_loss=loss if ends[-1] > 1 else None, settings_used=settings, **fields
+    )
 
 
 def test_an_optimum_that_was_never_trained_to_the_end_is_noted_and_the_ledger_counts_what_got_there():
@@ -252,6 +254,15 @@ def test_how_replicates_were_run_is_noted_where_it_changes_what_they_cost():
     (twice,) = (note for note in notes if "computed activations twice" in note)
     assert "of toy/lora computed" in twice
     assert "those of toy/full did not" in twice
+
+
+@pytest.mark.parametrize(("steps", "noted"), [(1, True), (2, True), (3, False)])
+def test_trials_that_are_compared_after_next_to_no_steps_are_noted(steps, noted):
+    short = TRAINED.model_copy(update={"steps": steps, "planned_steps": 9 * steps})
+    found = [*records(), halved(3, 9, training=short), halved(4, 9)]
+    notes = summarise(study(), found, META).fairness_notes
+    said = f"toy/lora: trials were first compared after {steps} step"
+    assert any(note.startswith(said) for note in notes) is noted
 
 
 def test_an_arm_of_which_no_trial_has_a_score_is_said_to_have_no_replicates():

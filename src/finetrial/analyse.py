@@ -30,6 +30,7 @@ from finetrial.fairness import (
     environment_notes,
     failure_rows,
     fairness_notes,
+    halving_notes,
     input_notes,
     ledger_row,
 )
@@ -129,6 +130,7 @@ def summarise(
             *input_notes(ordered),
             *environment_notes(ordered),
             *cost_notes(ordered),
+            *halving_notes(ordered),
         ),
         failures=failure_rows(ordered),
         environment=environment(ordered),

@@ -22,6 +22,8 @@ from finetrial.summary import (
     TaskSummary,
 )
 
+FEWEST_STEPS = 3  # at the first end of halving, below which losses are next to those of the start
+
 
 def ledger_row(
     study: Study, arm: Arm, task_replicates: Sequence[RunRecord], dimensions: Sequence[DimensionSummary]
@@ -161,6 +163,26 @@ def cost_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
                 f"{', '.join(without)} did not: that takes less memory and more time, whatever the method"
             )
     return tuple(notes)
+
+
+def halving_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """A sentence for every arm whose trials were first compared after next to no steps."""
+    first: dict[str, int] = {}
+    for record in records:
+        training = record.result.training if record.result else None
+        if (
+            training is not None
+            and record.outcome == "done"
+            and record.spec.rung
+            and record.spec.rung.number == 1
+        ):
+            first[record.spec.arm] = min(first.get(record.spec.arm, training.steps), training.steps)
+    return tuple(
+        f"{arm}: trials were first compared after {'1 step' if steps == 1 else f'{steps} steps'}, where losses "
+        f"hardly tell settings apart; leave halving out of so short a search, or give it more rows"
+        for arm, steps in first.items()
+        if steps < FEWEST_STEPS
+    )
 
 
 def input_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
