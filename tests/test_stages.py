@@ -285,9 +285,9 @@ def test_the_worker_writes_the_result_drops_the_checkpoint_and_does_nothing_twic
     [
         (ZeroDivisionError("by zero"), "bug", "ZeroDivisionError: by zero"),
         (RuntimeError("shapes\nand more"), "bug", "RuntimeError: shapes"),
-        (MemoryError(), "out_of_memory", "out of memory: MemoryError"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory", "out of memory: CUDA out of memory."),
-        (OutOfMemory("not at micro-batch 1"), "out_of_memory", "out of memory: not at micro-batch 1"),
+        (MemoryError(), "out_of_memory", "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory", "CUDA out of memory."),
+        (OutOfMemory("not at micro-batch 1"), "out_of_memory", "not at micro-batch 1"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/home/x"),
             "refused",

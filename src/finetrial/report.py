@@ -26,7 +26,7 @@ from finetrial import report_tables as tables
 from finetrial import report_text as text
 from finetrial.report_sorting import sort_key
 from finetrial.report_tables import Badge, Table
-from finetrial.summary import Summary
+from finetrial.summary import Summary, TaskSummary
 
 WRITTEN = (".csv", ".pdf", ".png", ".svg", ".tex")
 # What a table cell may not hold raw, by format.
@@ -150,7 +150,7 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
         "tasks": [
             {
                 "task": task,
-                "rows": text.mapping_text(task.split_rows),
+                "rows": _rows(summary, task),
                 "scores": tables.scores(summary, task),
                 "charts": [drawn for drawn in charts[task.name] if drawn is not first],
                 "search": tables.optima(summary, task),
@@ -181,6 +181,15 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
         "environment": checks.environment(summary),
         "citation": citation(summary),
     }
+
+
+def _rows(summary: Summary, task: TaskSummary) -> str:
+    """How many rows each split has, and on how many of train's replicates are trained."""
+    used = {row.train_rows for row in summary.ledger if row.task == task.name and row.train_rows is not None}
+    there = text.mapping_text(task.split_rows)
+    if not there or used <= {task.split_rows.get("train")}:
+        return there
+    return f"{there} (replicates are trained on {' or '.join(f'{count:,}' for count in sorted(used))})"
 
 
 def _search_rows(summary: Summary, task: str) -> str:

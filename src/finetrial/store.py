@@ -293,6 +293,8 @@ class Home:
             HomeError: the study has none yet, or it is damaged.
         """
         if not self.summary_file.exists() and not self.lock_file.exists():
+            if not self.path.exists():
+                raise HomeError(f"{self.path} is not there yet; `finetrial run` makes it")
             raise HomeError(f"{self.path} is no study's folder: it has no analysis/summary.json")
         if not self.summary_file.exists():
             raise HomeError(f"{self.path} has no analysis yet; `finetrial report {self.path}` makes one")

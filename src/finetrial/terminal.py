@@ -75,7 +75,9 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
         rows |= {"notes": warnings(study)}
         print_json({"study": study.study, "arms": [arm._asdict() for arm in arms], **rows, "spaces": spaces})
         return
-    table = _table("arm", "trials", "replicates", "probes", "rows per trial", "rows per replicate", "searched")
+    table = _table(
+        "arm", "trial runs", "replicates", "probes", "rows per trial", "rows per replicate", "searched"
+    )
     for arm in arms:
         space = study.spaces[arm.method]
         searched = ", ".join(name for name in space if space[name].kind != "fixed")

@@ -237,7 +237,7 @@ def classify(error: Exception) -> tuple[Outcome, str]:
     """Which outcome an exception is, and one line of reason."""
     for found in (error, error.__cause__):  # which may have ended a model's loading
         if found is not None and _is_of_memory(found):
-            return "out_of_memory", f"out of memory: {_line(found)}"
+            return "out_of_memory", _line(found)
     if isinstance(error, FinetrialError):
         return "refused", str(error)
     fault = disk_fault(error if isinstance(error, OSError) else of_the_system(error))
