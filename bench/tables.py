@@ -150,8 +150,15 @@ def study_scores(found: dict[str, Any]) -> str:
             paired = (own[variant][method][name][: gap["n"]] for variant in ("finetrial", "as-trainer"))
             means = map(statistics.fmean, paired)
             interval = f"{gap['estimate']:+.2f} ({gap['low']:+.2f} .. {gap['high']:+.2f})"
-            rows.append((task, METHODS[method], name, *(f"{mean:.2f}" for mean in means), interval))
-    columns = ("on test", "finetrial", "as (a) searches and trains", "difference, 95 % interval")
+            ranks = found["less_than_trainer_by_ranks"][task][arm]
+            counts = f"{ranks['ours']} and {ranks['theirs']}"
+            shift = f"{ranks['estimate']:+.2f} ({ranks['low']:+.2f} .. {ranks['high']:+.2f})"
+            found_ = (*(f"{mean:.2f}" for mean in means), interval, counts, shift)
+            rows.append((task, METHODS[method], name, *found_))
+    columns = (
+        "on test", "finetrial", "as (a) searches and trains", "difference, 95 % interval",
+        "all replicates", "shift by ranks, 95 % interval",
+    )  # fmt: skip
     return table(("task", "method", *columns), rows)
 
 
