@@ -19,10 +19,10 @@ from finetrial.lease import FileLock
 from finetrial.packing import Packing
 from finetrial.plugins import Exit
 from finetrial.processes import HELD_CODE
-from finetrial.records import Attempt, Failure, How, MethodSpec, RunSpec
+from finetrial.records import Attempt, Failure, How, MethodSpec, Result, RunSpec
 from finetrial.schedule import COORDINATOR_ENDED, GIVEN_UP, MOST_HALVINGS
 from finetrial.store import RunFolder
-from scripted import SLEEP, Scripted, done, failed, gone, make_spec
+from scripted import COST, SLEEP, Scripted, done, failed, gone, make_spec
 
 
 def test_a_crashed_run_is_resumed_in_its_folder(bench):
@@ -203,6 +203,37 @@ def test_what_another_process_holds_keeps_no_other_run_from_its_end(bench, monke
     lock.release()
     assert [bench.outcomes(spec) for spec in (beside, after)] == [["done"]] * 2
     assert bench.outcomes(held) == ["cancelled"] * 2  # it rested meanwhile
+
+
+def test_of_runs_that_share_a_process_the_others_go_on_together_without_the_held_one(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", 0.0)
+    method = MethodSpec(name="m", use="lora", params={})
+    one, held, three = specs = [make_spec(n, stage="trial", method=method) for n in range(3)]
+    mine = f"import os; open('worker.lock', 'w').write(str(os.getpid())); {HELD}"
+    both = "\n".join(f"os.chdir('../{spec.run_id}'); {done(spec)}" for spec in (one, three))
+    together = f"import os\n{both}"
+    bench.programs |= {one.run_id: [mine, together], held.run_id: [HELD], three.run_id: [together]}
+    lock = hold(bench.home.run(held.run_id))
+    with pytest.raises(Incomplete, match=f"{held.run_id} cannot begin: process {os.getpid()}"):
+        bench.run(iter([specs]), packing=Packing(1, stack=3), attempts=1)
+    lock.release()
+    assert [bench.outcomes(spec) for spec in (one, three)] == [["cancelled", "done"]] * 2
+    assert set(bench.outcomes(held)) == {"cancelled"}
+    assert [a.stacked for a in bench.home.run(one.run_id).attempt_records()] == [3, 2]
+
+
+def test_a_held_run_that_has_ended_is_no_longer_waited_for(bench, monkeypatch):
+    """Its holder may have done it, and the last try may lie back."""
+    monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", -1.0)
+    held, beside = make_spec(0), make_spec(1)
+    bench.spec(0, HELD)
+    result = Result(run_id=held.run_id, outcome="done", cost=COST).model_dump_json()
+    by_holder = f"import time; time.sleep(1.0); open('../{held.run_id}/result.json', 'w').write({result!r})"
+    bench.spec(1, f"{by_holder}\n{done(beside)}")
+    lock = hold(bench.home.run(held.run_id))
+    bench.run(iter([held]), iter([beside]), parallel=2)
+    lock.release()
+    assert bench.home.run(held.run_id).result().outcome == "done"
 
 
 def test_the_same_exit_code_of_a_run_that_nobody_else_holds_is_a_crash(bench):

@@ -24,7 +24,7 @@ def study() -> ModuleType:
 
 
 def test_a_published_shift_and_its_interval_come_out(study):
-    """Permeability of the chorioamnion (Hollander and Wolfe 1973, p. 69): R's `wilcox.test(x, y, conf.int = TRUE)`."""
+    """Of the chorioamnion (Hollander and Wolfe 1973, p. 69), by R's `wilcox.test(x, y, conf.int = TRUE)`."""
     term = [0.80, 0.83, 1.89, 1.04, 1.45, 1.38, 1.91, 1.64, 0.73, 1.46]
     earlier = [1.15, 0.88, 0.90, 0.74, 1.21]
     found = study.by_ranks(term, earlier)

@@ -19,7 +19,6 @@ from finetrial import worker
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
 from finetrial.processes import HELD_CODE
-from finetrial.records import How
 from finetrial.store import RunFolder
 from scripted import make_spec
 
@@ -44,14 +43,13 @@ def test_memory_that_runs_out_while_a_model_loads_is_out_of_memory():
     assert worker.classify(refusal)[0] == "out_of_memory"
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_memory_that_runs_out_while_a_model_loads_is_not_tried_again_with_half_as_much(tmp_path, alone):
+def test_memory_that_runs_out_while_a_model_loads_says_that_less_does_not_help(tmp_path):
     folder = made(tmp_path)
-    spec = folder.spec().model_copy(update={"how": How(stacked=1 if alone else 2)})
     refusal = ModelError("the model x does not load")
     refusal.__cause__ = MemoryError()
-    assert worker._conclude(folder, spec, refusal) == 1
-    assert (folder.failure().kind, folder.failure().final) == ("out_of_memory", alone)
+    assert worker._conclude(folder, folder.spec(), refusal) == 1
+    failure = folder.failure()
+    assert (failure.kind, failure.less_helps, failure.goes_on) == ("out_of_memory", False, True)
 
 
 @contextlib.contextmanager

@@ -166,8 +166,8 @@ def cost_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
 
 
 def halving_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """A sentence for every arm whose trials were first compared after next to no steps."""
-    first: dict[str, int] = {}
+    """A sentence for every arm of which trials were first compared after next to no steps."""
+    early: dict[str, list[bool]] = {}
     for record in records:
         training = record.result.training if record.result else None
         if (
@@ -176,12 +176,13 @@ def halving_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
             and record.spec.rung
             and record.spec.rung.number == 1
         ):
-            first[record.spec.arm] = min(first.get(record.spec.arm, training.steps), training.steps)
+            few = training.steps < FEWEST_STEPS and training.steps < training.planned_steps
+            early.setdefault(record.spec.arm, []).append(few)
     return tuple(
-        f"{arm}: trials were first compared after {'1 step' if steps == 1 else f'{steps} steps'}, where losses "
-        f"hardly tell settings apart; leave halving out of so short a search, or give it more rows"
-        for arm, steps in first.items()
-        if steps < FEWEST_STEPS
+        f"{arm}: {sum(few)} of {len(few)} trials were first compared after {FEWEST_STEPS - 1} steps, where "
+        f"losses hardly tell settings apart; leave halving out of so short a search, or give it more rows"
+        for arm, few in early.items()
+        if any(few)
     )
 
 

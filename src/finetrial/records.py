@@ -319,6 +319,7 @@ class Failure(Frozen):
     attempt: int
     final: bool = False  # it would end the same way again, whatever is tried
     own_budget: bool = False  # out of the memory that was its own: who was beside it does not matter
+    less_helps: bool = True  # half as much at once; not where memory ran out while a model was loaded
 
     @property
     def goes_on(self) -> bool:

@@ -185,9 +185,9 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
 
 def _rows(summary: Summary, task: TaskSummary) -> str:
     """How many rows each split has, and on how many of train's replicates are trained."""
-    used = {row.train_rows for row in summary.ledger if row.task == task.name and row.train_rows is not None}
-    there = text.mapping_text(task.split_rows)
-    if not there or used <= {task.split_rows.get("train")}:
+    there, most = text.mapping_text(task.split_rows), task.split_rows.get("train", 0)
+    used = {min(row.train_rows or most, most) for row in summary.ledger if row.task == task.name}
+    if used <= {most}:
         return there
     return f"{there} (replicates are trained on {' or '.join(f'{count:,}' for count in sorted(used))})"
 

@@ -58,13 +58,15 @@ PUT_OFF = "put off: the runs beside it leave it too little memory"
 
 
 class Ending(NamedTuple):
-    """How an attempt ended: what it was, why, whether for good, and whether of memory that was its own."""
+    """How an attempt ended: what it was, why, and what of a failure's record bears on what comes next."""
 
     outcome: Outcome
     reason: str | None
     final: bool = False
     own_budget: bool = False
-    holder: int | None = None  # the process that holds the run, where it could not begin for that
+    less_helps: bool = True
+    began: bool = True  # not where another process holds it, or one that was to share its process
+    holder: int | None = None  # the process that holds it
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,16 @@ class Scheduler:
                 break
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
-            if self.held.rests(spec):
-                if running:
-                    break
-                self.held.check(spec)
             if self._has_ended(folder):
                 with self.busy.counted():
                     self._tidy_up(folder)
                     self.on_finished(folder.record())
                 queue.ready.pop(0)
                 continue
+            if self.held.rests(spec):
+                if running:
+                    break
+                self.held.check(spec)
             specs = self._stack(queue)
             place = self.packing.place(specs, leads(running))
             if place is None:
@@ -154,6 +156,7 @@ class Scheduler:
             with self.busy.counted():
                 self.check_room()
                 running += self._start(queue, specs)
+            self.held.goes_on(specs[0])
             here = {id(run.process): run.process for run in running if run.spec.how.gpu == specs[0].how.gpu}
             for process in here.values():
                 process.beside = max(process.beside, len(here) - 1)
@@ -170,8 +173,8 @@ class Scheduler:
 
     def _stack(self, queue: Queue) -> list[RunSpec]:
         """The queue's first run, and those that are trained together with it."""
-        first, *others = queue.ready
-        if self.packing.stack == 1 or not stacks(first):
+        first, *others = (spec for spec in queue.ready if spec not in self.held or spec is queue.ready[0])
+        if self.packing.stack == 1 or not stacks(first) or first in self.held:
             return [first]
         most = may_share(self.home.run(first.run_id), self.packing.stack)
         alike = ((spec, self.home.run(spec.run_id)) for spec in others if spec.arm == first.arm)
@@ -274,11 +277,11 @@ class Scheduler:
         self.packing.ended(run.folder)
         ending = self._outcome(run, ended)
         outcome, reason = ending.outcome, ending.reason
-        if ending.holder is not None:
+        if not ending.began:
             close(run.folder, run.attempt, outcome, ended.code, reason, counts=False)
             leases.release(run.folder.lease_file, run.lease)
-            self.held.found(run.spec, ending.holder, run.folder.lock_file)
-            self.progress.note(f"{run.spec.run_id}: {reason}; waiting for its end")
+            if ending.holder is not None and self.held.found(run.spec, ending.holder, run.folder.lock_file):
+                self.progress.note(f"{run.spec.run_id}: {reason}; waiting for its end")
             return False
         self.held.let_go(run.spec)
         if self._is_crowded(run, ending):
@@ -296,7 +299,8 @@ class Scheduler:
         count = sum(a.outcome in RESUMED and a.counts for a in past) + (not further)
         halved = sum(a.outcome == "out_of_memory" for a in past)
         if outcome == "out_of_memory":
-            gave_up, further = ending.final or halved >= MOST_HALVINGS, True
+            in_vain = not ending.less_helps and run.process.beside == 0
+            gave_up, further = ending.final or in_vain or halved >= MOST_HALVINGS, True
         else:
             gave_up = outcome in RESUMED and not further and count >= self.attempts
         close(run.folder, run.attempt, outcome, ended.code, reason, counts=not further, gave_up=gave_up)
@@ -325,7 +329,7 @@ class Scheduler:
 
     def _is_crowded(self, run: Running, ending: Ending) -> bool:
         """Whether memory may suffice with fewer beside it; of runs that are stacked, for half as many."""
-        if ending.outcome != "out_of_memory":
+        if ending.outcome != "out_of_memory" or ending.final:
             return False
         return run.stacked or (not ending.own_budget and self.packing.back_off(run.process.beside))
 
@@ -344,9 +348,13 @@ class Scheduler:
             return Ending(result.outcome, result.reason, final=True)
         failure = run.folder.failure()
         if failure is not None and failure.attempt == run.attempt.number:
-            return Ending(failure.kind, failure.reason, failure.final, failure.own_budget)
-        if ended.code == processes.HELD_CODE and (holder := run.holder()) is not None:
-            return Ending("cancelled", f"process {holder} still works on it", holder=holder)
+            return Ending(failure.kind, failure.reason, failure.final, failure.own_budget, failure.less_helps)
+        if ended.code == processes.HELD_CODE:
+            holder = run.holder()
+            if holder is not None and not (run.stacked and holder < 0):  # that one's lock nobody has asked for
+                return Ending("cancelled", f"process {holder} still works on it", began=False, holder=holder)
+            if run.stacked:
+                return Ending("cancelled", "another run of its process is held", began=False)
         if ended.code == -signal.SIGKILL and processes.memory_kills() > run.memory_kills:
             return Ending("out_of_memory", "killed by the system, which ran out of memory")
         if ended.outcome is not None:

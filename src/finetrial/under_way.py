@@ -26,7 +26,7 @@ Lane = Iterator[RunSpec | Sequence[RunSpec]]
 RENEW_SECONDS = 10.0
 RENEW_AGAIN_SECONDS = 1.0  # where the disk did not let it
 HELD_SECONDS = 60.0  # that another process may take to let go of its run, where nothing else is left to do
-HELD_REST_SECONDS = 30.0  # before such a run is tried again, where there is
+HELD_REST_SECONDS, MOST_REST_SECONDS = 30.0, 600.0  # before such a run is tried again, where there is
 PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
@@ -58,28 +58,42 @@ class Held:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[float, float, str]] = {}  # run id -> when first, when last, why it waits
+        self._alone: float | None = None  # since when nothing else is left
 
-    def found(self, spec: RunSpec, holder: int, lock_file: Path) -> None:
-        now = time.monotonic()
+    def __contains__(self, spec: RunSpec) -> bool:
+        return spec.run_id in self._found
+
+    def found(self, spec: RunSpec, holder: int, lock_file: Path) -> bool:
+        """Whether that is new."""
+        now, new = time.monotonic(), spec not in self
         first, *_ = self._found.get(spec.run_id, (now,))
-        why = f"process {holder} still works on it and holds {lock_file}"
-        self._found[spec.run_id] = (first, now, why)
+        self._found[spec.run_id] = (first, now, f"process {holder} still works on it and holds {lock_file}")
+        return new
 
     def let_go(self, spec: RunSpec) -> None:
         self._found.pop(spec.run_id, None)
 
     def rests(self, spec: RunSpec) -> bool:
-        """Whether it was tried just now, so that whatever else there is comes first."""
-        return spec.run_id in self._found and time.monotonic() - self._found[spec.run_id][1] < HELD_REST_SECONDS
+        """Whether it was tried so lately, beside how long it has been held, that all else comes first."""
+        if spec not in self:
+            return False
+        first, last, _ = self._found[spec.run_id]
+        return time.monotonic() - last < min(max(HELD_REST_SECONDS, last - first), MOST_REST_SECONDS)
+
+    def goes_on(self, spec: RunSpec) -> None:
+        """Take note that a run is begun."""
+        if spec not in self:
+            self._alone = None
 
     def check(self, spec: RunSpec) -> None:
         """See that it is worth waiting for, as nothing else is left.
 
         Raises:
-            Incomplete: it has been held for long.
+            Incomplete: it has been held for long since then.
         """
-        first, last, why = self._found[spec.run_id]
-        if last - first > HELD_SECONDS:
+        _, last, why = self._found[spec.run_id]
+        self._alone = time.monotonic() if self._alone is None else self._alone
+        if last - self._alone > HELD_SECONDS:
             raise Incomplete(
                 f"{spec.run_id} cannot begin: {why}; end that process, or wait for its end, then run the same "
                 f"command again"

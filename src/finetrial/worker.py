@@ -180,13 +180,12 @@ def _conclude(
             traceback.print_exc()
         else:
             sys.stderr.write(f"{kind}: {reason}\n")
-        # While a model is loaded (a ModelError), too: half as much at once would change nothing.
-        final = kind == "out_of_memory" and isinstance(error, DoesNotFit | ModelError)
-        own = isinstance(error, DoesNotFit | OverBudget) or (kind == "out_of_memory" and _is_own_limit(folder))
         failure = Failure(
             run_id=spec.run_id, kind=kind, reason=reason, log_tail=(output or folder).log_tail(),
             # What does not fit beside others may fit alone.
-            attempt=_attempt(folder), final=final and spec.how.stacked == 1, own_budget=own,
+            attempt=_attempt(folder), final=isinstance(error, DoesNotFit) and spec.how.stacked == 1,
+            own_budget=isinstance(error, OverBudget) or (kind == "out_of_memory" and _is_own_limit(folder)),
+            less_helps=not isinstance(error, ModelError),
         )  # fmt: skip
         folder.write_failure(failure)
         _say_end(folder, kind, reason)
