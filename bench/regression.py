@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import throughput
-from finetrial import plugins, stages  # noqa: F401 - what a worker has imported
+from finetrial import files, plugins, stages  # noqa: F401 - what a worker has imported
 from finetrial.assemble import Workbench, open_workbench
 from finetrial.batching import collate, epoch_batches, model_inputs
 from finetrial.fit import Fit
@@ -131,10 +131,8 @@ def _bench(task: str, method: str, folder: Path) -> tuple[Workbench, Any]:
 
 
 def _epoch(spec: Any, home: Any) -> None:
-    for path in home.cache.glob("*"):
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
+    for prepared in (path for path in home.cache.iterdir() if path.is_dir()):  # hashes stay: they are in every run
+        files.discard(prepared)
     bench = open_workbench(spec, home)
     built = bench.build_base(shapes_only=True)
     features = bench.encode(bench.splits.train, built)
