@@ -87,6 +87,21 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report"
 
 
+@pytest.mark.parametrize(
+    ("used", "said"),
+    [((4350, 4350), ""), ((400, None), " (replicates are trained on 400 or 4,350)"),
+     ((400, 400), " (replicates are trained on 400)"), ((4350, 20_000), "")],
+)  # fmt: skip
+def test_the_rows_that_replicates_are_trained_on_are_said_where_they_are_fewer(
+    tmp_path: Path, used: tuple[int | None, ...], said: str
+) -> None:
+    summary = example_summary()
+    mine, others = summary.ledger[:2], summary.ledger[2:]
+    ledger = [row.model_copy(update={"train_rows": rows}) for row, rows in zip(mine, used, strict=True)]
+    page = written(summary.model_copy(update={"ledger": (*ledger, *others)}), tmp_path)
+    assert f"Rows: train 4,350, validation 400, test 872{said}." in page
+
+
 def test_it_writes_every_file_and_leaves_no_scratch_behind(home: Path) -> None:
     folder = home / "report"
     assert (folder / "report.md").exists()
