@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +13,8 @@ BENCH = ROOT / "bench"
 
 
 @pytest.fixture(scope="module")
-def calibration() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module("calibration")
-    finally:
-        sys.path.remove(str(BENCH))
+def calibration(bench_module) -> ModuleType:
+    return bench_module("calibration")
 
 
 def test_at_the_margin_a_claim_is_supported_and_refuted_in_5_of_100_studies(calibration):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -17,12 +16,8 @@ FAULTS = 60
 
 
 @pytest.fixture(scope="module")
-def crash() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module("crash")
-    finally:
-        sys.path.remove(str(BENCH))
+def crash(bench_module) -> ModuleType:
+    return bench_module("crash")
 
 
 @pytest.fixture(scope="module")

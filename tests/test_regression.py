@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +13,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture(scope="module")
-def regression() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module("regression")
-    finally:
-        sys.path.remove(str(BENCH))
+def regression(bench_module) -> ModuleType:
+    return bench_module("regression")
 
 
 def ratios(seed, factor=1.0, noise=0.04, count=9):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +13,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module("study")
-    finally:
-        sys.path.remove(str(BENCH))
+def study(bench_module) -> ModuleType:
+    return bench_module("study")
 
 
 def test_a_published_shift_and_its_interval_come_out(study):

@@ -66,7 +66,7 @@ class Ending(NamedTuple):
     own_budget: bool = False
     less_helps: bool = True
     began: bool = True  # not where another process holds it, or one that was to share its process
-    holder: int | None = None  # the process that holds it
+    holder: str | None = None  # the process that holds it
 
 
 @dataclass(frozen=True)
@@ -350,9 +350,11 @@ class Scheduler:
         if failure is not None and failure.attempt == run.attempt.number:
             return Ending(failure.kind, failure.reason, failure.final, failure.own_budget, failure.less_helps)
         if ended.code == processes.HELD_CODE:
-            holder = run.holder()
-            if holder is not None and not (run.stacked and holder < 0):  # that one's lock nobody has asked for
-                return Ending("cancelled", f"process {holder} still works on it", began=False, holder=holder)
+            pid = run.holder()
+            # Of a stack, a lock without a file nobody has asked for: another run's was held.
+            if pid is not None and (not run.stacked or run.folder.lock_file.exists()):
+                holder = f"process {pid}" if pid >= 0 else "another process"
+                return Ending("cancelled", f"{holder} still works on it", began=False, holder=holder)
             if run.stacked:
                 return Ending("cancelled", "another run of its process is held", began=False)
         if ended.code == -signal.SIGKILL and processes.memory_kills() > run.memory_kills:

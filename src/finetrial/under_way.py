@@ -63,11 +63,11 @@ class Held:
     def __contains__(self, spec: RunSpec) -> bool:
         return spec.run_id in self._found
 
-    def found(self, spec: RunSpec, holder: int, lock_file: Path) -> bool:
+    def found(self, spec: RunSpec, holder: str, lock_file: Path) -> bool:
         """Whether that is new."""
         now, new = time.monotonic(), spec not in self
         first, *_ = self._found.get(spec.run_id, (now,))
-        self._found[spec.run_id] = (first, now, f"process {holder} still works on it and holds {lock_file}")
+        self._found[spec.run_id] = (first, now, f"{holder} still works on it and holds {lock_file}")
         return new
 
     def let_go(self, spec: RunSpec) -> None:
