@@ -1,12 +1,13 @@
 """Training throughput beside transformers' Trainer with PEFT, as users write it: one epoch, the same inputs.
 
-    python bench/throughput.py [--tasks sst2,mrpc,rte,squad_v2] [--repeats 3] [--output FILE]
+    python bench/throughput.py [--tasks sst2,mrpc,rte,squad_v2] [--repeats 3] [--no-bf16] [--output FILE]
 
 `padded`: the Trainer's defaults in the examples, every input padded to the task's maximum length. `grouped`:
 the same with dynamic padding and `group_by_length`. `finetrial`: a trial of a study. All three train MiniLM,
 whole or with LoRA of rank 8 on every linear layer, on the same encoded inputs at one batch size, in fp32 on
-all cores (`finetrial_bf16`: in bf16 autocast); each in a process of its own, by turns. What is timed is the
-epoch: tokenising, starting and evaluating are left out.
+all cores (`finetrial_bf16`: in bf16 autocast, which takes ten times as long where the CPU has no instructions for
+it; `--no-bf16` leaves it out); each in a process of its own, by turns. What is timed is the epoch: tokenising,
+starting and evaluating are left out.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ FILES = {
 }
 ROWS = {"sst2": 1600, "mrpc": 640, "rte": 512, "squad_v2": 192}
 MAXIMUM = {"squad_v2": 384}  # of the examples (run_glue.py, run_qa.py); 128 elsewhere
-VARIANTS = ("padded", "grouped", "finetrial", "finetrial_bf16")
+BASELINES, OURS = ("padded", "grouped"), ("finetrial", "finetrial_bf16")
 BATCH = 16
 
 
@@ -233,6 +234,7 @@ def main() -> int:
     parser.add_argument("--tasks", default=",".join(ROWS))
     parser.add_argument("--methods", default="full,lora")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-bf16", action="store_true")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -241,22 +243,20 @@ def main() -> int:
     if given.child:
         child(*given.child)
         return 0
-    rows = []
+    rows, own = [], OURS[:1] if given.no_bf16 else OURS
     for task in given.tasks.split(","):
         for method in given.methods.split(","):
-            found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+            found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in BASELINES + own}
             for _ in range(given.repeats):
-                for variant in VARIANTS:
+                for variant in found:
                     found[variant].append(run_child(variant, task, method))
             row: dict[str, Any] = {"task": task, "method": method, "inputs": found["finetrial"][0]["inputs"]}
-            for variant in VARIANTS:
+            for variant in found:
                 row[f"{variant}_s"] = [round(one["seconds"], 2) for one in found[variant]]
                 row[f"{variant}_padded_tokens"] = found[variant][0]["padded_tokens"]
-            for ours_, theirs in itertools.product(VARIANTS[2:], VARIANTS[:2]):
-                pairs = zip(
-                    found[theirs], found[ours_], strict=True
-                )  # pair by pair: the machine's load changes
-                ratios = sorted(one["seconds"] / own["seconds"] for one, own in pairs)
+            for ours_, theirs in itertools.product(own, BASELINES):
+                pairs = zip(found[theirs], found[ours_], strict=True)  # the machine's load changes
+                ratios = sorted(one["seconds"] / it["seconds"] for one, it in pairs)
                 row[f"{ours_}_faster_than_{theirs}"] = [
                     round(statistics.median(ratios), 2),
                     *(round(r, 2) for r in (ratios[0], ratios[-1])),
