@@ -16,7 +16,7 @@ from statistics import fmean
 import pytest
 
 from finetrial import export
-from finetrial.pipeline import analyse_again
+from finetrial.pipeline import _story_so_far, analyse_again
 from finetrial.records import Failure
 from finetrial.store import Home, RunFolder
 
@@ -216,6 +216,18 @@ def test_a_later_replicate_is_measured_though_the_one_before_it_was_not_kept(ref
         assert hashes_of[1] == old.replicates[1].weights_sha256  # trained anew, to the same bits
         assert new.drift.per_replicate["1"] == old.drift.per_replicate["1"]
     assert len(list((home / "damaged").iterdir())) == 2  # the second of each arm, and no other
+
+
+def test_the_base_is_measured_against_itself_in_one_phase_only(reference):
+    """In two, `--retry-failed` would try again in the second what was given up in the first."""
+    story = _story_so_far(reference[1])
+    controls, probes = (
+        [spec for lane in lanes for spec in lane] for lanes in (story.controls(), story.probes())
+    )
+    assert [spec.subject for spec in controls] == [None]
+    assert len(probes) == 4
+    assert all(spec.subject for spec in probes)
+    assert {spec.run_id for spec in controls} < {run.spec.run_id for run in story.planned()}
 
 
 def give_up(folder: RunFolder) -> None:

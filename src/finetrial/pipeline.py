@@ -229,8 +229,8 @@ class Story:
         return [iter([spec]) for spec in self._control_specs()]
 
     def probes(self) -> list[Lane]:
-        """Every replicate that trained, measured against the base and its neighbour; the base as control."""
-        return [iter([spec]) for spec in self._probe_specs()]
+        """Every replicate that trained, measured against the base and its neighbour."""
+        return [iter([spec]) for spec in self._probe_specs() if spec.subject is not None]
 
     def reclaim_models(self) -> None:
         """Delete the models that `run.keep_models` does not keep, of arms where nothing is left to measure."""
