@@ -19,7 +19,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetrial import search, verify
+from finetrial import plan, search, verify
 from finetrial.arm_search import ArmSearch
 from finetrial.evidence import best_trial
 from finetrial.frozen import short_hash
@@ -400,6 +400,24 @@ def test_more_trials_later_are_compared_with_those_that_there_were(halved, tmp_p
     assert summary["complete"]
     assert summary["ledger"][0]["search_counts"][0] == 10
     assert summary["ledger"][0]["search_counts"][1] >= 4
+
+
+def test_what_a_begun_trial_goes_on_from_is_kept_though_others_are_better(halved, tmp_path):
+    """Killed just after it began, with trials asked for since that are better."""
+    path, finished = halved
+    shutil.copytree(finished, tmp_path / "home")
+    study = parse_study(path.read_text(), file=str(path), base=path.parent)
+    opened = open_home(study, Home(tmp_path / "home"), resolve_inputs(study))
+    arm = ArmSearch(study, opened, *study.arms[0], note=print)
+    first, second, _ = by_rung(opened.home.path)
+    begun, left = sorted(first.keys() - second.keys())[:2]
+    further = plan.further(study, first[begun].spec, 1)
+    opened.home.run(further.run_id).create(further)
+    folders = [opened.home.run(first[number].spec.run_id) for number in (begun, left)]
+    for folder in folders:
+        folder.checkpoint.mkdir()
+    arm.let_go_of_hopeless()
+    assert [folder.checkpoint.exists() for folder in folders] == [True, False]
 
 
 def test_status_knows_how_many_runs_there_are(halved):

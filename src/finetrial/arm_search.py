@@ -60,8 +60,7 @@ class ArmSearch:
             standings = [self.standing(run, examples=final) for run in runs.values()]
             chosen = halving.chosen(standings, most, self.yardstick, final=final)
             # What has begun is gone on with, though others have come to be better.
-            begun = [run.spec.number for run in self.runs(rung=end + 1) if run.outcome is None]
-            chosen += [number for number in begun if number in runs and number not in chosen]
+            chosen += [number for number in self._gone_on(end) if number in runs and number not in chosen]
             self._let_go(run for number, run in runs.items() if number not in chosen)
             yield [plan.further(self.study, runs[number].spec, self.opened.threads) for number in chosen]
             self._let_go(runs[number] for number in chosen)
@@ -214,7 +213,12 @@ class ArmSearch:
         runs = self.first_runs()
         most = self.study.search.counts[1]
         chosen = halving.chosen([self.standing(run) for run in runs], most, self.yardstick, final=False)
-        self._let_go(run for run in runs if run.spec.number not in chosen)
+        kept = {*chosen, *self._gone_on(1)}
+        self._let_go(run for run in runs if run.spec.number not in kept)
+
+    def _gone_on(self, end: int) -> list[int]:
+        """Numbers of the trials that have begun to go on from one of their ends."""
+        return [run.spec.number for run in self.runs(rung=end + 1) if run.outcome is None]
 
     def _let_go(self, runs: Iterable[RunRecord]) -> None:
         """Delete the checkpoints of runs that are done and that no other goes on from."""
