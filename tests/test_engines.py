@@ -159,6 +159,18 @@ def test_a_forked_worker_is_what_a_fresh_python_would_be(tmp_path, monkeypatch, 
     assert told["local"] == told["spawn"]
 
 
+def test_a_relative_folder_is_of_where_the_run_is_begun(engine, tmp_path, monkeypatch):
+    """A nursery keeps the working folder that it began in."""
+    folder = RunFolder(Path("home") / "runs" / make_spec().run_id)
+    for place in (tmp_path / "one", tmp_path / "other"):
+        place.mkdir()
+        monkeypatch.chdir(place)
+        folder.create(make_spec())
+        assert ended(engine, engine.start(folder.path, make_spec())).code == 1  # there is no such model
+        assert folder.failure().kind == "refused"
+        assert folder.log_file.exists()
+
+
 @forks
 def test_one_nursery_with_one_thread_serves_all_runs(tmp_path):
     folders = [RunFolder(tmp_path / "runs" / name) for name in ("a", "b")]

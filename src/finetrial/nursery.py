@@ -101,8 +101,8 @@ def _fork(number: int, running: set[int], answers: int, handled: dict[signal.Sig
                 signal.signal(each, handler)
             os.environ[worker.PARENT_VARIABLE] = str(nursery)
             return True
-    except OSError as error:
-        _answer(answers, {"failed": number, "why": str(error)})
+    except OSError:  # no room for another process: it is begun in a fresh Python
+        _answer(answers, {"failed": number})
         return False
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)
@@ -128,11 +128,11 @@ def _be_a_worker(request: dict[str, Any]) -> int:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
+        os.chdir(request["cwd"])  # first: where the nursery began, what follows may mean something else
         log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for descriptor, number in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(descriptor, number)
-        os.chdir(request["cwd"])
     except OSError as error:
         return worker.could_not_begin(RunFolder(Path(request["folder"])), error)
     close_from(3)
