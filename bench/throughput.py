@@ -5,9 +5,9 @@
 `padded`: the Trainer's defaults in the examples, every input padded to the task's maximum length. `grouped`:
 the same with dynamic padding and `group_by_length`. `finetrial`: a trial of a study. All three train MiniLM,
 whole or with LoRA of rank 8 on every linear layer, on the same encoded inputs at one batch size, in fp32 on
-all cores (`finetrial_bf16`: in bf16 autocast, which takes ten times as long where the CPU has no instructions for
-it; `--no-bf16` leaves it out); each in a process of its own, by turns. What is timed is the epoch: tokenising,
-starting and evaluating are left out.
+all cores (`finetrial_bf16`: in bf16 autocast, which takes ten times as long on a CPU that has no instructions
+for it; `--no-bf16` leaves it out); each in a process of its own, by turns. What is timed is the epoch:
+tokenising, starting and evaluating are left out.
 """
 
 from __future__ import annotations

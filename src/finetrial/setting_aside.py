@@ -66,7 +66,7 @@ def without_model(home: Home, measured: Iterable[RunSpec], kept: Iterable[RunSpe
     wanted = {spec.run_id: (spec, True) for spec in kept} | {spec.run_id: (spec, False) for spec in measured}
     for run_id, (spec, if_replaced) in wanted.items():
         folder, model = home.run(run_id), home.model_folder(spec)
-        result = folder.result() if folder.result_file.exists() else None
+        result = folder.result()
         there, mine = model.exists(), home.model_is_of(run_id, model)
         if result is None or result.outcome != "done" or mine or (if_replaced and not there):
             continue

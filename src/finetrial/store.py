@@ -1,7 +1,7 @@
 """A study's folder: every path in it, its records read and written. State is derived, never stored.
 
-A run is done when `result.json` exists, given up when `failure.json` does, and unfinished otherwise. This
-file decides nothing and starts nothing.
+A run is done when `result.json` exists, given up when `failure.json` does (unless it says that it goes on), and
+unfinished otherwise. This file decides nothing and starts nothing.
 """
 
 from __future__ import annotations
