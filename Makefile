@@ -18,7 +18,7 @@ quickstart: .make/run ## a small study, offline, in a few minutes
 	$(BIN)/finetrial run studies/quickstart.yaml
 
 test: .make/dev ## all tests, two at a time; a file's tests share their models, so they stay together
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 checks: lint format types layers ## what needs no run
 
