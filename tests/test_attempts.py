@@ -226,6 +226,43 @@ def test_of_runs_that_share_a_process_the_others_go_on_together_without_the_held
     assert [a.stacked for a in bench.home.run(one.run_id).attempt_records()] == [3, 2]
 
 
+def test_a_lock_s_file_that_an_ended_process_left_holds_nothing_up(bench):
+    """Behind a run that is held, those of a stack are not asked for."""
+    method = MethodSpec(name="m", use="lora", params={})
+    one, held, three = specs = [make_spec(n, stage="trial", method=method) for n in range(3)]
+    mine = f"import os; open('worker.lock', 'w').write(str(os.getpid())); {HELD}"
+    both = "import os\n" + "\n".join(f"os.chdir('../{spec.run_id}'); {done(spec)}" for spec in (one, three))
+    bench.programs |= {
+        one.run_id: [mine, both],
+        held.run_id: [done(held)],
+        three.run_id: [both],
+    }
+    lock = hold(bench.home.run(held.run_id))
+    left = bench.home.run(three.run_id)
+    left.path.mkdir()
+    left.lock_file.write_text("4000001 elsewhere 2026-11-01T00:00:00+00:00")
+    bench.run(iter([specs]), packing=Packing(1, stack=3), attempts=1)
+    lock.release()
+    assert [a.stacked for a in left.attempt_records()] == [3, 2]
+    assert bench.outcomes(three) == ["cancelled", "done"]
+    assert len(bench.progress.notes) == 1  # of the run that is held
+
+
+def test_the_minute_begins_anew_with_every_run_that_has_ended(bench, monkeypatch):
+    """Two are held and nothing else is left; then one of them goes on, and the other's holder ends with it."""
+    monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", 0.5)
+    monkeypatch.setattr("finetrial.under_way.HELD_REST_SECONDS", 0.3)
+    first, second = make_spec(0), make_spec(1)
+    ended = f"import os\nif not os.path.exists('../{second.run_id}/result.json'): {HELD}\n"
+    bench.spec(0, ended + done(first))
+    bench.spec(1, HELD, f"import time; time.sleep(2)\n{done(second)}")
+    locks = [hold(bench.home.run(spec.run_id)) for spec in (first, second)]
+    bench.run(iter([first]), iter([second]), parallel=2)
+    for lock in locks:
+        lock.release()
+    assert [bench.outcomes(spec)[-1] for spec in (first, second)] == ["done", "done"]
+
+
 def test_a_held_run_that_has_ended_is_no_longer_waited_for(bench, monkeypatch):
     """Its holder may have done it, and the last try may lie back."""
     monkeypatch.setattr("finetrial.under_way.HELD_SECONDS", -1.0)

@@ -187,6 +187,26 @@ def test_all_runs_are_asked_to_end_before_the_first_is_waited_for(bench):
     assert all((folder / "left").exists() for folder in folders)
 
 
+def test_a_run_that_ends_in_its_grace_is_asked_only_once(bench):
+    """Past its last step a worker lets the signal do what it does by itself, which would lose its result."""
+    ask = "import signal, time\nasked = []\nsignal.signal(15, lambda *_: asked.append(1))\nopen('up', 'w')\n"
+    ask += "while not asked: time.sleep(0.01)\n"
+    slow = bench.spec(0, f"{ask}time.sleep(1); raise SystemExit(143)")
+    last = bench.spec(1, f"{ask}signal.signal(15, signal.SIG_DFL); time.sleep(2)\n{done(make_spec(1))}")
+    folders = [bench.home.run(spec.run_id).path for spec in (slow, last)]
+
+    def lane() -> Iterator[RunSpec]:
+        while not all((folder / "up").exists() for folder in folders):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(Incomplete):
+        bench.run(iter([slow]), iter([last]), lane(), parallel=3)
+    assert [bench.outcomes(spec) for spec in (slow, last)] == [["cancelled"], ["done"]]
+    assert bench.nothing_runs()
+
+
 def test_a_worker_has_the_time_that_platforms_grant_and_no_lease_gets_old_meanwhile():
     assert 20 <= schedule.GRACE_SECONDS <= 27  # of the 30 s of SLURM and Kubernetes, some for the coordinator
     longest = under_way.RENEW_SECONDS + schedule.GRACE_SECONDS + processes.KILL_SECONDS
@@ -261,6 +281,35 @@ def test_a_run_that_cannot_be_started_is_left_free_for_the_next_try(bench, numbe
     bench.engine = Scripted(bench.programs)
     bench.run(iter([spec]))
     assert bench.outcomes(spec) == ["cancelled", "done"]
+
+
+def test_a_run_whose_records_cannot_be_read_is_left_free(bench):
+    spec = bench.spec(0)
+    folder = bench.home.run(spec.run_id)
+    folder.create(spec)
+    hindrance = folder.path / "attempts" / "1.json"
+    hindrance.mkdir(parents=True)
+    with pytest.raises(OSError, match="directory"):
+        bench.run(iter([spec]))
+    hindrance.rmdir()
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["done"]
+
+
+def test_where_one_run_s_end_cannot_be_written_all_others_are_let_go_and_the_reason_is_told(bench):
+    hinders = (
+        "import os, time\nfile = 'attempts/1.json'\n"
+        "while f'\"pid\": {os.getpid()}' not in open(file).read(): time.sleep(0.01)\n"
+        "os.remove(file); os.mkdir(file); open('ready', 'w')\ntime.sleep(600)"
+    )
+    full, beside = bench.spec(0, hinders), bench.spec(1, "import time; time.sleep(600)")
+    ready = bench.home.run(full.run_id).path / "ready"
+    wait = f"import os, time\nwhile not os.path.exists({str(ready.resolve())!r}): time.sleep(0.01)\n"
+    fault = bench.spec(2, wait + failed(make_spec(2), "bug", "the reason"))
+    with pytest.raises(RunsFailed, match="the reason"):
+        bench.run(*(iter([spec]) for spec in (full, beside, fault)), parallel=3)
+    assert not any(bench.home.run(spec.run_id).lease_file.exists() for spec in (full, beside, fault))
+    assert bench.outcomes(beside) == ["cancelled"]
 
 
 # ---- who works on a run ----------------------------------------------------------------------------------

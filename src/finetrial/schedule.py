@@ -156,7 +156,6 @@ class Scheduler:
             with self.busy.counted():
                 self.check_room()
                 running += self._start(queue, specs)
-            self.held.goes_on(specs[0])
             here = {id(run.process): run.process for run in running if run.spec.how.gpu == specs[0].how.gpu}
             for process in here.values():
                 process.beside = max(process.beside, len(here) - 1)
@@ -198,11 +197,11 @@ class Scheduler:
         except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
             self._stop(process, GRACE_SECONDS)
             for run in runs:
-                release(run, "cancelled", "interrupted while it was started")
+                with contextlib.suppress(OSError):  # what was raised says more
+                    release(run, "cancelled", "interrupted while it was started")
             raise
         for run in runs:
-            if run.attempt.number == 1:
-                self.progress.started(run.spec)
+            self.progress.started(run.spec)
         return runs
 
     def _make_room(self, running: list[Running]) -> None:
@@ -345,14 +344,14 @@ class Scheduler:
         """
         result = run.folder.result()
         if result is not None:
-            return Ending(result.outcome, result.reason, final=True)
+            return Ending(result.outcome, result.reason)
         failure = run.folder.failure()
         if failure is not None and failure.attempt == run.attempt.number:
             return Ending(failure.kind, failure.reason, failure.final, failure.own_budget, failure.less_helps)
         if ended.code == processes.HELD_CODE:
             pid = run.holder()
-            # Of a stack, a lock without a file nobody has asked for: another run's was held.
-            if pid is not None and (not run.stacked or run.folder.lock_file.exists()):
+            # Of a stack the first: its worker asks for one lock after the other, and ends at one that is held.
+            if pid is not None and run.folder is run.first_held():
                 holder = f"process {pid}" if pid >= 0 else "another process"
                 return Ending("cancelled", f"{holder} still works on it", began=False, holder=holder)
             if run.stacked:
@@ -392,4 +391,5 @@ class Scheduler:
             with contextlib.suppress(OSError):
                 self._stop(run.process, max(0.0, deadline - time.monotonic()))
         for run in running:
-            release(run, "cancelled", "stopped with its coordinator")
+            with contextlib.suppress(OSError):
+                release(run, "cancelled", "stopped with its coordinator")

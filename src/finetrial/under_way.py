@@ -27,6 +27,7 @@ RENEW_SECONDS = 10.0
 RENEW_AGAIN_SECONDS = 1.0  # where the disk did not let it
 HELD_SECONDS = 60.0  # that another process may take to let go of its run, where nothing else is left to do
 HELD_REST_SECONDS, MOST_REST_SECONDS = 30.0, 600.0  # before such a run is tried again, where there is
+ASKED_POLL_SECONDS = 0.02
 PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
@@ -71,7 +72,9 @@ class Held:
         return new
 
     def let_go(self, spec: RunSpec) -> None:
+        """Take note that a run was begun and has ended: it was none of those that wait."""
         self._found.pop(spec.run_id, None)
+        self._alone = None
 
     def rests(self, spec: RunSpec) -> bool:
         """Whether it was tried so lately, beside how long it has been held, that all else comes first."""
@@ -79,11 +82,6 @@ class Held:
             return False
         first, last, _ = self._found[spec.run_id]
         return time.monotonic() - last < min(max(HELD_REST_SECONDS, last - first), MOST_REST_SECONDS)
-
-    def goes_on(self, spec: RunSpec) -> None:
-        """Take note that a run is begun."""
-        if spec not in self:
-            self._alone = None
 
     def check(self, spec: RunSpec) -> None:
         """See that it is worth waiting for, as nothing else is left.
@@ -138,6 +136,7 @@ class Process:
     exit: Exit | None = None
     folders: list[RunFolder] = field(default_factory=list)  # of its runs
     beside: int = 0  # the most other processes that there were on its GPU or machine while it ran
+    asked: bool = False  # to end
 
     def poll(self) -> Exit | None:
         if self.exit is None and self.handle is not None:
@@ -147,13 +146,18 @@ class Process:
     def ask(self) -> None:
         """Ask it to end, where its engine can without waiting for it."""
         if self.handle is not None and self.poll() is None and hasattr(self.engine, "ask"):
+            self.asked = True
             self.engine.ask(self.handle)
 
     def stop(self, grace_seconds: float) -> str | None:
         """End it; a warning if it is there all the same."""
+        deadline = time.monotonic() + grace_seconds
+        # To ask again would end at once one that writes its result: past its last step it takes no notice.
+        while self.asked and self.handle is not None and self.poll() is None and time.monotonic() < deadline:
+            time.sleep(ASKED_POLL_SECONDS)
         if self.handle is None or self.poll() is not None:
             return None
-        self.engine.stop(self.handle, grace_seconds)
+        self.engine.stop(self.handle, 0.0 if self.asked else grace_seconds)
         still_there = self.engine.poll(self.handle) is None
         self.exit = Exit(None, outcome="crashed", reason=STOPPED_WITH)
         if not still_there:
@@ -221,17 +225,24 @@ class Running:
         """How it ended, or None while it goes on. One that is stacked ends before its process does."""
         ended = self.process.poll()
         if ended is None and self.stacked:
-            failed = self.folder.failure() if self.folder.failure_file.exists() else None
+            failed = self.folder.failure()
             over = failed and failed.attempt == self.attempt.number and not self._ran_out_with_others(failed)
             if self.folder.result_file.exists() or over:
                 return Exit(0)
         return ended
 
     def holder(self) -> int | None:
-        """The process that has the run's lock, if that is not its own; -1 where it does not say which."""
+        """The last process that had the run's lock, if that is not its own; -1 where it does not say which."""
+        return self._holder(self.folder)
+
+    def first_held(self) -> RunFolder | None:
+        """Of the runs of its process, the first whose lock its own did not get."""
+        return next((each for each in self.process.folders if self._holder(each) is not None), None)
+
+    def _holder(self, folder: RunFolder) -> int | None:
         pid = -1
         with contextlib.suppress(OSError):
-            pid = leases.pid_in(self.folder.lock_file.read_bytes())
+            pid = leases.pid_in(folder.lock_file.read_bytes())
         return pid if pid != self.attempt.pid else None
 
     def _ran_out_with_others(self, failed: Failure) -> bool:
@@ -253,27 +264,27 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
         held = leases.read(folder.lease_file)
         who = leases.describe(held) if held is not None else "another process"
         raise Incomplete(f"{spec.run_id} is being worked on elsewhere, by {who}; run again when it has ended")
-    folder.failure_file.unlink(missing_ok=True)
-    past = folder.attempt_records()
-    for attempt in past:
-        if attempt.outcome is None:  # whoever started it did not live to see its end
-            close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
-    attempt = Attempt(
-        number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
-        started_at=time.time(), from_step=folder.checkpoint_step(), stacked=spec.how.stacked,
-    )  # fmt: skip
-    run = Running(
-        queue, spec, folder, process, lease, attempt, time.monotonic() + RENEW_SECONDS,
-        processes.memory_kills(), folder.kept_outputs(),
-    )  # fmt: skip
-    process.folders.append(folder)
     try:
+        folder.failure_file.unlink(missing_ok=True)
+        past = folder.attempt_records()
+        for attempt in past:
+            if attempt.outcome is None:  # whoever started it did not live to see its end
+                close(folder, attempt, "lost", None, COORDINATOR_ENDED, counts=False)
+        attempt = Attempt(
+            number=max((attempt.number for attempt in past), default=0) + 1, host=socket.gethostname(), pid=0,
+            started_at=time.time(), from_step=folder.checkpoint_step(), stacked=spec.how.stacked,
+        )  # fmt: skip
+        run = Running(
+            queue, spec, folder, process, lease, attempt, time.monotonic() + RENEW_SECONDS,
+            processes.memory_kills(), folder.kept_outputs(),
+        )  # fmt: skip
         folder.create(spec)  # how it is done here: of one that another works on, that is the other's to say
         folder.write_attempt(attempt)
     except BaseException:
         # No caller has the lease yet: the run would be held for as long as this process lives.
         leases.release(folder.lease_file, lease)
         raise
+    process.folders.append(folder)
     return run
 
 
@@ -314,9 +325,11 @@ def leads(running: Sequence[Running]) -> list[RunFolder]:
 
 def release(run: Running, outcome: Outcome, reason: str, *, counts: bool = True) -> None:
     """Let go of a run that nobody works on any more; if it has a result all the same, that is how it ended."""
-    result = run.folder.result()
-    close(run.folder, run.attempt, result.outcome if result else outcome, None, reason, counts=counts)
-    leases.release(run.folder.lease_file, run.lease)
+    try:
+        result = run.folder.result()
+        close(run.folder, run.attempt, result.outcome if result else outcome, None, reason, counts=counts)
+    finally:
+        leases.release(run.folder.lease_file, run.lease)
 
 
 def close(
