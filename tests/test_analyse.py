@@ -266,6 +266,34 @@ def test_failed_diverged_and_void_replicates_are_counted_named_and_not_averaged(
     assert summary.complete
 
 
+@pytest.mark.parametrize(
+    ("seeds", "claims", "words"),
+    [
+        (4, [WITHIN], "lora - 0.97 × full is 0.03 in every pair, of which p is 0.062; "),
+        (
+            5,
+            [WITHIN, WITHIN],
+            "in every pair, of which p is 0.031 by itself and 0.062 after Holm over 2 claims; ",
+        ),
+    ],
+)
+def test_of_equal_differences_it_is_said_that_there_are_too_few(seeds, claims, words):
+    summary = summarise(study(claims, seeds=seeds), records(*[[1.0] * seeds] * 4), META)
+    assert {claim.verdict for claim in summary.claims} == {"inconclusive"}
+    assert words in summary.claims[0].reason
+
+
+def test_the_tested_factor_is_not_rounded():
+    claim = WITHIN.model_copy(update={"margin": 0.0025})
+    assert "lora - 0.9975 × full" in summarise(study([claim]), records(), META).claims[0].reason
+
+
+def test_where_no_replicate_has_a_score_there_are_no_means_over_the_rest():
+    found = replaced(records(), *(failed(spec("replicate", number, "lora")) for number in range(5)))
+    (note,) = [n for n in summarise(study(), found, META).fairness_notes if "gave no score" in n]
+    assert note == "toy/lora: 5 of 5 replicates gave no score (0 diverged, 5 failed)"
+
+
 def test_one_missing_pair_is_said_in_the_reason_of_a_verdict():
     found = without(replaced(records(), failed(spec("replicate", 2, "lora"))), "probe", "lora", 2)
     claim = summarise(study([WITHIN]), found, META).claims[0]

@@ -17,6 +17,9 @@ from summary_example import example_summary
 LONGER = {"trials_planned": 30, "replicates_planned": 10}
 
 
+HALVED = {"search_ends": (9, 3, 1)}
+
+
 def changed(**changes: object) -> Summary:
     return example_summary().model_copy(update=changes)
 
@@ -147,6 +150,15 @@ def test_equal_studies_are_said_to_be_alike_and_told_apart_by_their_folders(tmp_
     ("change", "what"),
     [
         ({"model_revision": "f" * 40}, "model revision"),
+        ({"model_changes": {"num_hidden_layers": 2}}, "changes to the model's config"),
+        (
+            {
+                "ledger": tuple(
+                    r.model_copy(update={"search_ends": (9, 3, 1)}) for r in example_summary().ledger
+                )
+            },
+            "halving",
+        ),
         ({"environment": {"torch": "2.14.0", "device": "cpu"}}, "runs: torch"),
         ({"meta": example_summary().meta.model_copy(update={"finetrial_version": "9.9"})}, "finetrial"),
         (

@@ -306,6 +306,15 @@ def test_mcnemar_is_by_pair_of_models():
     assert (seen.method_only, seen.reference_only, seen.median_p) == (0.0, pytest.approx(0.4), 1.0)
 
 
+def test_where_lower_is_better_an_example_without_error_is_the_right_one():
+    task = TaskSpec(name="toy", use="toy_tasks:LOSS", params={})
+    scores = {name: [100.0 - 20.0 * n for n in right] for name, right in RIGHT.items()}
+    found = records(**scores, trivial=90.0, task=task)
+    tests = by_example(found, lambda *run: [100.0 - value for value in right_or_wrong(*run)])
+    seen = summarise(study([WITHIN], tasks=[task]), found, META, tests=tests).claims[0].on_examples
+    assert seen.discordant == classified().claims[0].on_examples.discordant
+
+
 def test_examples_that_are_more_than_right_or_wrong_have_no_mcnemar():
     found = records(lora=[50.0, 52.0, 51.0, 50.0, 52.0], full=[51.0] * 5, trivial=10.0)
     mean = {r.spec.run_id: r.result.score for r in found if r.spec.stage == "replicate"}

@@ -172,6 +172,15 @@ def test_a_tuning_curve_needs_three_random_trials_and_says_which_counted() -> No
     )
 
 
+def test_it_is_said_where_a_failed_trial_keeps_a_tuning_curve_away() -> None:
+    summary = example_summary()
+    arms = tuple(
+        arm.model_copy(update={"search": arm.search.model_copy(update={"curve": None})}) for arm in summary.arms
+    )
+    note = report_tables.optima(summary.model_copy(update={"arms": arms}), summary.tasks[0]).note
+    assert "lora has one that failed, which no score can stand for." in note
+
+
 def test_every_replicate_is_a_dot_and_a_failed_one_is_counted_under_its_method() -> None:
     chart = figures()["squad_v2.scores"]
     axes = chart.figure.axes[0]

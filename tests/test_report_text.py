@@ -83,6 +83,20 @@ def test_a_study_without_failures_says_so_and_one_without_claims_gives_no_verdic
     assert "averaged" not in said
 
 
+def test_a_failed_baseline_or_probe_is_a_run_that_failed() -> None:
+    summary = example_summary()
+    arms = tuple(
+        arm.model_copy(update={"failed": 0, "search": arm.search.model_copy(update={"trials": ()})})
+        for arm in summary.arms
+    )
+    row = summary.failures[0].model_copy(update={"run_id": "probe.squad_v2.lora.001-1234abcd"})
+    for complete in (True, False):
+        changed = {"arms": arms, "failures": (row,), "complete": complete}
+        said = text.paragraph(summary.model_copy(update=changed)).replace("\u00a0", " ")
+        assert "1 probe failed; failures are counted and listed" in said
+        assert "No run has failed" not in said
+
+
 def test_a_method_that_does_not_beat_the_best_baseline_is_named() -> None:
     summary = example_summary()
     assert "baseline." not in text.paragraph(summary)

@@ -11,7 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import CompareMeans, ttost_ind, ttost_paired
 
-from finetrial import stats
+from finetrial import effects, stats
 
 LORA = [0.80, 0.81, 0.79, 0.805, 0.795]
 FULL = [0.81, 0.80, 0.805, 0.815, 0.80]
@@ -177,6 +177,23 @@ def test_forgets_less_is_a_plain_difference_that_also_holds_at_and_below_zero():
     assert (contrast.test.t, contrast.p) == pytest.approx((expected.statistic, expected.pvalue), abs=1e-12)
     assert contrast.test.upper == pytest.approx(expected.confidence_interval(0.95).high)
     assert contrast.p_sign_flip == 1 / 32
+
+
+@pytest.mark.parametrize("values", [(84.2, 10.2, 33.3, 67.6), (8420.0, 1020.0, 3330.0, 6760.0)])
+def test_differences_that_only_rounding_tells_apart_are_equal(values):
+    """84.2 - 84.3 and 10.2 - 10.3 differ by 1e-14, of which no t may make a spread."""
+    contrast = stats.contrast(values, [value + 0.1 for value in values], "less")
+    assert contrast.interval.sd == 0
+    assert contrast.test.p is None
+    assert contrast.p == contrast.p_sign_flip == 2**-4
+    assert effects.hedges_g(values, [value + 0.1 for value in values]).g is None
+
+
+def test_what_is_zero_but_for_rounding_is_zero():
+    none = stats.contrast([0.3] * 4, [0.1 + 0.2] * 4, "less")  # -5.6e-17 each
+    assert none.values == (0.0,) * 4
+    assert none.p == 1.0
+    assert stats.paired_difference([97.0] * 3, [97.0 - 1e-10] * 3).estimate == pytest.approx(1e-10, rel=1e-3)
 
 
 def test_named_claims_are_contrasts_with_a_factor():

@@ -150,6 +150,7 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
     verdict: Verdict
     needed = None
     bound = for_bound
+    constant = contrast.test.p is None
     if beyond_zero and p_holm <= ALPHA:
         verdict = "supported"
         reason = f"{_kept(case)}: {_bound(case, contrast, 'lower' if positive else 'upper', bound)}"
@@ -159,7 +160,15 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
     else:
         verdict = "inconclusive"
         needed = _seeds_needed(contrast, n, family)
-        if beyond_zero:
+        if constant:
+            reason = _bound(case, contrast, "lower", bound)
+            if bound != 0:
+                reason += f", of which p is {2.0**-n:.2g}"
+                if family > 1:
+                    reason += (
+                        f" by itself and {min(p_holm, p_against_holm):.2g} after Holm over {family} claims"
+                    )
+        elif beyond_zero:
             reason = (
                 f"{_bound(case, contrast, 'lower' if positive else 'upper', bound)} by itself, but not after "
                 f"Holm over {family} claims (p {p_holm:.2g})"
@@ -169,8 +178,6 @@ def _judged(case: Case, contrast: Contrast, p_holm: float, p_against_holm: float
                 f"{_bound(case, contrast, 'upper' if positive else 'lower', against_bound)} by itself, which "
                 f"speaks against it, but not after Holm over {family} claims (p {p_against_holm:.2g})"
             )
-        elif test.lower == test.upper:
-            reason = f"{_tested(case)} is {test.lower:.3g} in every pair"
         else:
             reason = (
                 f"{_tested(case)} lies between {test.lower:.3g} and {test.upper:.3g} "
@@ -267,7 +274,7 @@ def _tested(case: Case) -> str:
     if case.claim.kind == "forgets_less":
         return f"forgetting of {case.method.name} - forgetting of {case.reference.name}"
     what = "drift of " if case.claim.kind == "drifts_less" else ""
-    return f"{what}{case.method.name} - {case.factor:.3g} × {what}{case.reference.name}"
+    return f"{what}{case.method.name} - {case.factor:.6g} × {what}{case.reference.name}"
 
 
 def _bound(case: Case, contrast: Contrast, side: str, bound: float) -> str:

@@ -169,6 +169,7 @@ def _facts(summary: Summary) -> dict[str, str]:
         facts["model revision"] = summary.model_revision
     if summary.model_sha256:
         facts["model SHA-256"] = summary.model_sha256[:SHORT_HASH]
+    facts["changes to the model's config"] = text.changes(summary) or "none"
     facts["tasks"] = ", ".join(task.name for task in summary.tasks)
     for task in summary.tasks:
         facts[f"{task.name}: metric"] = task.metric
@@ -180,6 +181,8 @@ def _facts(summary: Summary) -> dict[str, str]:
         for dimension in arm.search.dimensions:
             facts[f"{arm.method}: {dimension.name}"] = _range(dimension)
     facts["trials per arm"] = _each(row.trials_planned for row in summary.ledger)
+    facts["halving"] = _each(", ".join(map(str, row.search_ends)) or "none" for row in summary.ledger)
+    facts["warm start"] = _each(row.warm_start.method for row in summary.ledger if row.warm_start) or "none"
     facts["rows per trial"] = _each(arm.search.rows or "all" for arm in summary.arms)
     facts["replicates per arm"] = _each(arm.planned for arm in summary.arms)
     facts["rows per replicate"] = _each(row.train_rows or "all" for row in summary.ledger)

@@ -193,8 +193,9 @@ def _on_examples(case: Case, tests: Mapping[str, Examples]) -> OnExamples:
         difference = Bootstrapped(**found._asdict())
     discordant: tuple[Discordant, ...] = ()
     if names and np.isin([method_SN, reference_SN], (0.0, 100.0)).all():
+        right = 100.0 if case.higher_is_better else 0.0
         discordant = tuple(
-            Discordant(number=number, **stats.mcnemar_exact(method_N > 0, reference_N > 0)._asdict())
+            Discordant(number=number, **stats.mcnemar_exact(method_N == right, reference_N == right)._asdict())
             for number, method_N, reference_N in zip(case.pairs, method_SN, reference_SN, strict=True)
         )
     return OnExamples(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetrial.stats import ALPHA, finite, mean_interval, pairs, standard_deviation, t_quantile
+from finetrial.stats import ALPHA, differences, finite, mean_interval, pairs, standard_deviation, t_quantile
 
 FAR_OUT = 1000.0  # beyond such a t nctdtr loses its digits, and the limit is right to four of them
 
@@ -112,9 +112,9 @@ def hedges_g(method: Sequence[float], reference: Sequence[float], *, paired: boo
             that is not finite.
     """
     if paired:
-        differences = finite([m - r for m, r in pairs(method, reference)])
-        mean, spread = float(differences.mean()), standard_deviation(differences)
-        degrees, weight = len(differences) - 1, float(len(differences))
+        gaps = finite(differences(method, reference))
+        mean, spread = float(gaps.mean()), standard_deviation(gaps)
+        degrees, weight = len(gaps) - 1, float(len(gaps))
     else:
         ours, theirs = finite(method), finite(reference)
         counts = len(ours), len(theirs)

@@ -324,9 +324,10 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
         notes.append(f"{name}: void replicates: {', '.join(void)}")
     lost = row.replicates_diverged + row.replicates_failed
     if lost:
+        rest = "; means are over the rest" if arm.test else ""
         notes.append(
             f"{name}: {lost} of {row.replicates_planned} replicates gave no score "
-            f"({row.replicates_diverged} diverged, {row.replicates_failed} failed); means are over the rest"
+            f"({row.replicates_diverged} diverged, {row.replicates_failed} failed){rest}"
         )
     return notes
 

@@ -5,6 +5,7 @@ The second half of `report_tables.py`, under the same rule: text from a summary'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from finetrial import report_text as text
@@ -16,7 +17,7 @@ def claim_details(summary: Summary) -> Table:
     """What each verdict rests on: bounds, p-values, power, missing pairs."""
     rows = []
     for claim in summary.claims:
-        places = text.claim_decimals(summary, claim) + 1 if claim.kind == "within" else 4
+        places = text.claim_decimals(summary, claim) + 1 if claim.kind == "within" else _places(claim)
         bound, least = claim.contrast_bound, claim.smallest_detectable
         rows.append(
             (
@@ -65,6 +66,13 @@ def _why_no_least(claim: ClaimResult) -> str:
     if claim.verdict == "not_assessable":
         return "no test"
     return "no spread"
+
+
+def _places(claim: ClaimResult) -> int:
+    """Decimals of what is no score: four, or as many as its first three digits need."""
+    found = claim.contrast
+    largest = max((abs(v) for v in (found.estimate, found.low, found.high) if v), default=0.0) if found else 0.0
+    return max(4, 2 - math.floor(math.log10(largest))) if largest else 4
 
 
 def _warm_start(row: LedgerRow) -> str:
@@ -124,7 +132,7 @@ LEDGER: tuple[tuple[str, Callable[[LedgerRow], str], bool], ...] = (
         True,
     ),
     ("optima at a range's edge", lambda r: ", ".join(r.edge_flags) or "none", False),
-    ("attempts, all runs", lambda r: str(r.attempts), False),
+    ("attempts, trials and replicates", lambda r: str(r.attempts), False),
     ("warm start", lambda r: _warm_start(r), False),
     ("search ended early", lambda r: _stopped(r), False),
     ("halving: trials trained to each part of their steps", lambda r: _counts(r), False),

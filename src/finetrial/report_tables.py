@@ -226,14 +226,18 @@ def optima(summary: Summary, task: TaskSummary) -> Table:
     note = "Used: the value read back from the optimiser, the schedule or the modules during the best trial."
     if any(row.search_ends for row in summary.ledger):
         note += " There is no tuning curve: halving has stopped most trials before their end."
-    elif few := [
-        f"{arm.method} has {len(arm.search.curve.run_ids) if arm.search.curve else 0}"
-        for arm in text.arms_of(summary, task.name)
-        if arm.search.curve is None or len(arm.search.curve.run_ids) < text.LEAST_CURVE
-    ]:
+    elif few := [why for arm in text.arms_of(summary, task.name) if (why := _no_curve(arm))]:
         note += f" A tuning curve needs {text.LEAST_CURVE} trials drawn at random; {text.listed(few)}."
     columns = columns_of("Method", "Setting", "Searched", "#Optimum", "Used", "Edge")
     return Table(f"search.{task.name}", f"Search optimum on {task.name}", columns, tuple(rows), note)
+
+
+def _no_curve(arm: ArmSummary) -> str | None:
+    curve = arm.search.curve
+    drawn = len(curve.run_ids) if curve else sum(trial.startup for trial in arm.search.trials)
+    if drawn < text.LEAST_CURVE:
+        return f"{arm.method} has {drawn}"
+    return None if curve else f"{arm.method} has one that failed, which no score can stand for"
 
 
 def _searched(dimension: DimensionSummary) -> str:

@@ -348,9 +348,11 @@ def _failures(summary: Summary) -> str:
     )
     untrained = sum(arm.planned for arm in summary.arms if arm.search.best is None) if summary.complete else 0
     trials = sum(len(arm.search.trials) for arm in summary.arms)
-    if not failed and not outcomes and not summary.complete:
+    others = Counter(row.run_id.partition(".")[0] for row in summary.failures)
+    others = {stage: others[stage] for stage in ("baseline", "probe") if others[stage]}
+    if not failed and not outcomes and not others and not summary.complete:
         return "No run has failed so far."
-    if not failed and not outcomes:
+    if not failed and not outcomes and not others:
         return f"All {counted(planned, 'replicate')} and {counted(trials, 'trial')} ended with a score."
     parts = []
     if failed:
@@ -362,6 +364,7 @@ def _failures(summary: Summary) -> str:
     if outcomes:
         kinds = listed([f"{n} {outcome_word(kind)}" for kind, n in sorted(outcomes.items())])
         parts.append(f"{sum(outcomes.values())} of {counted(trials, 'search trial')} failed ({kinds})")
+    parts += [f"{counted(number, stage)} failed" for stage, number in others.items()]
     return f"{listed(parts)}; failures are counted and listed, never averaged in."
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALPHA = 0.05
+ROUNDING = 1e-13  # of the largest value: what lies closer together is told apart by rounding alone
 SIGN_FLIP_LIMIT = 20  # 2^20 sign patterns: 8 MB and a few milliseconds
 
 Direction = Literal["greater", "less"]
@@ -121,7 +122,7 @@ def paired_difference(method: Sequence[float], reference: Sequence[float]) -> Me
     Raises:
         ValueError: unequal lengths, no pair, or a value that is not finite.
     """
-    return mean_interval([m - r for m, r in pairs(method, reference)])
+    return mean_interval(differences(method, reference))
 
 
 def one_sided_t(values: Sequence[float], direction: Direction) -> OneSidedTest:
@@ -252,7 +253,7 @@ def contrast(
     Raises:
         ValueError: unequal lengths, fewer than two pairs, or a value that is not finite.
     """
-    values = tuple(m - factor * r - offset for m, r in pairs(method, reference))
+    values = differences(method, reference, factor, offset)
     return Contrast(
         values=values,
         supports=supports,
@@ -304,6 +305,23 @@ def pairs(method: Sequence[float], reference: Sequence[float]) -> list[tuple[flo
     return list(zip(method, reference, strict=True))
 
 
+def differences(
+    method: Sequence[float], reference: Sequence[float], factor: float = 1.0, offset: float = 0.0
+) -> tuple[float, ...]:
+    """method - factor * reference - offset of every pair; all equal where only rounding tells them apart.
+
+    What rounding makes of them is of the size of the values, which may be a thousand times theirs.
+    Raises as `pairs`.
+    """
+    both = pairs(method, reference)
+    found = [m - factor * r - offset for m, r in both]
+    error = ROUNDING * max((abs(value) for pair in both for value in pair), default=0.0)
+    if found and max(found) - min(found) <= error:
+        mean = math.fsum(found) / len(found)
+        return (0.0 if abs(mean) <= error else mean,) * len(found)
+    return tuple(found)
+
+
 def finite(values: Sequence[float]) -> NDArray[np.float64]:
     """The values as an array; ValueError if there is none or one is not finite."""
     array = np.asarray(values, dtype=np.float64)
@@ -314,7 +332,7 @@ def finite(values: Sequence[float]) -> NDArray[np.float64]:
 
 def standard_deviation(array: NDArray[np.float64]) -> float:
     """Standard deviation, ddof 1; exactly 0 where the values differ by rounding only."""
-    if float(np.ptp(array)) <= 1e-13 * float(np.abs(array).max()):
+    if float(np.ptp(array)) <= ROUNDING * float(np.abs(array).max()):
         return 0.0
     return float(array.std(ddof=1))
 
