@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetrial import prepared
+from finetrial.assemble import open_workbench
 from finetrial.plugins import Feature, Splits
+from finetrial.store import Home
+from tiny_runs import make_spec
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -97,6 +101,72 @@ def test_rows_that_would_not_come_back_are_not_kept(tmp_path, odd):
         assert prepared.splits(tmp_path, ["a"], make).train[0]["odd"] is odd
         assert make.times == times
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_were_a_function_of_more_than_they_are_named_by_are_not_kept(tmp_path):
+    make = Counted(Splits([{"id": "x"}], [{"id": "y"}], [{"id": "z"}]))
+    for times in (1, 2):
+        assert prepared.splits(tmp_path, ["a"], make, lambda: False) is make.made
+        assert prepared.inputs(tmp_path, ["a"], [{"id": "x"}], features, lambda: False)
+        assert make.times == times
+    assert not list(tmp_path.iterdir())
+
+
+OWN_TASK = """\
+from finetrial.heads.classification import METRICS, Classification, ClassificationParams
+from finetrial.plugins import Splits
+
+class Own:
+    Params, metric, head = ClassificationParams, METRICS["accuracy"], Classification()
+
+    def files(self, params, base):
+        return [base / "data.csv"]
+
+    def splits(self, params, base):
+        def rows(role):
+            one = {{"text": {text}, "label": 0, "classes": ("a", "b")}}
+            return [one | {{"id": f"{{role}}{{i}}", "label": i % 2}} for i in range(4)]
+        return Splits(rows("t"), rows("v"), rows("e"))
+
+TASK = Own()
+"""
+
+
+@pytest.mark.parametrize("place", ["installed", "imported late"])
+def test_rows_are_made_anew_when_the_code_that_makes_them_has_changed(tmp_path, tiny_bert, monkeypatch, place):
+    """A task installed elsewhere, and what one beside the study file imports only when it is asked for rows."""
+    base, far = tmp_path / "study", tmp_path / "far"
+    base.mkdir()
+    far.mkdir()
+    (base / "data.csv").write_text("id\n")
+    name = "ft_" + place.replace(" ", "_")
+    spec = make_spec(tiny_bert, use=f"{name}:TASK", params={}, how={"base": str(base)})
+    for folder in (base, far):
+        monkeypatch.syspath_prepend(folder)
+    for text in ("as it was", "as it has become"):
+        if place == "installed":
+            (far / f"{name}.py").write_text(OWN_TASK.format(text=repr(text)))
+        else:
+            (base / f"{name}.py").write_text(OWN_TASK.format(text="__import__('ft_late').TEXT"))
+            (base / "ft_late.py").write_text(f"TEXT = {text!r}")
+        for module in (name, "ft_late"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        for _ in range(2):
+            bench = open_workbench(spec, Home(tmp_path / "home"))
+            assert {row["text"] for row in bench.splits.train} == {text}
+
+
+def test_inputs_are_named_alike_whatever_the_tokenizer_was_last_asked_for(tmp_path, tiny_bert):
+    spec, home = make_spec(tiny_bert), Home(tmp_path / "home")
+    kept = []
+    for _ in range(2):  # the second finds the training inputs, and encodes nothing
+        bench = open_workbench(spec, home)
+        built = bench.build_base(shapes_only=True)
+        for rows in (bench.splits.train, bench.splits.validation):
+            bench.encode(rows, built)
+        kept.append({path.name for path in home.cache.glob("inputs-*")})
+    assert len(kept[0]) == 2
+    assert kept[0] == kept[1]
 
 
 def features(typed=True, extra=True):

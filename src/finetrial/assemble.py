@@ -10,6 +10,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Workbench:
     splits: Splits
     location: Location
     home: Home
-    of: tuple[Any, ...]  # what makes rows of files and inputs of rows: the task, its parameters, all code
+    code: tuple[str, ...]  # what makes rows of files and inputs of rows, beside the task's parameters
 
     @property
     def base(self) -> Path:
@@ -89,9 +90,14 @@ class Workbench:
         fast = getattr(built.tokenizer, "backend_tokenizer", None)
         if fast is None:  # one in Python, which cannot tell all that it is made of
             return encode()
+        # Else what it was last asked for would be a part of what it is; every call says both anew.
+        fast.no_truncation()
+        fast.no_padding()
         around = [built.tokenizer.special_tokens_map, built.tokenizer.model_max_length, built.causal]
         tokenizer = [short_hash(fast.to_str(), 64), repr(around), self.spec.model.model_dump(mode="json")]
-        return prepared.inputs(self.home.cache, [*self.of, *tokenizer], examples, encode)
+        of = [self.spec.task.use, self.spec.task.params, *self.code, *tokenizer]
+        still = partial(_is_still, self.spec, self.code)
+        return prepared.inputs(self.home.cache, of, examples, encode, still)
 
 
 def open_workbench(spec: RunSpec, home: Home) -> Workbench:
@@ -113,19 +119,34 @@ def open_workbench(spec: RunSpec, home: Home) -> Workbench:
         unchanged.compare(spec, home, data, data_inputs(spec.task, base))  # while it was read
         return replace(found, train=cap_rows(found.train, spec.rows))
 
-    of = (spec.task.use, spec.task.params, *_code(base))
+    code = _code(spec)
+    of = [spec.task.use, spec.task.params, *code, list(data.values()), spec.rows]
     place = home.cache if data else None  # of others nobody knows whether they are the same tomorrow
-    splits = prepared.splits(place, [*of, list(data.values()), spec.rows], read)
+    splits = prepared.splits(place, of, read, partial(_is_still, spec, code))
     location = models.prepare(spec.model, base, home.cache)
-    return Workbench(spec, task, params, splits, location, home, of)
+    return Workbench(spec, task, params, splits, location, home, _code(spec))
 
 
-def _code(base: Path) -> list[str]:
-    """Versions and sources of what has a part in rows and inputs: libraries, finetrial, the user's own."""
-    base, installed = base.resolve(), Path(sys.prefix).resolve()  # an environment may lie beside a study file
-    found = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
-    own = sorted(p for p in found if p.is_relative_to(base) and not p.is_relative_to(installed) and p.is_file())
-    return [version("transformers"), version("tokenizers"), loaded.SOURCES, *map(files.sha256_file, own)]
+def _is_still(spec: RunSpec, code: tuple[str, ...]) -> bool:
+    """Whether nothing of the user's own was imported meanwhile, of which no name of what is kept would tell."""
+    return _code(spec) == code
+
+
+def _code(spec: RunSpec) -> tuple[str, ...]:
+    """Versions and sources of what has a part in rows and inputs: libraries, finetrial, the user's own.
+
+    The user's own is what is imported from beside the study file, and of the task's package wherever it lies.
+    """
+    base, installed = Path(spec.how.base).resolve(), Path(sys.prefix).resolve()  # an environment may lie there
+    package = spec.task.use.partition(":")[0].partition(".")[0] if ":" in spec.task.use else None
+    own = set()
+    for name, module in list(sys.modules.items()):
+        path = Path(getattr(module, "__file__", None) or "")
+        beside = path.is_relative_to(base) and not path.is_relative_to(installed)
+        if (beside or name.partition(".")[0] == package) and path.is_file():
+            own.add(path)
+    hashes = map(files.sha256_file, sorted(own))
+    return (version("transformers"), version("tokenizers"), loaded.SOURCES, *hashes)
 
 
 def input_hash(features: Sequence[Feature]) -> str:

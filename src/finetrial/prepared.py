@@ -46,10 +46,13 @@ def shared() -> Iterator[None]:
         _shared = None
 
 
-def splits(place: Path | None, of: Sequence[Any], make: Callable[[], Splits]) -> Splits:
+def splits(
+    place: Path | None, of: Sequence[Any], make: Callable[[], Splits], still: Callable[[], bool] = lambda: True
+) -> Splits:
     """A task's rows from `place`, or as `make` gives them, kept there for the next.
 
-    `of`: all that they are a function of, as plain JSON. Without a place they are made by every process.
+    `of`: all that they are a function of, as plain JSON. Without a place they are made by every process, and
+    so they are where, once they are made, `still` says that they were a function of more.
     """
     folder = (place or Path()) / f"rows-{short_hash([FORM, *of], 32)}"
     if place is None:
@@ -62,12 +65,13 @@ def splits(place: Path | None, of: Sequence[Any], make: Callable[[], Splits]) ->
     def read() -> Splits:
         return Splits(*(_rows(folder / f"{role}.json") for role in ROLES))
 
-    return _once(folder, lambda: _kept(folder, read, make, write))
+    return _once(folder, lambda: _kept(folder, read, make, write, still))
 
 
 def inputs(
-    place: Path, of: Sequence[Any], examples: Sequence[Example], make: Callable[[], list[Feature]]
-) -> list[Feature]:
+    place: Path, of: Sequence[Any], examples: Sequence[Example], make: Callable[[], list[Feature]],
+    still: Callable[[], bool] = lambda: True,
+) -> list[Feature]:  # fmt: skip
     """Encoded inputs of some rows, likewise; `of` is all but the rows that they are a function of."""
     try:
         folder = place / f"inputs-{short_hash([FORM, *of, _hash(examples)], 32)}"
@@ -78,7 +82,7 @@ def inputs(
     def write(there: Path, made: list[Feature]) -> None:
         _write_inputs(there / file, made)
 
-    return _once(folder, lambda: _kept(folder, lambda: _read(folder / file), make, write))
+    return _once(folder, lambda: _kept(folder, lambda: _read(folder / file), make, write, still))
 
 
 def _once(key: Path, get: Callable[[], T]) -> T:
@@ -90,7 +94,10 @@ def _once(key: Path, get: Callable[[], T]) -> T:
     return _shared[key]
 
 
-def _kept(folder: Path, read: Callable[[], T], make: Callable[[], T], write: Callable[[Path, T], None]) -> T:
+def _kept(
+    folder: Path, read: Callable[[], T], make: Callable[[], T], write: Callable[[Path, T], None],
+    still: Callable[[], bool],
+) -> T:  # fmt: skip
     """What a folder holds, or, if that is nothing, what is made and kept there.
 
     What was made is read again: making takes more memory, which would count as this run's and no other's.
@@ -99,7 +106,7 @@ def _kept(folder: Path, read: Callable[[], T], make: Callable[[], T], write: Cal
     if found is not None:
         return found
     made = make()
-    if not _keep(folder, write, made):
+    if not still() or not _keep(folder, write, made):
         return made
     del made
     allocator.return_freed()
