@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetrial import files, models
 from finetrial.batching import collate, model_inputs
 from finetrial.errors import ModelError
 from finetrial.models import Built, build, in_head, linear_names
@@ -230,6 +232,33 @@ def test_a_tokenizer_without_any_token_to_pad_with_is_refused(tiny_llama, edited
     folder = edited(tiny_llama, drop_special=drop)
     with pytest.raises(ModelError, match="no pad, unknown or end token"):
         built(folder)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear"])
+def test_positions_that_depend_on_what_was_read_before_are_refused(tiny_llama, edited, kind):
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    refused = pytest.raises(ModelError, match="rope_type: dynamic")
+    with refused if kind == "dynamic" else contextlib.nullcontext():
+        built(edited(tiny_llama, rope_parameters=rope))
+
+
+def test_a_decoder_keeps_no_keys_and_values_of_what_it_has_read(tiny_llama):
+    found = built(tiny_llama, CLASSES)
+    assert "past_key_values" not in found.model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_what_was_dequantised_is_there_whole_or_it_is_made_anew(tmp_path):
+    folder, cache = tmp_path / "dequantised-1", tmp_path / "cache"
+    cache.mkdir()
+    assert not models._is_whole(folder, cache)
+    with files.committed(folder) as temporary:
+        temporary.mkdir()
+        (temporary / "model.safetensors").write_bytes(b"weights")
+    assert models._is_whole(folder, cache)
+    (folder / "model.safetensors").write_bytes(b"Weights")
+    assert not models._is_whole(folder, cache)
+    (folder / "model.safetensors").unlink()
+    assert not models._is_whole(folder, cache)
 
 
 # ---- padding ---------------------------------------------------------------------------------------------

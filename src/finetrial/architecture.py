@@ -45,6 +45,12 @@ def refuse_unfit(config: Any, kind: str, name: str) -> None:
             f"the model {name} has an encoder and a decoder ({config.model_type}), and heads here read one of "
             f"them; name an encoder (BERT, DeBERTa, ...) or a decoder (Llama, Qwen, ...)"
         )
+    rope = getattr(config, "rope_parameters", None) or {}  # of all layers, or by their type
+    if any(each.get("rope_type") == "dynamic" for each in (rope, *rope.values()) if isinstance(each, dict)):
+        raise ModelError(
+            f"the model {name} sets its positions by the longest input that it has read (rope_type: dynamic), "
+            f"so that scores would depend on what was scored before; set another rope_type in its config.json"
+        )
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         how = quantised.get("quant_method") if isinstance(quantised, dict) else None

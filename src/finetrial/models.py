@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from finetrial import files
+from finetrial import files, hashed
 from finetrial.architecture import check_inputs, is_causal, refuse_unfit
 from finetrial.errors import ModelError
 from finetrial.lease import FileLock
@@ -79,7 +79,7 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
     if holder is not None:
         raise ModelError(f"process {holder} has been dequantising {source.name} for 30 minutes; end it")
     try:
-        if files.damage(folder) is not None:
+        if not _is_whole(folder, cache):
             with files.committed(folder) as temporary:
                 _dequantise(location, source.gguf_file, temporary)
                 if gguf and files.sha256_file(gguf)[:16] != key:
@@ -89,6 +89,12 @@ def prepare(source: ModelSource, base: Path, cache: Path) -> Location:
     finally:
         lock.release()
     return Location(str(folder), None, True)
+
+
+def _is_whole(folder: Path, cache: Path) -> bool:
+    """Whether what was dequantised is there as it was written; not read again while its files are untouched."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return bool(paths) and hashed.known(paths, lambda: files.damage(folder) or "whole", cache) == "whole"
 
 
 def _dequantise(location: Location, gguf_file: str, folder: Path) -> None:
@@ -172,6 +178,8 @@ def build(
                 f"head told of another would read padding; leave it out"
             )
         refuse_unfit(config, kind, source.name)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # of keys and values, for who generates: heads here read all at once
         load = _load_body_apart if _prefixes_differ(config, AUTO_CLASSES[kind]) else _load_with_head
         place = {"device_map": "meta"} if shapes_only else {}
         model, missing = load(AUTO_CLASSES[kind], location, config, common | place, head_seed)
