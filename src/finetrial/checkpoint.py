@@ -145,7 +145,7 @@ def save_best(folder: Path, step: int, model: Any) -> None:
     """Commit the weights of the best evaluation so far; of earlier ones keep what a checkpoint needs."""
     with committed(folder / _best_name(step)) as temporary:
         save_file(_on_cpu(trained_tensors(model)), temporary / "weights.safetensors")
-    steps = [path for path in folder.glob("step-*") if files.damage(path) is None]
+    steps = list(folder.glob("step-*"))
     needed = {_best_name(best) for best in map(_best_step, steps) if best is not None}
     _drop_all_but(folder, {_best_name(step), *needed, *(path.name for path in steps)})
 
@@ -210,7 +210,11 @@ def _best_name(step: int) -> str:
 
 
 def _best_step(checkpoint: Path) -> int | None:
-    return json.loads((checkpoint / "state.json").read_text())["state"].get("best_step")
+    """The step of the best weights that it needs; None where it needs none, or does not say."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text())["state"].get("best_step")
+    except (OSError, ValueError, LookupError, AttributeError):  # it is damaged, and serves nobody
+        return None
 
 
 @contextmanager

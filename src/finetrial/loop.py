@@ -111,8 +111,8 @@ class Loop:
         for index, part in enumerate(parts):
             tensors = collate(part, self.tokenizer.pad_token_id, self.accelerator.device)
             torch.manual_seed(self.dropout_seed(index))
-            outputs = self.model(**model_inputs(tensors))
-            loss = self.bench.task.head.losses(outputs, tensors).sum() / len(batch)
+            # No name keeps the outputs: they would live on through the next part's passes.
+            loss = self.bench.task.head.losses(self.model(**model_inputs(tensors)), tensors).sum() / len(batch)
             self.stepper.last_part = index == len(parts) - 1
             self.accelerator.backward(loss)
             total += float(loss.detach())

@@ -103,8 +103,9 @@ def keep_and_measure(
             model.to("cpu")
             let_go()
             built = bench.build_base()
-            tuned, other = (plugin.load(bench.build_base().model, place) for _ in range(2))
-            found = measure(bench, built, tuned, other if neighbour else None, asked, tokens=tokens)
+            tuned = plugin.load(bench.build_base().model, place)
+            other = plugin.load(bench.build_base().model, place) if neighbour else None
+            found = measure(bench, built, tuned, other, asked, tokens=tokens)
         return Kept(saved - begun, size, perf_counter() - saved, found)
     finally:
         files.discard(place)

@@ -172,10 +172,8 @@ def _probe(spec: RunSpec, folder: RunFolder) -> Result:
     clock = Clock()
     bench = open_workbench(spec, folder.home)
     built = bench.build_base()
-    tuned, neighbour = bench.build_base().model, None
-    if spec.subject is not None:
-        tuned = _load_replicate(bench, folder, spec.subject)
-        neighbour = _load_replicate(bench, folder, spec.reference) if spec.reference else None
+    tuned = _load_replicate(bench, folder, spec.subject) if spec.subject else bench.build_base().model
+    neighbour = _load_replicate(bench, folder, spec.reference) if spec.reference else None
     tokens = EVALUATION_TOKENS >> folder.out_of_memory()
     measures = measure(bench, built, tuned, neighbour, spec.measures, tokens=tokens)
     return Result(
