@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_noise_of_the_updates_norm_takes_their_place_matrix_by_matrix(batches):
     assert measured["perturbed"]["cka_drift_mean"] != measured["cka_drift_mean"]
     for name, tensor in base.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_asked_for_its_means_alone_it_gives_the_same_ones_and_leaves_the_rest_out(batches):
+    given = ProbeInput(model(), model(1), None, batches, "abc")
+    whole, brief = measure(given), measure(replace(given, brief=True))
+    for mean in ("cka_drift_mean", "cosine_drift_mean"):
+        assert brief[mean] == whole[mean]
+    assert whole["perturbed"]
+    assert brief["perturbed"] is brief["rows_error"] is None
+    assert "rsa" in whole["layers"][1]
+    assert "rsa" not in brief["layers"][1]
 
 
 def test_the_perturbation_can_be_left_out(batches):

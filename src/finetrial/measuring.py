@@ -61,7 +61,7 @@ def measure(
 
 
 def _of_another(plugin: Any, given: ProbeInput, params: Any, model: Any) -> dict[str, Any]:
-    return plugin.measure(replace(given, tuned=model, neighbour=None), params)
+    return plugin.measure(replace(given, tuned=model, neighbour=None, brief=True), params)
 
 
 def _score(

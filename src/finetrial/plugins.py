@@ -208,6 +208,7 @@ class ProbeInput:
     score: Callable[[Any], Mapping[str, float]] = lambda model: {}  # a model's metrics on the same rows
     # The study's other measures -> what they find of another model in the place of `tuned`.
     others: Mapping[str, Callable[[Any], dict[str, Any]]] = field(default_factory=dict)
+    brief: bool = False  # another measure asks, for the means alone: the rest may be left out
 
 
 @runtime_checkable

@@ -54,11 +54,11 @@ class Drift:
         from finetrial.updates import perturbed
 
         base, tuned = (pool(model, given.batches, causal=given.causal) for model in (given.base, given.tuned))
-        found = compare(base, tuned)
+        found = compare(base, tuned, whole=not given.brief)
         neighbour = noisy = None
         if given.neighbour is not None:
             neighbour = compare(tuned, pool(given.neighbour, given.batches, causal=given.causal), whole=False)
-        if params.perturbation:
+        if params.perturbation and not given.brief:
             with perturbed(given.base, given.tuned, np.random.default_rng(SEED)) as matrices:
                 if matrices:
                     noisy = compare(base, pool(given.base, given.batches, causal=given.causal), whole=False)
