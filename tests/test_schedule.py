@@ -296,11 +296,16 @@ def test_a_run_whose_records_cannot_be_read_is_left_free(bench):
     assert bench.outcomes(spec) == ["done"]
 
 
-def test_where_one_run_s_end_cannot_be_written_all_others_are_let_go_and_the_reason_is_told(bench):
+@pytest.mark.parametrize(
+    "harm",
+    ["os.remove(file); os.mkdir(file)", "open('result.json', 'w').write('{')"],
+    ids=["attempt", "result"],
+)
+def test_where_one_run_s_end_cannot_be_written_all_others_are_let_go_and_the_reason_is_told(bench, harm):
     hinders = (
         "import os, time\nfile = 'attempts/1.json'\n"
         "while f'\"pid\": {os.getpid()}' not in open(file).read(): time.sleep(0.01)\n"
-        "os.remove(file); os.mkdir(file); open('ready', 'w')\ntime.sleep(600)"
+        f"{harm}; open('ready', 'w')\ntime.sleep(600)"
     )
     full, beside = bench.spec(0, hinders), bench.spec(1, "import time; time.sleep(600)")
     ready = bench.home.run(full.run_id).path / "ready"

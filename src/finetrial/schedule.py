@@ -197,7 +197,7 @@ class Scheduler:
         except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
             self._stop(process, GRACE_SECONDS)
             for run in runs:
-                with contextlib.suppress(OSError):  # what was raised says more
+                with contextlib.suppress(OSError, FinetrialError):  # what was raised says more
                     release(run, "cancelled", "interrupted while it was started")
             raise
         for run in runs:
@@ -391,5 +391,5 @@ class Scheduler:
             with contextlib.suppress(OSError):
                 self._stop(run.process, max(0.0, deadline - time.monotonic()))
         for run in running:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, FinetrialError):
                 release(run, "cancelled", "stopped with its coordinator")
