@@ -131,10 +131,9 @@ def _bench(task: str, method: str, folder: Path) -> tuple[Workbench, Any]:
 
 
 def _epoch(spec: Any, home: Any) -> None:
-    for prepared in (
-        path for path in home.cache.iterdir() if path.is_dir()
-    ):  # hashes stay: they are in every run
-        files.discard(prepared)
+    for path in home.cache.iterdir():
+        if path.is_dir():  # hashes stay: they are in every run
+            files.discard(path)
     bench = open_workbench(spec, home)
     built = bench.build_base(shapes_only=True)
     features = bench.encode(bench.splits.train, built)

@@ -137,14 +137,15 @@ def _code(spec: RunSpec) -> tuple[str, ...]:
 
     The user's own is what is imported from beside the study file, and of the task's package wherever it lies.
     """
-    base, installed = Path(spec.how.base).resolve(), Path(sys.prefix).resolve()  # an environment may lie there
+    # As text, for there are thousands of modules. An environment may lie beside a study file.
+    base, installed = (f"{Path(place).resolve()}".rstrip("/") + "/" for place in (spec.how.base, sys.prefix))
     package = spec.task.use.partition(":")[0].partition(".")[0] if ":" in spec.task.use else None
     own = set()
     for name, module in list(sys.modules.items()):
-        path = Path(getattr(module, "__file__", None) or "")
-        beside = path.is_relative_to(base) and not path.is_relative_to(installed)
-        if (beside or name.partition(".")[0] == package) and path.is_file():
-            own.add(path)
+        file = getattr(module, "__file__", None) or ""
+        beside = file.startswith(base) and not file.startswith(installed)
+        if (beside or name.partition(".")[0] == package) and Path(file).is_file():
+            own.add(Path(file))
     hashes = map(files.sha256_file, sorted(own))
     return (version("transformers"), version("tokenizers"), loaded.SOURCES, *hashes)
 
