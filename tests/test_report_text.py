@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from finetrial import report_checks
 from finetrial import report_text as text
 from finetrial.summary import Interval
 from summary_example import example_summary
@@ -125,3 +126,13 @@ def test_many_claims_are_grouped_and_none_is_lost() -> None:
         "“lora within 3% of full” is inconclusive on sst2 (4 of 5 seeds) and sst2_b (4 of 5 seeds); "
         "not assessable on squad_v2 (4 of 5 seeds) and squad_v2_b (4 of 5 seeds)."
     ) in said
+
+
+def test_a_small_drift_keeps_its_digits_and_its_sign() -> None:
+    summary = example_summary()
+    claim = next(claim for claim in summary.claims if claim.kind == "drifts_less")
+    contrast = claim.contrast.model_copy(update={"estimate": -1.4e-5, "low": -2.1e-5, "high": -7e-6})
+    small = claim.model_copy(update={"contrast": contrast, "contrast_bound": -9e-6})
+    (row,) = report_checks.claim_details(summary.model_copy(update={"claims": (small,)})).rows
+    assert row[1] == f"{text.MINUS}0.0000140 ({text.MINUS}0.0000210 to {text.MINUS}0.0000070)"
+    assert row[2] == f"{text.MINUS}0.0000090"
