@@ -88,18 +88,20 @@ class Lora:
 
 
 def _forward(layer: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's forward of a layer with one adapter, its product added where the base layer's output lies.
+    """PEFT's forward of a layer with one adapter on a frozen one, by `low_rank.adapted`."""
+    from finetrial.low_rank import adapted
 
-    The same sums, without two more passes over every output: a tenth of MiniLM's step on a CPU.
-    """
-    if args or kwargs or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+    base, active = layer.base_layer, layer.active_adapters
+    special = args or kwargs or layer.merged or layer.disable_adapters or len(active) != 1
+    if special or base.weight.requires_grad:
         return type(layer).forward(layer, values, *args, **kwargs)
-    (name,) = layer.active_adapters
+    down, up = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     rows = values.reshape(-1, values.shape[-1])
-    output = layer.base_layer(rows)
-    inner = layer.lora_A[name](layer.lora_dropout[name](rows)).to(output.dtype)
-    up = layer.lora_B[name].weight.t().to(output.dtype)
-    return output.addmm_(inner, up, alpha=layer.scaling[name]).view(*values.shape[:-1], -1)
+    dropped = layer.lora_dropout[active[0]](rows)
+    output = adapted(
+        rows, None if dropped is rows else dropped, base.weight, base.bias, down, up, layer.scaling[active[0]]
+    )
+    return output.view(*values.shape[:-1], -1)
 
 
 PLUGIN = Lora()
