@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finetrial import architecture, files, last_layer, loaded, models, plugins, prepared, unchanged
+from finetrial import architecture, files, loaded, models, plugins, prepared, trimmed, unchanged
 from finetrial.data import cap_rows
 from finetrial.frozen import canonical_json, short_hash
 from finetrial.plugins import AttachInput, Feature, Splits
@@ -65,8 +65,7 @@ class Workbench:
         """The model with the method attached (adapters drawn from their own seed), before training."""
         built = self.build_base(shapes_only=shapes_only)
         plugin, params = self.method()
-        if self.task.head.kind == "sequence_classification":
-            last_layer.narrow(built.model)
+        trimmed.trim(built.model)
         built.model.requires_grad_(False)
         torch.manual_seed(self.spec.seeds.adapter)
         given = AttachInput(built.model, self.task.head.kind, built.head_names)

@@ -1,7 +1,7 @@
 """Modules of a stacked model: each does to every training's rows what its own module does alone. Child side.
 
-The rows of a batch lie training by training (`GROUPS`), padded to the longest of all; a training's own part is
-what it has alone, and so is the stream that its dropout draws from.
+The rows of a batch lie training by training (`GROUPS`), padded to the longest of all, or as tokens without any
+padding (`trimmed.py`); a training's own part is what it has alone, and so is the stream its dropout draws from.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from transformers.modeling_utils import AttentionInterface
 
 @dataclass
 class Group:
-    """One training's rows in a stacked batch: where they are, how long, and its state of random numbers."""
+    """One training's part of a stacked batch.
+
+    Where its rows are, and its tokens where padding is left out; how long its rows are; its state of random
+    numbers.
+    """
 
     rows: slice
+    tokens: slice
     length: int
     state: torch.Tensor
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def of(self, values: torch.Tensor) -> torch.Tensor:
-        """Its part of values of all rows, [rows, length, ...] or [rows, features], as it has them alone."""
-        own = values[self.rows]
-        # Whole in memory, as it is alone: on a GPU what dropout draws depends on that.
-        return own[:, : self.length].contiguous() if values.ndim > 2 else own
 
 
 class Groups(list[Group]):
@@ -43,35 +42,45 @@ class Groups(list[Group]):
         yield
         group.state = random_state()
 
+    def parts(self, values: torch.Tensor) -> list[slice]:
+        """Where in values each group's own are: values of rows, or of tokens."""
+        tokens = len(values) == self[-1].tokens.stop
+        return [group.tokens if tokens else group.rows for group in self]
+
     def each(self, values: torch.Tensor, what: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Do something to each group's own values, from its own stream; 0 beyond their length."""
         found = []
-        for index, group in enumerate(self):
+        for index, (group, part) in enumerate(zip(self, self.parts(values), strict=True)):
             if not group.length:  # it has no rows in this part
                 continue
+            own = values[part]
+            if values.ndim > 2:  # as it is alone: on a GPU what dropout draws depends on how it lies in memory
+                own = own[:, : group.length].contiguous()
             with self.drawing(group):
-                own = what(index, group.of(values))
+                own = what(index, own)
             missing = values.shape[1] - own.shape[1] if own.ndim > 2 else 0
             found.append(functional.pad(own, [0, 0] * (own.ndim - 2) + [0, missing]) if missing else own)
         return torch.cat(found)
 
     def side_by_side(self, values: torch.Tensor) -> torch.Tensor:
         """[rows, length, features] as [groups, rows x length, features]; rows of 0 where a group has fewer."""
-        counts = [group.rows.stop - group.rows.start for group in self]
+        counts = [part.stop - part.start for part in self.parts(values)]
         most = max(counts)
         if min(counts) < most:
+            own = values.split(counts)
             values = torch.cat(
                 [
-                    functional.pad(values[group.rows], (0, 0, 0, 0, 0, most - count))
-                    for group, count in zip(self, counts, strict=True)
+                    functional.pad(each, (0, 0, 0, 0, 0, most - count))
+                    for each, count in zip(own, counts, strict=True)
                 ]
             )
         return values.reshape(len(self), most * values.shape[1], values.shape[2])
 
-    def in_rows(self, values: torch.Tensor, length: int) -> torch.Tensor:
-        """The opposite."""
-        apart = values.view(len(self), -1, length, values.shape[-1])
-        return torch.cat([apart[i, : group.rows.stop - group.rows.start] for i, group in enumerate(self)])
+    def as_were(self, apart: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The opposite: in rows, or tokens, as `like`."""
+        apart = apart.view(len(self), -1, like.shape[1], apart.shape[-1])
+        counts = [part.stop - part.start for part in self.parts(like)]
+        return torch.cat([own[:count] for own, count in zip(apart, counts, strict=True)])
 
 
 GROUPS = Groups()  # attention is called by the library, which hands nothing of ours through
@@ -91,7 +100,7 @@ class StackedLora(nn.Module):
         return float(getattr(layer.lora_dropout[self.name], "p", 0.0))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if values.ndim == 2:  # pooled: one position a row
+        if values.ndim == 2:  # tokens, or pooled: one position a row
             return self.forward(values.unsqueeze(1)).squeeze(1)
         output = self.base_layer(values)
         if self.drops:
@@ -105,7 +114,7 @@ class StackedLora(nn.Module):
         up = torch.stack([functional.pad(up, (0, most - up.shape[1])) for up in ups])
         inner = torch.bmm(GROUPS.side_by_side(values), down.to(values.dtype).transpose(1, 2))
         added = torch.bmm(inner, up.to(inner.dtype).transpose(1, 2))
-        return output + GROUPS.in_rows(added, values.shape[1]).to(output.dtype)
+        return output + GROUPS.as_were(added, values).to(output.dtype)
 
 
 class StackedRows(nn.Module):

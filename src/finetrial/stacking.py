@@ -163,14 +163,15 @@ class Stack:
     def _lay_out(self, parts: Sequence[Sequence[Feature]], number: int) -> dict[str, torch.Tensor]:
         """The model's inputs of all rows, each group's as it has them alone and padded to the longest."""
         GROUPS.clear()
-        start, inputs = 0, []
+        start, first, inputs = 0, 0, []
         for loop, part in zip(self.loops, parts, strict=True):
             torch.manual_seed(loop.dropout_seed(number))
             pad = loop.tokenizer.pad_token_id
             tensors = collate(part, pad, loop.accelerator.device) if part else {}
             length = tensors["input_ids"].shape[1] if part else 0
-            GROUPS.append(Group(slice(start, start + len(part)), length, random_state(), tensors))
-            start += len(part)
+            rows, held = start + len(part), first + sum(len(feature.input_ids) for feature in part)
+            GROUPS.append(Group(slice(start, rows), slice(first, held), length, random_state(), tensors))
+            start, first = rows, held
             if part:
                 inputs.append((pad, model_inputs(tensors)))
         longest = max(group.length for group in GROUPS)

@@ -1,0 +1,186 @@
+"""An encoder's layers while it trains: without padding, and the last for what is read of it. Child side.
+
+Padding has no part in the loss, nor in a gradient. On a CPU all but the attention itself is therefore done for
+the tokens of all rows, one below the other, [tokens, features]; only queries, keys and values are laid out in
+rows again. And of a classifier's last layer every position's keys and values are needed, but only the first
+one's query, output and feed-forward part: in a model of six layers that is 14 % of the products.
+
+In evaluation mode nothing changes: what is measured there is of whole layers, in rows.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.autograd.function import once_differentiable
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import AttentionInterface
+
+# Layers that are built alike, and whose classifiers read the first position (tests/test_trimmed.py).
+LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer")
+ATTENTIONS = ("sdpa", "finetrial_stacked")
+# Where a layer's modules may come from: known to do to each token the same, whatever the shape they are in.
+KNOWN = ("torch.nn", "transformers.", "peft.tuners.lora", "finetrial.")
+
+
+def trim(model: Any) -> bool:
+    """Have an encoder's layers do no more than is read while it trains; whether it is of such a kind.
+
+    To be called before adapters are put in: they are used where they are.
+    """
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    encoder = getattr(body, "encoder", None)
+    layers = getattr(encoder, "layer", None)
+    if encoder is None or not layers or not all(map(_is_plain, layers)):
+        return False
+    first_alone = type(model).__name__.endswith("ForSequenceClassification")
+    for layer in layers:
+        layer.first_alone = first_alone and layer is layers[-1]
+        layer.forward = MethodType(_layer, layer)
+    encoder.forward = MethodType(_encoder, encoder)
+    return True
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer).__name__ in LAYERS and not layer.is_decoder and not layer.chunk_size_feed_forward
+
+
+class Packed:
+    """Rows of a batch as tokens, one below the other; takes the place of the attention mask in a layer."""
+
+    def __init__(self, mask: torch.Tensor, real: torch.Tensor):
+        self.mask, self.shape = mask, real.shape
+        real = real.reshape(-1)
+        self.where = real.nonzero().view(-1)  # of each token its place in the rows
+        self.back = (real.cumsum(0) - 1).clamp_(min=0)  # of each place the token there, or one before it
+        self.real = real[:, None]
+        self.firsts = self.back.view(self.shape)[:, 0]
+
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """[rows, length, features] as [tokens, features]."""
+        return _Pack.apply(rows.reshape(len(self.back), -1), self.where, self.back, self.real)
+
+    def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The opposite; what stands at padding means nothing, and has no gradient."""
+        return _Unpack.apply(tokens, self.where, self.back).view(*self.shape, -1)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:  # pyrefly: ignore[bad-override]
+        rows, where, back, real = given
+        ctx.save_for_backward(back, real)
+        return rows.index_select(0, where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        back, real = ctx.saved_tensors
+        # Less than half of what copying to where they belong takes.
+        return gradients[0].index_select(0, back).mul_(real), None, None, None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:  # pyrefly: ignore[bad-override]
+        tokens, where, back = given
+        ctx.save_for_backward(where)
+        return tokens.index_select(0, back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        (where,) = ctx.saved_tensors
+        return gradients[0].index_select(0, where), None, None
+
+
+def _encoder(encoder: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
+    """The encoder's own forward; in training without padding, where there is some."""
+    packed = None
+    # The library hands the mask on by its name.
+    mask = options.pop("attention_mask", mask)
+    if encoder.training and not _asks_for_more(others, options):
+        packed = _packed(encoder, hidden, mask)
+    if packed is None:
+        return type(encoder).forward(encoder, hidden, mask, *others, **options)
+    values = packed.pack(hidden)
+    for layer in encoder.layer:
+        values = layer(values, packed)
+    last = values if encoder.layer[-1].first_alone else packed.unpack(values)
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+
+
+def _packed(encoder: Any, hidden: torch.Tensor, mask: Any) -> Packed | None:
+    """How the rows lie as tokens; None: as they are, for there is no padding, or it cannot be told."""
+    if hidden.device.type != "cpu" or detect_fake_mode((hidden,)):
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[:2] != (len(hidden), 1):
+        return None
+    keys = mask[:, :, :1]  # one for all queries, mostly written out
+    if encoder.config._attn_implementation not in ATTENTIONS or not torch.equal(mask, keys.expand_as(mask)):
+        return None
+    real = keys[:, 0, 0] if keys.dtype == torch.bool else keys[:, 0, 0] == 0
+    whole, first = bool(real.all()), bool(real[:, 0].all())
+    return Packed(keys, real) if first and not whole and _is_known(encoder) else None
+
+
+def _is_known(encoder: Any) -> bool:
+    """Whether nothing in its layers could do something else to tokens than to rows; looked at once."""
+    if not hasattr(encoder, "known"):
+        modules = list(encoder.layer.modules())
+        hooked = any(each._forward_hooks or each._forward_pre_hooks for each in modules)
+        encoder.known = not hooked and all(type(each).__module__.startswith(KNOWN) for each in modules)
+    return encoder.known
+
+
+def _asks_for_more(others: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    more = [*others, *(options.get(name) for name in ("encoder_hidden_states", "past_key_values"))]
+    return any(each is not None for each in more) or bool(
+        options.get("output_attentions") or options.get("output_hidden_states")
+    )
+
+
+def _layer(layer: Any, hidden: torch.Tensor, attention_mask: Any = None, *others: Any, **options: Any) -> Any:
+    """The layer's own forward: of tokens [tokens, features], if they are packed; else of rows.
+
+    In training of the first positions alone [rows, 1, features], if nobody reads the others.
+    """
+    packed = attention_mask if isinstance(attention_mask, Packed) else None
+    mask = attention_mask if packed is None else packed.mask
+    if packed is None and not (layer.first_alone and _is_usual(layer, mask, options)):
+        return type(layer).forward(layer, hidden, mask, *others, **options)
+    inner, own = layer.attention.self, hidden
+    if layer.first_alone:
+        own = hidden[:, 0] if packed is None else hidden.index_select(0, packed.firsts)
+        mask = mask if mask is None else mask[:, :, :1]
+
+    def in_rows(values: torch.Tensor) -> torch.Tensor:
+        return values if packed is None else packed.unpack(values)
+
+    def heads(values: torch.Tensor) -> torch.Tensor:
+        return values.view(*values.shape[:2], -1, inner.attention_head_size).transpose(1, 2)
+
+    query = inner.query(own)
+    query = query[:, None] if layer.first_alone else in_rows(query)
+    key, value = in_rows(inner.key(hidden)), in_rows(inner.value(hidden))
+    found, _ = AttentionInterface()[inner.config._attn_implementation](
+        inner, heads(query), heads(key), heads(value), mask,
+        dropout=inner.dropout.p if layer.training else 0.0, scaling=inner.scaling,
+    )  # fmt: skip
+    found = found.flatten(2)
+    if layer.first_alone:
+        found = found[:, 0]
+    elif packed is not None:
+        found = packed.pack(found)
+    values = layer.feed_forward_chunk(layer.attention.output(found, own))
+    return values[:, None] if layer.first_alone else values
+
+
+def _is_usual(layer: Any, mask: Any, options: dict[str, Any]) -> bool:
+    """Whether a layer trains, by an attention that is known."""
+    known = layer.attention.self.config._attn_implementation in ATTENTIONS
+    four = mask is None or mask.ndim == 4
+    return layer.training and known and four and not options.get("output_attentions")
