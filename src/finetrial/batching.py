@@ -97,22 +97,23 @@ def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu")
     `input_ids`, `attention_mask`, `token_type_ids` (if the inputs have them), `pool_mask` (1 on the text's
     own tokens) are [inputs, length]; every label is [inputs], int64.
     """
-    length = max(len(feature.input_ids) for feature in features)
-    shape = (len(features), length)
+    length = longest(features)
+
+    def rows(values: Iterable[Sequence[int]], padding: int) -> torch.Tensor:
+        return torch.tensor([[*own, *[padding] * (length - len(own))] for own in values], dtype=torch.int64)
+
+    places = torch.arange(length)
+    counts, starts, ends = (
+        torch.tensor(each)[:, None]
+        for each in zip(*((len(one.input_ids), *one.content) for one in features), strict=True)
+    )
     batch = {
-        "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "pool_mask": torch.zeros(shape, dtype=torch.int64),
+        "input_ids": rows((feature.input_ids for feature in features), pad_token_id),
+        "attention_mask": (places < counts).long(),
+        "pool_mask": ((starts <= places) & (places < ends)).long(),
     }
     if features[0].token_type_ids is not None:
-        batch["token_type_ids"] = torch.zeros(shape, dtype=torch.int64)
-    for row, feature in enumerate(features):
-        count = len(feature.input_ids)
-        batch["input_ids"][row, :count] = torch.tensor(feature.input_ids)
-        batch["attention_mask"][row, :count] = 1
-        batch["pool_mask"][row, feature.content[0] : feature.content[1]] = 1
-        if feature.token_type_ids is not None:
-            batch["token_type_ids"][row, :count] = torch.tensor(feature.token_type_ids)
+        batch["token_type_ids"] = rows((feature.token_type_ids or () for feature in features), 0)
     for name in features[0].labels:
         batch[name] = torch.tensor([feature.labels[name] for feature in features])
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -58,9 +58,10 @@ class Stepper:
             squares = [value * value for value in each]
             norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
             self._norms.clear()
-        for parameter in self.trained:
-            if parameter.grad is not None and self.watching:
-                self.watch.before(parameter)
+        if self.watching:
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    self.watch.before(parameter)
         self.optimizer.step()
         if self.fused:
             self.optimizer.optimizer.grad_scale = None
@@ -129,7 +130,6 @@ class _Watch:
 
     def __init__(self, trained: Sequence[torch.Tensor], optimizer: Any) -> None:
         self.optimizer = optimizer
-        self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         stride = -(-sum(p.numel() for p in trained) // WATCHED_ELEMENTS)
         self.positions: dict[torch.Tensor, torch.Tensor] = {}
         offset = 0
@@ -145,19 +145,23 @@ class _Watch:
         self.seen[parameter] = self._stored(parameter)
 
     def after(self) -> None:
-        for parameter, before in self.seen.items():
-            group = self.groups[parameter]
-            if group["lr"] == 0:
+        for group in self.optimizer.param_groups:
+            watched = [parameter for parameter in group["params"] if parameter in self.seen]
+            if not watched or group["lr"] == 0:
                 continue
-            change = self._first_moment(parameter) != 0
+            before = [self.seen[parameter] for parameter in watched]
+            now = [self._stored(parameter) for parameter in watched]
+            change = torch.cat([self._first_moment(parameter) for parameter in watched]) != 0
             if group["weight_decay"]:
-                change |= before[0] != 0
+                change |= torch.cat([values[0] for values in before]) != 0
             same = torch.ones_like(change)
-            now = self._stored(parameter)
-            if len(now) > len(before):  # a compensation that this step has begun
-                before = [*before, torch.zeros_like(now[1])]
-            for old, new in zip(before, now, strict=True):
-                same &= old == new
+            for place in range(len(now[0])):
+                new = [values[place] for values in now]
+                # A compensation that this step has begun was zero.
+                old = [
+                    values[place] if place < len(values) else torch.zeros_like(values[0]) for values in before
+                ]
+                same &= torch.cat(old) == torch.cat(new)
             self.counts.append(torch.stack([change.sum(), (change & same).sum()]))
         self.seen.clear()
 
@@ -170,10 +174,10 @@ class _Watch:
     def _stored(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         at = self.positions[parameter]
         compensation = self.optimizer.state[parameter].get("compensation")
-        kept = [parameter.detach().view(-1)[at]]
-        return kept if compensation is None else [*kept, compensation[at]]
+        kept = [parameter.detach().view(-1).index_select(0, at)]
+        return kept if compensation is None else [*kept, compensation.index_select(0, at)]
 
     def _first_moment(self, parameter: torch.Tensor) -> torch.Tensor:
         if hasattr(self.optimizer, "first_moment"):
             return self.optimizer.first_moment(parameter, self.positions[parameter])
-        return self.optimizer.state[parameter]["exp_avg"].view(-1)[self.positions[parameter]]
+        return self.optimizer.state[parameter]["exp_avg"].view(-1).index_select(0, self.positions[parameter])
