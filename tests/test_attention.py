@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from finetrial import attention, dropout
+from finetrial import attention, dropout, ragged
 from finetrial.memory import LiveBytes
 
 MODULE = SimpleNamespace(is_causal=False)
@@ -59,12 +59,12 @@ def test_values_and_gradients_are_the_librarys_whatever_the_pieces(
         if kind == "added":
             mask = torch.where(mask, torch.randn(mask.shape, generator=made), -1e30)
     dropout.install()  # pieces break off between words of its random bits
-    before = attention.PIECE_BYTES
+    before = ragged.PIECE_BYTES
     try:
-        attention.PIECE_BYTES = piece
+        ragged.PIECE_BYTES = piece
         ours = found(attention.attention, tensors, mask, p, seed)
     finally:
-        attention.PIECE_BYTES = before
+        ragged.PIECE_BYTES = before
     assert_alike(ours, found(sdpa_attention_forward, tensors, mask, p, seed), 2e-5)
 
 
@@ -110,14 +110,14 @@ def test_what_is_counted_of_it_is_what_all_its_pieces_take():
             attention.attention(MODULE, query, key, value, None, dropout=0.1)[0].sum().backward()
         return live.peak
 
-    before, attention.PIECE_BYTES = attention.PIECE_BYTES, 4 * 2 * 40 * 40
+    before, ragged.PIECE_BYTES = ragged.PIECE_BYTES, 4 * 2 * 40 * 40
     try:
         short = peak()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "detect_fake_mode", lambda _: None)
+            patch.setattr(ragged, "detect_fake_mode", lambda _: None)
             assert short == peak()
     finally:
-        attention.PIECE_BYTES = before
+        ragged.PIECE_BYTES = before
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():

@@ -122,7 +122,7 @@ def test_tokens_laid_out_in_rows_again_are_where_they_were(lengths, seed):
     torch.manual_seed(seed)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows = torch.randn(*real.shape, 3, requires_grad=True)
-    packed = Packed(real[:, None, None], real)
+    packed = Packed(real)
     tokens = packed.pack(rows)
     assert torch.equal(tokens, rows[real])
     again = packed.unpack(tokens)

@@ -1,30 +1,14 @@
-"""Attention with dropout on a CPU, a few rows at a time. Child side.
-
-PyTorch's fused kernel has no dropout on a CPU. What it falls back to makes half a dozen passes over tensors of
-[rows, heads, length, length], too large for any cache, and keeps three of them for the backward pass. Here all
-that is done with some rows while they are in the cache, and one such tensor is kept: the probabilities, with a
-minus sign where they were kept by the dropout. At 16 rows of 320 tokens it is twice as fast (docs/log.md).
-"""
+"""Attention with dropout on a CPU, in the library's place. Child side; the product itself is in `ragged.py`."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
-from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from finetrial.dropout import bernoulli_
-
-# Of one [rows, heads, length, length] tensor of a piece; there are three, beside what the products touch.
-PIECE_BYTES = 1 << 20
-DRAWN_TOGETHER = 4  # elements of a mask, at most, from one word of random bits (dropout.py)
+from finetrial import ragged
 
 
 def install() -> None:
@@ -62,7 +46,10 @@ def dropped(
     type of the three. What is dropped is what the library would drop from the same state of the generator, if
     that draws by `dropout.py`. A query that the mask leaves no key attends to all alike.
     """
-    return _Dropped.apply(query, key, value, mask, p, scale)
+    rows, heads, queries, _ = query.shape
+    pieces = [*ragged.alike(rows, queries, key.shape[2], heads, mask)]
+    query, key, value = (each.transpose(1, 2).reshape(-1, heads, each.shape[3]) for each in (query, key, value))
+    return ragged.dropped(query, key, value, pieces, p, scale).view(rows, queries, heads, -1)
 
 
 def _added(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,77 +62,3 @@ def _added(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask.shape[2] > 1 and mask.stride(2) == 0:  # one for all queries, written out by a view
         mask = mask[:, :, :1]
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, least)
-
-
-def _pieces(query: torch.Tensor, key: torch.Tensor, heads: int) -> Iterator[slice]:
-    """Some rows with all their heads each, of flat tensors.
-
-    So many that no piece but the last breaks off within a word that masks are drawn from.
-    """
-    one = heads * query.shape[1] * key.shape[1]
-    words = DRAWN_TOGETHER // math.gcd(DRAWN_TOGETHER, one)
-    step = heads * -(-max(1, PIECE_BYTES // (4 * one)) // words) * words
-    found = (slice(start, start + step) for start in range(0, len(query), step))
-    # Where only memory is counted, the second piece is as the others: its parts lie beside the first one's.
-    return itertools.islice(found, 2) if detect_fake_mode((query,)) else found
-
-
-def _flat(values: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, length, features] as [rows x heads, length, features]."""
-    return values.reshape(-1, *values.shape[2:])
-
-
-def _multiply(one: torch.Tensor, other: torch.Tensor, scale: float, output: torch.Tensor) -> torch.Tensor:
-    """One by other, batch by batch in fp32, times a number, without a pass of its own for that."""
-    one, other = one.float(), other.float()
-    if output.dtype == one.dtype:
-        return output.baddbmm_(one, other, beta=0, alpha=scale)
-    return output.copy_(torch.empty_like(output, dtype=one.dtype).baddbmm_(one, other, beta=0, alpha=scale))
-
-
-def _as_they_are() -> contextlib.AbstractContextManager[Any]:
-    """No autocast; where there is none, nothing, which takes less time."""
-    cast = torch.is_autocast_enabled("cpu")
-    return torch.autocast("cpu", enabled=False) if cast else contextlib.nullcontext()
-
-
-class _Dropped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> torch.Tensor:  # pyrefly: ignore[bad-override]
-        *tensors, mask, p, scale = given
-        rows, heads, length, _ = tensors[0].shape
-        query, key, value = map(_flat, tensors)
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        signed = torch.empty(*query.shape[:2], key.shape[1], device="cpu")
-        with _as_they_are():
-            for part in _pieces(query, key, heads):
-                flat = signed[part]  # its scores, its probabilities, and those with their signs, in turn
-                _multiply(query[part], key[part].transpose(1, 2), scale, flat)
-                if mask is not None:
-                    own = mask[part.start // heads : part.stop // heads] if len(mask) > 1 else mask
-                    flat.view(-1, heads, *flat.shape[1:]).add_(own)
-                torch.softmax(flat, -1, out=flat)
-                kept = bernoulli_(torch.empty_like(flat), 1 - p).mul_(flat)
-                flat.sub_(kept, alpha=2)
-                _multiply(kept, value[part], 1 / (1 - p), output[part])
-        ctx.save_for_backward(query, key, value, signed)
-        ctx.p, ctx.scale, ctx.heads = p, scale, heads
-        return output.view(rows, heads, length, -1).transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        query, key, value, signed = ctx.saved_tensors
-        of_output = _flat(gradients[0].transpose(1, 2))
-        of_query, of_key, of_value = found = [torch.empty_like(each) for each in (query, key, value)]
-        with _as_they_are():
-            for part in _pieces(query, key, ctx.heads):
-                flat, own = signed[part], of_output[part]
-                less = flat.clamp(max=0)  # minus what was kept of the probabilities
-                _multiply(less.transpose(1, 2), own, -1 / (1 - ctx.p), of_value[part])
-                less *= _multiply(own, value[part].transpose(1, 2), 1 / (1 - ctx.p), torch.empty_like(flat))
-                # Minus the gradient of the scores: kept x its gradient - probability x that row's sum of it.
-                less.addcmul_(flat.abs(), less.sum(-1, keepdim=True), value=-1)
-                _multiply(less, key[part], -ctx.scale, of_query[part])
-                _multiply(less.transpose(1, 2), query[part], -ctx.scale, of_key[part])
-        return *(each.view(-1, ctx.heads, *each.shape[1:]) for each in found), None, None, None

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import AttentionInterface
 
+from finetrial.ragged import Lengths, of_rows
+
 
 @dataclass
 class Group:
@@ -161,6 +163,19 @@ def attention(
         # Of its own length, for one query may be all there is.
         found.append(functional.pad(own, (0, 0, 0, 0, 0, whole - own.shape[1])))
     return torch.cat(found), None
+
+
+def attention_of_tokens(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, p: float, scale: float
+) -> torch.Tensor:
+    """`ragged.of_rows`, each training's rows by themselves."""
+    found = []
+    for group, queries in zip(GROUPS, GROUPS.parts(query), strict=True):
+        if group.length:
+            with GROUPS.drawing(group):
+                own, keys = lengths.part(group.rows), group.tokens
+                found.append(of_rows(query[queries], key[keys], value[keys], own, p, scale))
+    return torch.cat(found)
 
 
 def random_state(new: torch.Tensor | None = None) -> torch.Tensor:

@@ -35,9 +35,11 @@ from finetrial.stacked_layers import (
     StackedLora,
     StackedRows,
     attention,
+    attention_of_tokens,
     random_state,
 )
 from finetrial.train import follow
+from finetrial.trimmed import OF_TOKENS
 
 ATTENTION = "finetrial_stacked"
 # How far a stacked loss may lie from the training's own, relatively: rounding, and no more.
@@ -69,6 +71,7 @@ class Stack:
                 self._put(path, StackedDropout(module.p))
         AttentionInterface.register(ATTENTION, attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        OF_TOKENS[ATTENTION] = attention_of_tokens
         self.model.get_base_model().config._attn_implementation = ATTENTION
 
     def _put(self, path: str, module: nn.Module) -> None:

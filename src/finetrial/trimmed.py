@@ -10,6 +10,7 @@ In evaluation mode nothing changes: what is measured there is of whole layers, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
+from finetrial.ragged import Lengths, of_rows
+
 # Layers that are built alike, and whose classifiers read the first position (tests/test_trimmed.py).
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer")
-ATTENTIONS = ("sdpa", "finetrial_stacked")
+# By the name of a model's attention: what does it to tokens of rows of some lengths, and drops.
+OF_TOKENS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": of_rows}
 # Where a layer's modules may come from: known to do to each token the same, whatever the shape they are in.
 KNOWN = ("torch.nn", "transformers.", "peft.tuners.lora", "finetrial.")
 
@@ -51,13 +55,14 @@ def _is_plain(layer: Any) -> bool:
 class Packed:
     """Rows of a batch as tokens, one below the other; takes the place of the attention mask in a layer."""
 
-    def __init__(self, mask: torch.Tensor, real: torch.Tensor):
-        self.mask, self.shape = mask, real.shape
+    def __init__(self, real: torch.Tensor):
+        self.shape, counts = real.shape, real.sum(1)
+        self.lengths = Lengths(counts.tolist())
+        self.firsts = counts.cumsum(0) - counts  # of each row its first token
         real = real.reshape(-1)
         self.where = real.nonzero().view(-1)  # of each token its place in the rows
-        self.back = (real.cumsum(0) - 1).clamp_(min=0)  # of each place the token there, or one before it
+        self.back = real.cumsum(0) - 1  # of each place the token there, or one before it
         self.real = real[:, None]
-        self.firsts = self.back.view(self.shape)[:, 0]
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, length, features] as [tokens, features]."""
@@ -120,11 +125,13 @@ def _packed(encoder: Any, hidden: torch.Tensor, mask: Any) -> Packed | None:
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[:2] != (len(hidden), 1):
         return None
     keys = mask[:, :, :1]  # one for all queries, mostly written out
-    if encoder.config._attn_implementation not in ATTENTIONS or not torch.equal(mask, keys.expand_as(mask)):
+    if encoder.config._attn_implementation not in OF_TOKENS or not torch.equal(mask, keys.expand_as(mask)):
         return None
     real = keys[:, 0, 0] if keys.dtype == torch.bool else keys[:, 0, 0] == 0
-    whole, first = bool(real.all()), bool(real[:, 0].all())
-    return Packed(keys, real) if first and not whole and _is_known(encoder) else None
+    begun = real[:, :-1] | ~real[:, 1:]  # nothing after padding is none
+    if bool(real.all()) or not (bool(real[:, 0].all()) and bool(begun.all())) or not _is_known(encoder):
+        return None
+    return Packed(real)
 
 
 def _is_known(encoder: Any) -> bool:
@@ -148,39 +155,41 @@ def _layer(layer: Any, hidden: torch.Tensor, attention_mask: Any = None, *others
 
     In training of the first positions alone [rows, 1, features], if nobody reads the others.
     """
-    packed = attention_mask if isinstance(attention_mask, Packed) else None
-    mask = attention_mask if packed is None else packed.mask
-    if packed is None and not (layer.first_alone and _is_usual(layer, mask, options)):
-        return type(layer).forward(layer, hidden, mask, *others, **options)
-    inner, own = layer.attention.self, hidden
-    if layer.first_alone:
-        own = hidden[:, 0] if packed is None else hidden.index_select(0, packed.firsts)
-        mask = mask if mask is None else mask[:, :, :1]
+    if isinstance(attention_mask, Packed):
+        return _of_tokens(layer, hidden, attention_mask)
+    if layer.first_alone and _is_usual(layer, attention_mask, options):
+        return _of_firsts(layer, hidden, attention_mask)
+    return type(layer).forward(layer, hidden, attention_mask, *others, **options)
 
-    def in_rows(values: torch.Tensor) -> torch.Tensor:
-        return values if packed is None else packed.unpack(values)
 
-    def heads(values: torch.Tensor) -> torch.Tensor:
-        return values.view(*values.shape[:2], -1, inner.attention_head_size).transpose(1, 2)
-
-    query = inner.query(own)
-    query = query[:, None] if layer.first_alone else in_rows(query)
-    key, value = in_rows(inner.key(hidden)), in_rows(inner.value(hidden))
-    found, _ = AttentionInterface()[inner.config._attn_implementation](
-        inner, heads(query), heads(key), heads(value), mask,
-        dropout=inner.dropout.p if layer.training else 0.0, scaling=inner.scaling,
-    )  # fmt: skip
-    found = found.flatten(2)
-    if layer.first_alone:
-        found = found[:, 0]
-    elif packed is not None:
-        found = packed.pack(found)
-    values = layer.feed_forward_chunk(layer.attention.output(found, own))
+def _of_tokens(layer: Any, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    inner = layer.attention.self
+    own = hidden.index_select(0, packed.firsts) if layer.first_alone else hidden
+    query, key, value = (
+        each(values).view(len(values), -1, inner.attention_head_size)
+        for each, values in ((inner.query, own), (inner.key, hidden), (inner.value, hidden))
+    )
+    attend = OF_TOKENS[inner.config._attn_implementation]
+    found = attend(query, key, value, packed.lengths, inner.dropout.p if layer.training else 0.0, inner.scaling)
+    values = layer.feed_forward_chunk(layer.attention.output(found.flatten(1), own))
     return values[:, None] if layer.first_alone else values
+
+
+def _of_firsts(layer: Any, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
+    inner, first = layer.attention.self, hidden[:, :1]
+    query, key, value = (
+        each(values).view(*values.shape[:2], -1, inner.attention_head_size).transpose(1, 2)
+        for each, values in ((inner.query, first), (inner.key, hidden), (inner.value, hidden))
+    )
+    found, _ = AttentionInterface()[inner.config._attn_implementation](
+        inner, query, key, value, mask if mask is None else mask[:, :, :1], dropout=inner.dropout.p,
+        scaling=inner.scaling,
+    )  # fmt: skip
+    return layer.feed_forward_chunk(layer.attention.output(found.flatten(2), first))
 
 
 def _is_usual(layer: Any, mask: Any, options: dict[str, Any]) -> bool:
     """Whether a layer trains, by an attention that is known."""
-    known = layer.attention.self.config._attn_implementation in ATTENTIONS
+    known = layer.attention.self.config._attn_implementation in OF_TOKENS
     four = mask is None or mask.ndim == 4
     return layer.training and known and four and not options.get("output_attentions")
