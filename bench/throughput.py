@@ -183,6 +183,9 @@ def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             parameter.copy_(same[name])
+    for module in (*model.modules(), *theirs.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     features = bench.encode(bench.splits.train, built)
     maximum, pad = MAXIMUM.get(spec.task.name, 128), built.tokenizer.pad_token_id
     worst = 0.0
@@ -199,7 +202,7 @@ def gap(spec: RunSpec, home: Home) -> dict[str, Any]:
         }
         found = []
         for each, tensors in ((model, own), (theirs, wide)):
-            each.eval().zero_grad(set_to_none=True)
+            each.train().zero_grad(set_to_none=True)  # as steps are made, with the padding left out
             if each is theirs and "labels" in tensors:
                 loss = each(**model_inputs(tensors), labels=tensors["labels"]).loss
             else:

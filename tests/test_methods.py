@@ -195,6 +195,29 @@ def test_a_lora_layer_computes_what_pefts_own_does(make, name, autocast):
         assert apart < (0.15 if autocast else 1e-4), each
 
 
+def test_a_lora_layer_leaves_what_was_done_to_its_base_layer_as_it_is(make):
+    """Its biases may train, somebody may listen to it, and it may be of a kind of its own."""
+
+    class Twice(torch.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model, _ = make("bert", QA, "lora")
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    heard = []
+    layers[0].base_layer.bias.requires_grad_(True)
+    layers[1].base_layer.register_forward_hook(lambda *_: heard.append(1))
+    layers[2].base_layer.__class__ = Twice
+    ids = torch.arange(4, 24).view(2, 10)
+    found = model.eval()(input_ids=ids).start_logits
+    found.square().sum().backward()
+    assert layers[0].base_layer.bias.grad is not None
+    assert heard == [1]
+    for layer in layers:
+        del layer.forward
+    assert torch.equal(found, model(input_ids=ids).start_logits)
+
+
 @every_model
 @both_heads
 def test_lora_saves_what_peft_loads(make, folders, name, kind, tmp_path):

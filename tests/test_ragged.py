@@ -90,14 +90,19 @@ def test_what_is_dropped_is_drawn_piece_by_piece_in_order(one_query, lengths, se
     assert_alike(tensors, ours, expected(tensors, lengths, masks))
 
 
-@given(lengths_of, st.integers(0, 5), st.integers(0, 5))
-def test_a_part_of_the_rows_is_what_these_rows_are_alone(lengths, start, count):
-    """As a stack does it: each training's rows by themselves."""
-    part = slice(min(start, len(lengths) - 1), min(start, len(lengths) - 1) + 1 + count)
-    own = Lengths(lengths).part(part)
-    assert own.each == lengths[part]
-    tensors = inputs(own.each, one_query=False)
-    assert torch.equal(of_rows(*tensors, own, 0.0, 0.7), of_rows(*tensors, Lengths(lengths[part]), 0.0, 0.7))
+@given(lengths_of, st.integers(0, 5), st.integers(0, 5), st.integers(0, 99))
+def test_a_part_of_the_rows_is_what_these_rows_are_alone(lengths, start, count, seed):
+    """As a stack does it: each training's rows by themselves, with the draws that they have alone."""
+    first = min(start, len(lengths) - 1)
+    part, before = slice(first, first + 1 + count), sum(lengths[:first])
+    whole = Lengths(lengths)
+    query, key, value = inputs(lengths, one_query=False, seed=seed)
+    cut = slice(before, before + sum(lengths[part]))
+    torch.manual_seed(seed)
+    alone = of_rows(query[cut], key[cut], value[cut], Lengths(lengths[part]), 0.5, 0.7)
+    whole.pieces(HEADS, one_query=False)
+    torch.manual_seed(seed)
+    assert torch.equal(of_rows(query[cut], key[cut], value[cut], whole.part(part), 0.5, 0.7), alone)
 
 
 def test_rows_are_together_as_far_as_their_scores_fit():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetrial.memory import LiveBytes, training_step
 from finetrial.trimmed import Packed, trim
 
 pytestmark = pytest.mark.usefixtures("as_in_a_run")
@@ -66,55 +69,162 @@ def of_answers(model, inputs):
     return {"": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+NEVER = 1e-12  # a dropout that goes the way of one that drops, and never does
+AS_ATTENTION_GOES = pytest.mark.parametrize("p", [0.0, NEVER])
+
+
 def products(call):
     """Floating-point operations of the products by weights, forwards."""
     with FlopCounterMode(display=False) as counter:
         call()
-    found = counter.get_flop_counts()["Global"]
-    return found[torch.ops.aten.addmm]
+    return counter.get_flop_counts()["Global"][torch.ops.aten.addmm]
 
 
+def of_layers(model, tokens):
+    layers = getattr(model, model.base_model_prefix).encoder
+    return 2 * tokens * sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+
+
+def around(model, places):
+    """What of an answering model's products is not of its layers: the head, and ELECTRA's embeddings."""
+    return 2 * places * 16 * (2 + 128 * (model.base_model_prefix == "electra"))
+
+
+@AS_ATTENTION_GOES
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_padding_logits_and_gradients_are_those_of_whole_rows(kind, checkpointing):
-    whole, part = (answering(kind).train() for _ in range(2))
+def test_without_padding_logits_and_gradients_are_those_of_whole_rows(kind, checkpointing, p):
+    whole, part = (answering(kind, attention_probs_dropout_prob=p).train() for _ in range(2))
     assert trim(part)
     if checkpointing:
         part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_alike(of_answers(part, batch(padded=True)), of_answers(whole, batch(padded=True)))
 
 
+@AS_ATTENTION_GOES
+@pytest.mark.parametrize("make", [answering, model_of])
+def test_layers_are_computed_twice_with_gradient_checkpointing(make, p):
+    own = {name: each for name, each in batch(padded=True).items() if name != "labels"}
+    found = []
+    for checkpointing in (False, True):
+        model = make("bert", attention_probs_dropout_prob=p).train()
+        assert trim(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        forward = products(lambda model=model: model(**own))
+        found.append(products(lambda model=model: model(**own)[0].sum().backward()) - forward)
+    assert found[0] == 0
+    assert found[1] > 0.9 * (forward - around(model, own["input_ids"].numel()))
+
+
+@AS_ATTENTION_GOES
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_of_as_many_tokens_as_there_are(kind):
-    model, inputs = answering(kind).train(), batch(padded=True)
+def test_products_are_of_as_many_tokens_as_there_are(kind, p):
+    model, inputs = answering(kind, attention_probs_dropout_prob=p).train(), batch(padded=True)
     assert trim(model)
     own = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    layers = sum(p.numel() for p in getattr(model, model.base_model_prefix).encoder.parameters() if p.ndim == 2)
     tokens, places = int(own["attention_mask"].sum()), own["input_ids"].numel()
-    around = 2 * 16 * 2 * places + (2 * 16 * 128 * places if kind == "electra" else 0)  # head, embeddings
-    assert products(lambda: model(**own)) == 2 * layers * tokens + around
-    assert products(lambda: model.eval()(**own)) == 2 * layers * places + around
+    assert products(lambda: model(**own)) == of_layers(model, tokens) + around(model, places)
+    assert products(lambda: model.eval()(**own)) == of_layers(model, places) + around(model, places)
 
 
-@pytest.mark.parametrize("case", ["a hook", "a module of one's own", "left padding"])
-def test_rows_stay_whole_where_tokens_could_be_something_else(case):
+def put_a_hook(model):
+    model.bert.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *_: None)
+
+
+def put_a_module(model):
     class Own(torch.nn.Linear):
         def forward(self, input):
             assert input.ndim == 3
             return super().forward(input)
 
+    model.bert.encoder.layer[1].intermediate.dense.__class__ = Own
+
+
+def put_a_forward(model):
+    inner = model.bert.encoder.layer[1].attention.self
+    gate, before = torch.nn.Parameter(torch.ones(1)), inner.forward
+    inner.gate = gate
+
+    def gated(*inputs, **options):
+        found, weights = before(*inputs, **options)
+        return found * gate * 3, weights
+
+    inner.forward = gated
+
+
+def put_a_layer(model):
+    model.bert.encoder.layer.append(copy.deepcopy(whole_layer()))
+
+
+def whole_layer():
+    return answering("bert").bert.encoder.layer[0]
+
+
+@pytest.mark.parametrize("put", [put_a_hook, put_a_module, put_a_forward, put_a_layer])
+@pytest.mark.parametrize("make", [answering, model_of])
+def test_rows_stay_whole_where_a_method_has_put_something_of_its_own(make, put):
+    """The same as if nothing had been trimmed, in training too."""
+    plain, trimmed = (make("bert", **NO_DROPOUT).train() for _ in range(2))
+    assert trim(trimmed)
+    own = {name: each for name, each in batch(padded=True).items() if name != "labels"}
+    found = []
+    for model in (plain, trimmed):
+        put(model)
+        logits = model(**own)[0]
+        logits.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append(gradients | {"logits": logits.detach()})
+    assert products(lambda: trimmed(**own)) == products(lambda: plain(**own))
+    assert_alike(found[1], found[0])
+
+
+def test_rows_stay_whole_where_padding_is_on_the_left():
     model, inputs = answering("bert").train(), batch(padded=True)
     assert trim(model)
-    dense = model.bert.encoder.layer[1].intermediate.dense
-    if case == "a hook":
-        dense.register_forward_hook(lambda *_: None)
-    elif case == "a module of one's own":
-        dense.__class__ = Own
-    else:
-        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    own = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    layers = sum(p.numel() for p in model.bert.encoder.parameters() if p.ndim == 2)
-    assert products(lambda: model(**own)) == (2 * layers + 2 * 16 * 2) * own["input_ids"].numel()
+    own = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"].flip(1)}
+    places = own["input_ids"].numel()
+    assert products(lambda: model(**own)) == of_layers(model, places) + around(model, places)
+
+
+def test_a_row_is_dropped_from_alike_whatever_the_padding_of_others():
+    """As in a stack, where a training without padding may have neighbours with some."""
+    inputs = batch(padded=False)
+    model = answering("bert", attention_probs_dropout_prob=0.5).train()
+    assert trim(model)
+    torch.manual_seed(3)
+    alone = model(input_ids=inputs["input_ids"]).start_logits
+    torch.manual_seed(3)
+    ids = torch.nn.functional.pad(inputs["input_ids"], (0, 4))
+    padded = model(input_ids=ids, attention_mask=(torch.arange(13) < 9).long().expand(4, -1))
+    torch.testing.assert_close(padded.start_logits[:, :9], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_that_is_not_to_drop_does_not():
+    model, inputs = answering("bert", attention_probs_dropout_prob=0.5).train(), batch(padded=True)
+    assert trim(model)
+    for layer in model.bert.encoder.layer:
+        layer.attention.eval()
+    first, second = (model(input_ids=inputs["input_ids"]).start_logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("make", [answering, model_of])
+def test_no_more_memory_than_is_counted_for_whole_rows(make, p, checkpointing):
+    size = {"hidden_size": 64, "intermediate_size": 256, "attention_probs_dropout_prob": p}
+    counted, real = (make("bert", **size).train() for _ in range(2))
+    mask = (torch.arange(64) < torch.tensor([64] * 15 + [63])[:, None]).long()
+    own = {"input_ids": torch.ones(16, 64, dtype=torch.int64), "attention_mask": mask}
+    for model in (counted, real):
+        assert trim(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step = training_step(counted, own, lambda out, _: out[0].flatten(1).sum(1), torch.optim.AdamW)
+    with LiveBytes() as live:
+        real(**own)[0].sum().backward()
+    assert live.peak < step.resident + step.activations + step.gradients
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(0, 99))
@@ -122,7 +232,7 @@ def test_tokens_laid_out_in_rows_again_are_where_they_were(lengths, seed):
     torch.manual_seed(seed)
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows = torch.randn(*real.shape, 3, requires_grad=True)
-    packed = Packed(real)
+    packed = Packed(real, None)
     tokens = packed.pack(rows)
     assert torch.equal(tokens, rows[real])
     again = packed.unpack(tokens)
@@ -145,13 +255,12 @@ def test_loss_and_gradients_are_those_of_the_whole_layer(kind, padded):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_does_less_in_training_and_all_in_evaluation(kind):
-    model, seen = model_of(kind), []
+    model = model_of(kind)
     assert trim(model)
-    last = getattr(model, model.base_model_prefix).encoder.layer[-1]
-    last.register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
-    for mode in (True, False):
-        model.train(mode)(**batch(padded=True))
-    assert seen == [(4, 1, 16), (4, 9, 16)]
+    own = {"input_ids": batch(padded=False)["input_ids"]}
+    less = products(lambda: model.eval()(**own)) - products(lambda: model.train()(**own))
+    # Of the last layer 8 of 9 positions' query, output and feed-forward part.
+    assert less == 2 * 4 * 8 * (2 * 16 * 16 + 2 * 16 * 32)
 
 
 def test_dropout_keeps_the_mean_of_the_loss():

@@ -14,6 +14,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
+def is_plain(base: Any, down: Any, up: Any) -> bool:
+    """Whether `adapted` does what a layer and its adapter do.
+
+    They are linear layers as torch makes them, which nobody listens to; the layer is frozen, and the adapter
+    adds no bias.
+    """
+    parts = (base, down, up)
+    hooked = any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in parts
+    )
+    usual = all(type(part) is torch.nn.Linear and "forward" not in vars(part) for part in parts)
+    frozen = not base.weight.requires_grad and not (base.bias is not None and base.bias.requires_grad)
+    return usual and frozen and not hooked and down.bias is None and up.bias is None
+
+
 def adapted(
     rows: torch.Tensor, dropped: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
     down: torch.Tensor, up: torch.Tensor, scale: float,

@@ -90,7 +90,10 @@ class Lengths:
         return self.known.setdefault(key, Lengths(self.each[rows]))
 
     def pieces(self, heads: int, *, one_query: bool) -> Sequence[Piece]:
-        """All rows in order, as many at a time as have scores of `PIECE_BYTES`; one at least."""
+        """All rows in order, as many at a time as have scores of `PIECE_BYTES`; one at least.
+
+        With one query of each row they are the same rows.
+        """
         key = (heads, one_query, PIECE_BYTES)
         if key not in self.known:
             self.known[key] = [*self._pieces(heads, one_query=one_query)]
@@ -102,7 +105,7 @@ class Lengths:
             end, longest = start + 1, self.each[start]
             for length in self.each[end:]:
                 wider = max(longest, length)
-                if 4 * heads * (end + 1 - start) * wider * (1 if one_query else wider) > PIECE_BYTES:
+                if 4 * heads * (end + 1 - start) * wider * wider > PIECE_BYTES:
                     break
                 end, longest = end + 1, wider
             counts = self.each[start:end]

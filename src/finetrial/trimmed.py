@@ -11,6 +11,7 @@ In evaluation mode nothing changes: what is measured there is of whole layers, i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -53,12 +54,16 @@ def _is_plain(layer: Any) -> bool:
 
 
 class Packed:
-    """Rows of a batch as tokens, one below the other; takes the place of the attention mask in a layer."""
+    """Rows of a batch as tokens, one below the other; takes the place of the attention mask in a layer.
 
-    def __init__(self, real: torch.Tensor):
-        self.shape, counts = real.shape, real.sum(1)
+    `real` is [rows, length], true at tokens, which padding follows; `mask` the same as attention takes it.
+    """
+
+    def __init__(self, real: torch.Tensor, mask: torch.Tensor | None):
+        self.shape, self.mask, counts = real.shape, mask, real.sum(1)
         self.lengths = Lengths(counts.tolist())
         self.firsts = counts.cumsum(0) - counts  # of each row its first token
+        self.whole = bool(real.all())
         real = real.reshape(-1)
         self.where = real.nonzero().view(-1)  # of each token its place in the rows
         self.back = real.cumsum(0) - 1  # of each place the token there, or one before it
@@ -66,11 +71,13 @@ class Packed:
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, length, features] as [tokens, features]."""
-        return _Pack.apply(rows.reshape(len(self.back), -1), self.where, self.back, self.real)
+        rows = rows.reshape(len(self.back), -1)
+        return rows if self.whole else _Pack.apply(rows, self.where, self.back, self.real)
 
     def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
         """The opposite; what stands at padding means nothing, and has no gradient."""
-        return _Unpack.apply(tokens, self.where, self.back).view(*self.shape, -1)
+        rows = tokens if self.whole else _Unpack.apply(tokens, self.where, self.back)
+        return rows.view(*self.shape, -1)
 
 
 class _Pack(torch.autograd.Function):
@@ -103,12 +110,14 @@ class _Unpack(torch.autograd.Function):
 
 
 def _encoder(encoder: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
-    """The encoder's own forward; in training without padding, where there is some."""
+    """The encoder's own forward; in training of tokens, where it can be."""
+    mask = options.pop("attention_mask", mask)  # the library hands it on by its name
     packed = None
-    # The library hands the mask on by its name.
-    mask = options.pop("attention_mask", mask)
-    if encoder.training and not _asks_for_more(others, options):
-        packed = _packed(encoder, hidden, mask)
+    if encoder.training:
+        if not _is_known(encoder):
+            _give_back(encoder)
+        elif not _asks_for_more(others, options):
+            packed = _packed(encoder, hidden, mask)
     if packed is None:
         return type(encoder).forward(encoder, hidden, mask, *others, **options)
     values = packed.pack(hidden)
@@ -119,28 +128,50 @@ def _encoder(encoder: Any, hidden: torch.Tensor, mask: Any = None, *others: Any,
 
 
 def _packed(encoder: Any, hidden: torch.Tensor, mask: Any) -> Packed | None:
-    """How the rows lie as tokens; None: as they are, for there is no padding, or it cannot be told."""
+    """How the rows lie as tokens; None: it cannot be told."""
     if hidden.device.type != "cpu" or detect_fake_mode((hidden,)):
         return None
+    if encoder.config._attn_implementation not in OF_TOKENS:
+        return None
+    if mask is None:
+        return Packed(torch.ones(hidden.shape[:2], dtype=torch.bool), None)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[:2] != (len(hidden), 1):
         return None
     keys = mask[:, :, :1]  # one for all queries, mostly written out
-    if encoder.config._attn_implementation not in OF_TOKENS or not torch.equal(mask, keys.expand_as(mask)):
+    if not torch.equal(mask, keys.expand_as(mask)):
         return None
     real = keys[:, 0, 0] if keys.dtype == torch.bool else keys[:, 0, 0] == 0
-    begun = real[:, :-1] | ~real[:, 1:]  # nothing after padding is none
-    if bool(real.all()) or not (bool(real[:, 0].all()) and bool(begun.all())) or not _is_known(encoder):
-        return None
-    return Packed(real)
+    follows = real[:, :-1] | ~real[:, 1:]
+    return Packed(real, keys) if bool(real[:, 0].all()) and bool(follows.all()) else None
 
 
 def _is_known(encoder: Any) -> bool:
     """Whether nothing in its layers could do something else to tokens than to rows; looked at once."""
     if not hasattr(encoder, "known"):
-        modules = list(encoder.layer.modules())
-        hooked = any(each._forward_hooks or each._forward_pre_hooks for each in modules)
-        encoder.known = not hooked and all(type(each).__module__.startswith(KNOWN) for each in modules)
+        ours = all(map(_is_plain, encoder.layer)) and all("first_alone" in vars(each) for each in encoder.layer)
+        encoder.known = ours and all(map(_is_as_made, encoder.layer.modules()))
     return encoder.known
+
+
+def _is_as_made(module: Any) -> bool:
+    """Whether a module is of a known kind, and does what its kind does."""
+    forward = vars(module).get("forward")
+    by = getattr(getattr(forward, "__func__", forward), "__module__", "")
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    known = type(module).__module__.startswith(KNOWN)
+    return known and not any(hooks) and (forward is None or by.startswith("finetrial."))
+
+
+def _give_back(encoder: Any) -> None:
+    """Let an encoder and its layers do what they did before."""
+    for module in (encoder, *encoder.layer):
+        if getattr(vars(module).get("forward"), "__func__", None) in (_encoder, _layer):
+            del module.forward
 
 
 def _asks_for_more(others: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -150,42 +181,62 @@ def _asks_for_more(others: tuple[Any, ...], options: dict[str, Any]) -> bool:
     )
 
 
-def _layer(layer: Any, hidden: torch.Tensor, attention_mask: Any = None, *others: Any, **options: Any) -> Any:
+def _layer(layer: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
     """The layer's own forward: of tokens [tokens, features], if they are packed; else of rows.
 
     In training of the first positions alone [rows, 1, features], if nobody reads the others.
     """
-    if isinstance(attention_mask, Packed):
-        return _of_tokens(layer, hidden, attention_mask)
-    if layer.first_alone and _is_usual(layer, attention_mask, options):
-        return _of_firsts(layer, hidden, attention_mask)
-    return type(layer).forward(layer, hidden, attention_mask, *others, **options)
+    if isinstance(mask, Packed):
+        do = partial(_of_tokens, layer)
+    elif layer.first_alone and _is_usual(layer, mask, options):
+        do = partial(_of_firsts, layer)
+    else:
+        return type(layer).forward(layer, hidden, mask, *others, **options)
+    if layer.gradient_checkpointing and layer.training:  # which is done in the library's forward
+        return layer._gradient_checkpointing_func(do, hidden, mask)
+    return do(hidden, mask)
 
 
 def _of_tokens(layer: Any, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
-    inner = layer.attention.self
     own = hidden.index_select(0, packed.firsts) if layer.first_alone else hidden
-    query, key, value = (
-        each(values).view(len(values), -1, inner.attention_head_size)
-        for each, values in ((inner.query, own), (inner.key, hidden), (inner.value, hidden))
-    )
-    attend = OF_TOKENS[inner.config._attn_implementation]
-    found = attend(query, key, value, packed.lengths, inner.dropout.p if layer.training else 0.0, inner.scaling)
-    values = layer.feed_forward_chunk(layer.attention.output(found.flatten(1), own))
+    values = layer.feed_forward_chunk(layer.attention.output(_attended(layer, own, hidden, packed), own))
     return values[:, None] if layer.first_alone else values
+
+
+def _attended(layer: Any, own: torch.Tensor, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """What each of `own` has of its row's tokens, [tokens, features]."""
+    inner = layer.attention.self
+    query, key, value = inner.query(own), inner.key(hidden), inner.value(hidden)
+    p = _dropout(inner)
+    if not 0 < p < 1:  # the library's takes less memory
+        query = query[:, None] if layer.first_alone else packed.unpack(query)
+        found = _in_rows(inner, query, packed.unpack(key), packed.unpack(value), packed.mask)
+        return found[:, 0] if layer.first_alone else packed.pack(found)
+    query, key, value = (each.view(len(each), -1, inner.attention_head_size) for each in (query, key, value))
+    attend = OF_TOKENS[inner.config._attn_implementation]
+    return attend(query, key, value, packed.lengths, p, inner.scaling).flatten(1)
 
 
 def _of_firsts(layer: Any, hidden: torch.Tensor, mask: Any) -> torch.Tensor:
     inner, first = layer.attention.self, hidden[:, :1]
+    mask = mask if mask is None else mask[:, :, :1]
+    found = _in_rows(inner, inner.query(first), inner.key(hidden), inner.value(hidden), mask)
+    return layer.feed_forward_chunk(layer.attention.output(found, first))
+
+
+def _in_rows(inner: Any, query: Any, key: Any, value: Any, mask: Any) -> torch.Tensor:
+    """Attention by the library's table, of [rows, length, features]."""
     query, key, value = (
-        each(values).view(*values.shape[:2], -1, inner.attention_head_size).transpose(1, 2)
-        for each, values in ((inner.query, first), (inner.key, hidden), (inner.value, hidden))
+        each.view(*each.shape[:2], -1, inner.attention_head_size).transpose(1, 2)
+        for each in (query, key, value)
     )
-    found, _ = AttentionInterface()[inner.config._attn_implementation](
-        inner, query, key, value, mask if mask is None else mask[:, :, :1], dropout=inner.dropout.p,
-        scaling=inner.scaling,
-    )  # fmt: skip
-    return layer.feed_forward_chunk(layer.attention.output(found.flatten(2), first))
+    attend = AttentionInterface()[inner.config._attn_implementation]
+    found, _ = attend(inner, query, key, value, mask, dropout=_dropout(inner), scaling=inner.scaling)
+    return found.flatten(2)
+
+
+def _dropout(inner: Any) -> float:
+    return inner.dropout.p if inner.training else 0.0
 
 
 def _is_usual(layer: Any, mask: Any, options: dict[str, Any]) -> bool:

@@ -134,7 +134,7 @@ def _do_together(folders: Sequence[RunFolder], let_go: Callable[[RunFolder], Non
 
 def import_all() -> ModuleType:
     """Import all that a run may ask for, which later might be of another version; the module of the stages."""
-    from finetrial import language, linear_probe, reading, represent, stages, updates  # noqa: F401 - for probes
+    from finetrial import language, linear_probe, low_rank, reading, represent, stages, updates  # noqa: F401 - later
 
     for kind in ("tasks", "methods", "probes"):
         for name in plugins.names(kind):

@@ -89,18 +89,19 @@ class Lora:
 
 def _forward(layer: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
     """PEFT's forward of a layer with one adapter on a frozen one, by `low_rank.adapted`."""
-    from finetrial.low_rank import adapted
+    from finetrial.low_rank import adapted, is_plain
 
-    base, active = layer.base_layer, layer.active_adapters
+    active = layer.active_adapters
     special = args or kwargs or layer.merged or layer.disable_adapters or len(active) != 1
-    if special or base.weight.requires_grad:
+    base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
+    if special or not is_plain(base, down, up):
         return type(layer).forward(layer, values, *args, **kwargs)
-    down, up = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     rows = values.reshape(-1, values.shape[-1])
     dropped = layer.lora_dropout[active[0]](rows)
     output = adapted(
-        rows, None if dropped is rows else dropped, base.weight, base.bias, down, up, layer.scaling[active[0]]
-    )
+        rows, None if dropped is rows else dropped, base.weight, base.bias, down.weight, up.weight,
+        layer.scaling[active[0]],
+    )  # fmt: skip
     return output.view(*values.shape[:-1], -1)
 
 
