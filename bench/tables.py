@@ -19,7 +19,15 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-VARIANTS = ("padded", "grouped", "finetrial", "finetrial_bf16")
+VARIANTS = {
+    "padded": "(a) padded", "grouped": "(b) grouped", "finetrial": "finetrial",
+    "finetrial_bf16": "finetrial in bf16",
+}  # fmt: skip
+FASTER = {
+    "finetrial_faster_than_padded": "than (a)", "finetrial_faster_than_grouped": "than (b)",
+    "finetrial_bf16_faster_than_padded": "in bf16 than (a)",
+    "finetrial_bf16_faster_than_grouped": "in bf16 than (b)",
+}  # fmt: skip
 METHODS = {"full": "full", "lora": "LoRA"}
 
 
@@ -39,29 +47,25 @@ def _stated(found: Sequence[float]) -> str:
 
 
 def throughput(found: dict[str, Any]) -> str:
+    shown = [name for name in VARIANTS if f"{name}_s" in found["rows"][0]]
     rows = [
         (
             row["task"], METHODS[row["method"]],
-            *(spread(row[f"{variant}_s"], 1) for variant in VARIANTS),
+            *(spread(row[f"{name}_s"], 1) for name in shown),
             f"{row['loss_gap']:.0e}",
         )
         for row in found["rows"]
     ]  # fmt: skip
-    columns = ("(a) padded, s", "(b) grouped, s", "finetrial, s", "finetrial in bf16, s", "gap of losses")
-    return table(("task", "method", *columns), rows)
+    columns = [f"{VARIANTS[name]}, s" for name in shown]
+    return table(("task", "method", *columns, "gap of losses"), rows)
 
 
 def faster(found: dict[str, Any]) -> str:
-    pairs = [(ours, theirs) for ours in ("finetrial", "finetrial_bf16") for theirs in ("padded", "grouped")]
+    shown = [key for key in FASTER if key in found["rows"][0]]
     rows = [
-        (
-            row["task"],
-            METHODS[row["method"]],
-            *(_stated(row[f"{ours}_faster_than_{theirs}"]) for ours, theirs in pairs),
-        )
-        for row in found["rows"]
+        (row["task"], METHODS[row["method"]], *(_stated(row[key]) for key in shown)) for row in found["rows"]
     ]
-    return table(("task", "method", "than (a)", "than (b)", "in bf16 than (a)", "in bf16 than (b)"), rows)
+    return table(("task", "method", *(FASTER[key] for key in shown)), rows)
 
 
 def worker_start(found: dict[str, Any]) -> str:
@@ -178,6 +182,8 @@ def study_parts(found: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput.json", throughput),
     "faster": ("throughput.json", faster),
+    "throughput_avx2": ("throughput_avx2.json", throughput),
+    "faster_avx2": ("throughput_avx2.json", faster),
     "worker_start": ("worker_start.json", worker_start),
     "overhead": ("overhead.json", overhead),
     "study": ("study.json", study),

@@ -262,7 +262,8 @@ measure: []
 run: {{engine: inline, threads: 1}}
 """
     )
-    run_study(study, home)
+    # So near to where training is unstable, a replicate of what was chosen may diverge: the study ends with 3.
+    assert run_study(study, home, check=False).returncode in (0, 3)
     drawn, guided = defaultdict(list), defaultdict(list)
     for record in (folder.record() for folder in Home(home).find("trial.")):
         rate, method = float(record.spec.settings["learning_rate"]), record.spec.method.name
