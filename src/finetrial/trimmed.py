@@ -1,8 +1,8 @@
 """An encoder's layers while it trains: without padding, and the last for what is read of it. Child side.
 
 Padding has no part in the loss, nor in a gradient. On a CPU all but the attention itself is therefore done for
-the tokens of all rows, one below the other, [tokens, features]; only queries, keys and values are laid out in
-rows again. And of a classifier's last layer every position's keys and values are needed, but only the first
+the tokens of all rows, one below the other, [tokens, features], and the attention for each row's own
+(`ragged.py`). And of a classifier's last layer every position's keys and values are needed, but only the first
 one's query, output and feed-forward part: in a model of six layers that is 14 % of the products.
 
 In evaluation mode nothing changes: what is measured there is of whole layers, in rows.
