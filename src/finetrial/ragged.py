@@ -27,11 +27,17 @@ DRAWN_TOGETHER = 4  # elements of a mask, at most, from one word of random bits 
 
 
 class Padding(NamedTuple):
-    """Rows of different lengths, padded to the longest."""
+    """Rows of different lengths, padded to the longest: places; and their tokens, one below the other."""
 
+    real: torch.Tensor  # [places]: whether there is a token
     back: torch.Tensor  # of each place the token there, or one before it
-    real: torch.Tensor  # [places, 1, 1]: whether it is one
     where: torch.Tensor  # of each token its place
+
+    @classmethod
+    def of(cls, real: torch.Tensor) -> Padding:
+        """Of [rows, length], true at tokens, which padding follows."""
+        real = real.reshape(-1)
+        return cls(real, real.cumsum(0) - 1, real.nonzero().view(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +55,7 @@ class Span:
         if self.padding is not None:
             own = own.index_select(0, self.padding.back)
             if blank:
-                own.mul_(self.padding.real)
+                own.mul_(self.padding.real[:, None, None])
         laid = own.view(self.rows, self.length, *own.shape[1:]).transpose(1, 2)
         return (laid[0] if self.rows == 1 else laid.reshape(-1, self.length, own.shape[-1])).float()
 
@@ -123,9 +129,7 @@ def _span(first: int, counts: Sequence[int]) -> Span:
     own = slice(first, first + held)
     if min(counts) == longest:
         return Span(own, len(counts), longest)
-    real = (torch.arange(longest) < torch.tensor(counts)[:, None]).view(-1)
-    padding = Padding(real.cumsum(0) - 1, real[:, None, None], real.nonzero().view(-1))
-    return Span(own, len(counts), longest, padding)
+    return Span(own, len(counts), longest, Padding.of(torch.arange(longest) < torch.tensor(counts)[:, None]))
 
 
 def alike(rows: int, queries: int, keys: int, heads: int, mask: torch.Tensor | None) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
-from finetrial.ragged import Lengths, of_rows
+from finetrial.ragged import Lengths, Padding, of_rows
 
 # Layers that are built alike, and whose classifiers read the first position (tests/test_trimmed.py).
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer")
@@ -63,50 +63,42 @@ class Packed:
         self.shape, self.mask, counts = real.shape, mask, real.sum(1)
         self.lengths = Lengths(counts.tolist())
         self.firsts = counts.cumsum(0) - counts  # of each row its first token
-        self.whole = bool(real.all())
-        real = real.reshape(-1)
-        self.where = real.nonzero().view(-1)  # of each token its place in the rows
-        self.back = real.cumsum(0) - 1  # of each place the token there, or one before it
-        self.real = real[:, None]
+        self.padding = None if bool(real.all()) else Padding.of(real)
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, length, features] as [tokens, features]."""
-        rows = rows.reshape(len(self.back), -1)
-        return rows if self.whole else _Pack.apply(rows, self.where, self.back, self.real)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return rows if self.padding is None else _Pack.apply(rows, self.padding)
 
     def unpack(self, tokens: torch.Tensor) -> torch.Tensor:
         """The opposite; what stands at padding means nothing, and has no gradient."""
-        rows = tokens if self.whole else _Unpack.apply(tokens, self.where, self.back)
+        rows = tokens if self.padding is None else _Unpack.apply(tokens, self.padding)
         return rows.view(*self.shape, -1)
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> torch.Tensor:  # pyrefly: ignore[bad-override]
-        rows, where, back, real = given
-        ctx.save_for_backward(back, real)
-        return rows.index_select(0, where)
+        rows, ctx.padding = given
+        return rows.index_select(0, ctx.padding.where)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        back, real = ctx.saved_tensors
         # Less than half of what copying to where they belong takes.
-        return gradients[0].index_select(0, back).mul_(real), None, None, None
+        return gradients[0].index_select(0, ctx.padding.back).mul_(ctx.padding.real[:, None]), None
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> torch.Tensor:  # pyrefly: ignore[bad-override]
-        tokens, where, back = given
-        ctx.save_for_backward(where)
-        return tokens.index_select(0, back)
+        tokens, ctx.padding = given
+        return tokens.index_select(0, ctx.padding.back)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        (where,) = ctx.saved_tensors
-        return gradients[0].index_select(0, where), None, None
+        return gradients[0].index_select(0, ctx.padding.where), None
 
 
 def _encoder(encoder: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
