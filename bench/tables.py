@@ -182,8 +182,6 @@ def study_parts(found: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "throughput": ("throughput.json", throughput),
     "faster": ("throughput.json", faster),
-    "throughput_avx2": ("throughput_avx2.json", throughput),
-    "faster_avx2": ("throughput_avx2.json", faster),
     "worker_start": ("worker_start.json", worker_start),
     "overhead": ("overhead.json", overhead),
     "study": ("study.json", study),
