@@ -316,6 +316,7 @@ def test_a_process_that_not_even_a_kill_ends_is_left_behind_with_a_note(bench, m
 
 PAUSED = """\
 import sys
+import time
 from pathlib import Path
 
 from finetrial.records import How
@@ -325,27 +326,39 @@ bench = Bench(Path(sys.argv[1]))
 up = "import os, time; open('pid', 'w').write(str(os.getpid()))"
 waits = "while not os.path.exists('go'): time.sleep(0.01)"
 spec = bench.spec(0, "\\n".join([up, waits, done(make_spec(0))]), how=How(limit_seconds=5.0))
-print(bench.home.run(spec.run_id).path, flush=True)
-bench.run(iter([spec]))
+folder = bench.home.run(spec.run_id).path
+print(folder, flush=True)
+lanes = [iter([spec])]
+if sys.argv[2] == "busy":
+    def proposals():  # as a search is asked for its next trial
+        folder.joinpath("thinks").touch()
+        while not folder.joinpath("thought").exists():
+            time.sleep(0.01)
+        yield from ()
+    lanes.append(proposals())
+bench.run(*lanes)
 print(bench.outcomes(spec))
 """
 
 
-def test_time_in_which_everything_was_paused_is_no_time_of_a_run(tmp_path):
+@pytest.mark.parametrize("coordinator_is", ["idle", "busy"])
+def test_time_in_which_everything_was_paused_is_no_time_of_a_run(tmp_path, coordinator_is):
     """As a container or a job is suspended: the coordinator and its run are stopped, and continued together."""
-    command = [sys.executable, "-c", PAUSED, str(tmp_path)]
+    command = [sys.executable, "-c", PAUSED, str(tmp_path), coordinator_is]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     coordinator = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     folder = Path(coordinator.stdout.readline().strip())
     while not (folder / "pid").exists() or not (folder / "pid").read_text():
         time.sleep(0.01)
+    while coordinator_is == "busy" and not (folder / "thinks").exists():
+        time.sleep(0.01)
     everything = [coordinator.pid, int((folder / "pid").read_text())]
-    time.sleep(1)  # until it is begun and looked at: a pause within what the coordinator does is taken for work
     for pid in everything:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(5.5)
     for pid in everything:
         os.kill(pid, signal.SIGCONT)
+    (folder / "thought").touch()
     time.sleep(0.3)  # the coordinator looks at it before it ends
     (folder / "go").touch()
     assert coordinator.communicate(timeout=60)[0] == "['done']\n"

@@ -26,12 +26,12 @@ from finetrial.store import Home, RunFolder
 from finetrial.under_way import (
     BESIDE,
     COORDINATOR_ENDED,
-    Busy,
     Held,
     Lane,
     Process,
     Queue,
     Running,
+    Working,
     claim,
     close,
     launch,
@@ -81,7 +81,7 @@ class Scheduler:
     on_finished: Callable[[RunRecord], None]
     tried_again: frozenset[Outcome] = TRIED_AGAIN
     check_room: Callable[[], None] = lambda: None  # raises where there is none for another run
-    busy: Busy = field(default_factory=Busy)
+    clock: Working = field(default_factory=Working)
     held: Held = field(default_factory=Held)
 
     def run(self, lanes: Sequence[Lane]) -> None:
@@ -132,16 +132,14 @@ class Scheduler:
                 queue.ready.sort(key=self.held.rests)
             # The first among equals, and first those that need not wait for another process.
             by_need = sorted(queues, key=lambda q: (bool(q.ready) and self.held.rests(q.ready[0]), q.under_way))
-            with self.busy.counted():
-                queue = next((queue for queue in by_need if queue.next() is not None), None)
+            queue = next((queue for queue in by_need if queue.next() is not None), None)
             if queue is None:
                 break
             spec = queue.ready[0]
             folder = self.home.run(spec.run_id)
             if self._has_ended(folder):
-                with self.busy.counted():
-                    self._tidy_up(folder)
-                    self.on_finished(folder.record())
+                self._tidy_up(folder)
+                self.on_finished(folder.record())
                 queue.ready.pop(0)
                 continue
             if self.held.rests(spec):
@@ -153,9 +151,8 @@ class Scheduler:
             if place is None:
                 break
             specs = [spec.model_copy(update={"how": spec.how.model_copy(update=place)}) for spec in specs]
-            with self.busy.counted():
-                self.check_room()
-                running += self._start(queue, specs)
+            self.check_room()
+            running += self._start(queue, specs)
             here = {id(run.process): run.process for run in running if run.spec.how.gpu == specs[0].how.gpu}
             for process in here.values():
                 process.beside = max(process.beside, len(here) - 1)
@@ -193,7 +190,7 @@ class Scheduler:
                 folder = self.home.run(spec.run_id)
                 runs.append(claim(queue, spec, folder, process))
             runs[0].folder.stack_with([run.folder for run in runs[1:]])
-            launch(runs)
+            launch(runs, self.clock)
         except BaseException:  # no process, a full disk, Ctrl-C: what nobody would watch must not run
             self._stop(process, GRACE_SECONDS)
             for run in runs:
@@ -224,8 +221,7 @@ class Scheduler:
 
     def _end(self, run: Running, ended: Exit) -> None:
         """Settle a run whose process has ended, or its part of it; to be resumed, it waits for a place."""
-        with self.busy.counted():
-            over = self._settle(run, ended)
+        over = self._settle(run, ended)
         if over:
             run.queue.under_way -= 1
         else:
@@ -249,27 +245,21 @@ class Scheduler:
 
         `last`: of its process, whose end is waited for.
         """
-        now = time.monotonic()
-        run.allow_for_a_pause(now, self.busy.seconds)
         ended = run.process.poll() if last else run.ended()
         if ended is not None:
             return ended
-        if run.deadline is not None and now > run.deadline:
+        if run.deadline is not None and self.clock.now() > run.deadline:
             self._stop(run.process, GRACE_SECONDS)
             limit = time_limit(run.spec) or 0
             return Exit(None, "timed_out", f"took longer than its limit of {limit:g} s")
-        with self.busy.counted():
-            self.progress.tick(run.spec, run.last_metrics())
+        self.progress.tick(run.spec, run.last_metrics())
         return None
 
     def _renew(self, running: Sequence[Running]) -> None:
         """Renew every lease that is due: as often as anything was done that may take its time."""
-        with self.busy.counted():
-            for run in running:
-                if not run.renew(time.monotonic()):
-                    raise Incomplete(
-                        f"{run.spec.run_id} was taken over by another coordinator; leave it to that"
-                    )
+        for run in running:
+            if not run.renew(time.monotonic()):
+                raise Incomplete(f"{run.spec.run_id} was taken over by another coordinator; leave it to that")
 
     def _settle(self, run: Running, ended: Exit) -> bool:
         """Record how an attempt ended; True if that ends the run, False if it is to be resumed."""
@@ -377,8 +367,7 @@ class Scheduler:
         )
 
     def _stop(self, process: Process, grace_seconds: float) -> None:
-        with self.busy.counted():
-            left_behind = process.stop(grace_seconds)
+        left_behind = process.stop(grace_seconds)
         if left_behind is not None:
             self.progress.note(left_behind)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from finetrial import lease as leases
 from finetrial import processes
@@ -28,7 +29,8 @@ RENEW_AGAIN_SECONDS = 1.0  # where the disk did not let it
 HELD_SECONDS = 60.0  # that another process may take to let go of its run, where nothing else is left to do
 HELD_REST_SECONDS, MOST_REST_SECONDS = 30.0, 600.0  # before such a run is tried again, where there is
 ASKED_POLL_SECONDS = 0.02
-PAUSE_SECONDS = 5.0  # a busy machine may keep a coordinator waiting for less than that
+PAUSE_SECONDS = 5.0  # a busy machine may keep a thread waiting for less than that
+LOOK_SECONDS = 0.5
 # Such an ending is the coordinator's doing, not the run's, and does not count towards the cap.
 COORDINATOR_ENDED = "its coordinator ended before it"
 STOPPED_WITH = "the process that it shared was stopped"
@@ -36,19 +38,39 @@ STOPPED_WITH = "the process that it shared was stopped"
 BESIDE = "not alone, so it is tried again with fewer beside it"
 
 
-class Busy:
-    """How long the coordinator was at what takes its time, in all; the runs go on meanwhile."""
+class Working:
+    """A clock, entered to run, that stands still while everything does: a container or a job that is suspended.
+
+    That is told by a thread that only looks at the time: what its coordinator is busy with itself is no pause.
+    """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._seen = (0.0, time.monotonic())  # how long it stood still until the last look, and when that was
+        self._over = threading.Event()
 
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds += time.monotonic() - began
+    def __enter__(self) -> Self:
+        self._seen, self._over = (self._seen[0], time.monotonic()), threading.Event()
+        threading.Thread(target=self._look, args=(self._over,), name="clock", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def now(self) -> float:
+        """Seconds; a pause that has just ended is left out before the thread sees it."""
+        seen = self._seen
+        now = time.monotonic()
+        return now - self._stood_still(seen, now)
+
+    def _stood_still(self, seen: tuple[float, float], now: float) -> float:
+        before, looked = seen
+        gap = now - looked
+        return before + gap if gap > PAUSE_SECONDS else before
+
+    def _look(self, over: threading.Event) -> None:
+        while not over.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            self._seen = (self._stood_still(self._seen, now), now)
 
 
 class Held:
@@ -182,9 +204,8 @@ class Running:
     memory_kills: int  # that the system had made before it
     kept_outputs: int  # parts of evaluations that it began with
     stacked: bool = False
-    deadline: float | None = None  # known once its process is there
+    deadline: float | None = None  # by the scheduler's clock, known once its process is there
     renewed_at: float = field(default_factory=time.monotonic)
-    looked: tuple[float, float] | None = None  # when last, and how long its coordinator had been busy by then
 
     def renew(self, now: float) -> bool:
         """Say that it is worked on, where that is due; False if another has taken it over.
@@ -208,18 +229,6 @@ class Running:
         with contextlib.suppress(OSError):
             return self.folder.last_metrics()
         return None
-
-    def allow_for_a_pause(self, now: float, busy_seconds: float) -> None:
-        """Move the deadline by the time that nobody had to work in: a container or a job that was suspended.
-
-        Told by looks at it that lie further apart than what its coordinator was busy with itself, meanwhile.
-        """
-        before, self.looked = self.looked, (now, busy_seconds)
-        if before is None or self.deadline is None:
-            return
-        gap = (now - before[0]) - (busy_seconds - before[1])
-        if gap > PAUSE_SECONDS:
-            self.deadline += gap
 
     def ended(self) -> Exit | None:
         """How it ended, or None while it goes on. One that is stacked ends before its process does."""
@@ -288,13 +297,13 @@ def claim(queue: Queue, spec: RunSpec, folder: RunFolder, process: Process) -> R
     return run
 
 
-def launch(runs: Sequence[Running]) -> None:
+def launch(runs: Sequence[Running], clock: Working) -> None:
     """Start the process of claimed runs."""
     process, first = runs[0].process, runs[0]
     process.handle = process.engine.start(first.folder.path, first.spec)
     for run in runs:
         limit = time_limit(run.spec)
-        run.deadline = time.monotonic() + limit if limit is not None else None
+        run.deadline = clock.now() + limit if limit is not None else None
         run.stacked = len(runs) > 1
         run.attempt = run.attempt.model_copy(update={"pid": process.handle.pid})
         run.folder.write_attempt(run.attempt)
