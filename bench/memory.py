@@ -100,8 +100,9 @@ def measure(configuration: Configuration, folder: Path, memory: str) -> Result:
     )  # fmt: skip
     study, home, engine = load_study(file), Home(folder / "home"), plugins.load("engines", "local")
     inputs = resolve_inputs(study)
+    home.path.mkdir()
+    home.cache.symlink_to(folder.parent.parent / "cache")
     open_home(study, home, inputs)
-    (home.path / "cache").symlink_to(folder.parent.parent / "cache")
     task, method = next(arm for arm in study.arms if arm[1].name == configuration.method)
     settings: dict[str, Any] = {
         "learning_rate": 1e-4, "epochs": 1.0, "batch_size": configuration.batch_size, "warmup_ratio": 0.0,
@@ -121,6 +122,20 @@ def measure(configuration: Configuration, folder: Path, memory: str) -> Result:
     return result
 
 
+def compared(configuration: Configuration, folder: Path) -> dict[str, Any]:
+    """What was foretold of it beside what was measured; megabytes."""
+    cost = measure(configuration, folder / "roomy", ENOUGH).cost
+    # As little above what is foretold as leaves room for the error that is asked for.
+    tight = measure(configuration, folder / "tight", f"{int((cost.predicted_memory_bytes or 0) * 1.12)} B").cost
+    assert tight.predicted_memory_bytes is not None
+    ratio = tight.predicted_memory_bytes / tight.peak_memory_bytes
+    return {
+        **configuration._asdict(), "predicted_mb": round(tight.predicted_memory_bytes / 1e6, 1),
+        "measured_mb": round(tight.peak_memory_bytes / 1e6, 1), "ratio": round(ratio, 3),
+        "measured_roomy_mb": round(cost.peak_memory_bytes / 1e6, 1), "device": tight.device,
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
@@ -131,18 +146,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "cache").mkdir()
         for index, configuration in enumerate(configurations(given.models.split(","))):
-            folder = Path(place) / str(index)
-            cost = measure(configuration, folder / "roomy", ENOUGH).cost
-            predicted = cost.predicted_memory_bytes or 0
-            # As little above what is foretold as leaves room for the error that is asked for.
-            tight = measure(configuration, folder / "tight", str(int(predicted * 1.12))).cost
-            assert tight.predicted_memory_bytes is not None
-            ratio = tight.predicted_memory_bytes / tight.peak_memory_bytes
-            row = {
-                **configuration._asdict(), "predicted_mb": round(tight.predicted_memory_bytes / 1e6, 1),
-                "measured_mb": round(tight.peak_memory_bytes / 1e6, 1), "ratio": round(ratio, 3),
-                "measured_roomy_mb": round(cost.peak_memory_bytes / 1e6, 1), "device": tight.device,
-            }  # fmt: skip
+            row = compared(configuration, Path(place) / str(index))
             rows.append(row)
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()

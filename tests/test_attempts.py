@@ -314,6 +314,14 @@ def test_a_process_that_not_even_a_kill_ends_is_left_behind_with_a_note(bench, m
     assert f"{spec.run_id}: process {bench.engine.handles[0].pid} does not end" in note
 
 
+def test_a_limit_is_kept_that_is_longer_than_what_passes_for_a_pause(bench, monkeypatch):
+    monkeypatch.setattr("finetrial.under_way.PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr("finetrial.under_way.LOOK_SECONDS", 0.05)
+    spec = bench.spec(0, SLEEP, done(make_spec(0)), how=How(limit_seconds=1.5))
+    bench.run(iter([spec]))
+    assert bench.outcomes(spec) == ["timed_out", "done"]
+
+
 PAUSED = """\
 import sys
 import time

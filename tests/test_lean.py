@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -242,6 +244,25 @@ def test_each_tensor_is_clipped_to_its_share_of_the_limit_whatever_the_method(ti
     assert stepper.finish() == pytest.approx(math.sqrt(squares), rel=1e-5)
     for parameter, norm in wanted.items():
         assert float(optimizer.state[parameter]["exp_avg"].norm()) == pytest.approx(norm / 10, rel=1e-4)
+
+
+def test_a_model_that_steps_in_the_backward_pass_is_gone_when_nobody_holds_it(tiny_bert):
+    from finetrial.optimisation import prepare_optimisation
+    from finetrial.plugins import Stepping
+    from finetrial.stepping import Stepper
+    from finetrial.train import make_accelerator
+
+    params = {"step_in_backward": True}
+    spec = make_spec(tiny_bert, method_params=params, rules={"clip": "per_tensor"})
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, scheduler = prepare_optimisation(make_accelerator(spec.rules), [parameter], spec, 10)
+    stepper = Stepper([parameter], optimizer, spec.rules, Stepping(in_backward=True))
+    parameter.sum().backward()
+    assert parameter.grad is None
+    gone = weakref.ref(parameter)
+    del parameter, optimizer, scheduler, stepper
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_gradient_is_clipped_as_torch_clips_it(tiny_bert, tmp_path):

@@ -81,14 +81,21 @@ def padded(batch: Sequence[Feature]) -> int:
 
 
 def heaviest(batches: Sequence[Sequence[Feature]]) -> list[Sequence[Feature]]:
-    """The batches one of which takes the most memory: that of the most tokens and that of the most attention.
+    """The batches one of which takes the most memory: those of the most tokens and of the most attention.
 
     Attention's part grows with the square of the length, all else with the length: which of a full batch and
-    a short one of longer inputs takes more depends on the model. One batch, where it is the same.
+    a short one of longer inputs takes more depends on the model; and so it does whether padding counts. One
+    batch, where it is the same.
     """
-    tokens = max(batches, key=padded)
-    attention = max(batches, key=lambda batch: padded(batch) * longest(batch))
-    return [tokens] if tokens is attention else [tokens, attention]
+
+    def sizes(batch: Sequence[Feature]) -> tuple[int, ...]:
+        lengths = [len(feature.input_ids) for feature in batch]
+        places = len(lengths) * max(lengths)
+        return places, places * max(lengths), sum(lengths), sum(length * length for length in lengths)
+
+    each = [(sizes(batch), batch) for batch in batches]
+    found = [max(each, key=lambda one: (one[0][by], one[0]))[1] for by in range(4)]
+    return list({id(batch): batch for batch in found}.values())
 
 
 def collate(features: Sequence[Feature], pad_token_id: int, device: Any = "cpu") -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetrial.as_made import has_hooks
+
 
 def is_plain(base: Any, down: Any, up: Any) -> bool:
     """Whether `adapted` does what a layer and its adapter do.
@@ -21,10 +23,7 @@ def is_plain(base: Any, down: Any, up: Any) -> bool:
     adds no bias.
     """
     parts = (base, down, up)
-    hooked = any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in parts
-    )
+    hooked = any(map(has_hooks, parts))
     usual = all(type(part) is torch.nn.Linear and "forward" not in vars(part) for part in parts)
     frozen = not base.weight.requires_grad and not (base.bias is not None and base.bias.requires_grad)
     return usual and frozen and not hooked and down.bias is None and up.bias is None

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from finetrial import trimmed
 from finetrial.batching import model_inputs
 
 # Of a table of which few rows are trained: the parameter of a model of shapes that stands for those.
@@ -94,7 +95,7 @@ def training_step(
     counts if the model has it switched on. `mapped`: tables that are not trained lie in a file. A loss that
     depends on values is replaced by the sum of the model's outputs.
     """
-    with FakeTensorMode() as fakes, LiveBytes() as live:
+    with trimmed.told(inputs.get("attention_mask")), FakeTensorMode() as fakes, LiveBytes() as live:
         for tensor in _without_content(model, fakes, device):
             live.add(tensor)
         weights = live.now

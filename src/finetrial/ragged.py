@@ -34,10 +34,19 @@ class Padding(NamedTuple):
     where: torch.Tensor  # of each token its place
 
     @classmethod
-    def of(cls, real: torch.Tensor) -> Padding:
-        """Of [rows, length], true at tokens, which padding follows."""
-        real = real.reshape(-1)
-        return cls(real, real.cumsum(0) - 1, real.nonzero().view(-1))
+    def of(cls, counts: Sequence[int], length: int) -> Padding | None:
+        """Of rows of so many tokens, which padding follows up to `length`; None: there is none.
+
+        By their number alone, and so also where tensors have shapes only.
+        """
+        held = sum(counts)
+        if held == length * len(counts):
+            return None
+        each = torch.tensor(counts)
+        real = (torch.arange(length) < each[:, None]).view(-1)
+        before = torch.arange(0, length * len(counts), length) - (each.cumsum(0) - each)
+        where = torch.arange(held) + before.repeat_interleave(each, output_size=held)
+        return cls(real, real.cumsum(0) - 1, where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +134,8 @@ class Lengths:
 
 def _span(first: int, counts: Sequence[int]) -> Span:
     """Of rows of these lengths, the first token of which is that one."""
-    longest, held = max(counts), sum(counts)
-    own = slice(first, first + held)
-    if min(counts) == longest:
-        return Span(own, len(counts), longest)
-    return Span(own, len(counts), longest, Padding.of(torch.arange(longest) < torch.tensor(counts)[:, None]))
+    longest = max(counts)
+    return Span(slice(first, first + sum(counts)), len(counts), longest, Padding.of(counts, longest))
 
 
 def alike(rows: int, queries: int, keys: int, heads: int, mask: torch.Tensor | None) -> Iterator[Piece]:

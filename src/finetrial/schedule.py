@@ -92,7 +92,12 @@ class Scheduler:
             FinetrialError: a run was refused: what the study names is not there.
             Incomplete: a person stopped it, or finetrial changed meanwhile; running again goes on from here.
         """
-        queues, running, idle = [Queue(lane) for lane in lanes], [], 0
+        with self.clock:
+            self._run([Queue(lane) for lane in lanes])
+
+    def _run(self, queues: Sequence[Queue]) -> None:
+        running: list[Running] = []
+        idle = 0
         try:
             while self._fill(queues, running) or running:
                 idle = 0 if running else self._ask_again(queues, idle)

@@ -6,7 +6,8 @@ One rule for all methods of a study. Not for the update itself: torch's AdamW, o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ class Stepper:
         self.fused = bool(optimizer.optimizer.defaults.get("fused"))  # torch's alone has it
         self._norms: list[torch.Tensor] = []
         if stepping.in_backward:
+            hook = weakly(self._in_backward)
             for parameter in self.trained:
-                parameter.register_post_accumulate_grad_hook(self._in_backward)
+                parameter.register_post_accumulate_grad_hook(hook)
 
     def finish(self) -> float:
         """Step what the backward pass has not; the norm of the whole gradient before clipping."""
@@ -119,6 +121,18 @@ class Stepper:
             changed, lost = self.watch.count()
             progress.updates_watched += changed
             progress.updates_lost += lost
+
+
+def weakly(method: Callable[[torch.Tensor], None]) -> Callable[[torch.Tensor], None]:
+    """A method as a tensor's hook, which keeps nothing alive: the garbage collector does not see those."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(tensor: torch.Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(tensor)
+
+    return hook
 
 
 class _Watch:

@@ -8,8 +8,7 @@ which AdamW loses a decay of less than 3e-8 a step, and this does not).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from finetrial.memory import STAND_IN
 from finetrial.optimisation import how_to_step
 from finetrial.plugins import Feature, Stepping
 from finetrial.records import RunSpec
+from finetrial.stepping import weakly
 
 # Beyond this share of a table's rows nothing is gained.
 FEW = 0.5
@@ -33,7 +33,7 @@ class UsedRows:
         self.place[rows] = torch.arange(len(rows))
         self.owed = 1.0  # what the other rows are still to be multiplied by
         table.sparse = True
-        table.weight.register_post_accumulate_grad_hook(_weakly(self))
+        table.weight.register_post_accumulate_grad_hook(weakly(self.take_gradient))
 
     def take_gradient(self, weight: torch.Tensor) -> None:
         """Add the table's gradient to the rows' own.
@@ -118,15 +118,3 @@ def _few(
         return None
     read = {pad_token_id}.union(*(feature.input_ids for feature in features))
     return (table, torch.tensor(sorted(read))) if len(read) <= FEW * table.num_embeddings else None
-
-
-def _weakly(used: UsedRows) -> Callable[[torch.Tensor], None]:
-    """A hook that keeps nothing alive: a tensor's hooks are not seen by the garbage collector."""
-    reference = weakref.ref(used)
-
-    def hook(weight: torch.Tensor) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.take_gradient(weight)
-
-    return hook

@@ -10,9 +10,11 @@ In evaluation mode nothing changes: what is measured there is of whole layers, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import MethodType
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -21,49 +23,73 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
+from finetrial.as_made import is_as_made, is_known
 from finetrial.ragged import Lengths, Padding, of_rows
 
 # Layers that are built alike, and whose classifiers read the first position (tests/test_trimmed.py).
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "ElectraLayer")
 # By the name of a model's attention: what does it to tokens of rows of some lengths, and drops.
 OF_TOKENS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": of_rows}
-# Where a layer's modules may come from: known to do to each token the same, whatever the shape they are in.
-KNOWN = ("torch.nn", "transformers.", "peft.tuners.lora", "finetrial.")
+# Models that read no padding; and of these, those that read the first positions alone.
+READERS = ("ForSequenceClassification", "ForQuestionAnswering")
+OF_FIRSTS = "ForSequenceClassification"
+# What an encoder is handed that its layers make no use of.
+WITHOUT_EFFECT = ("use_cache", "encoder_attention_mask", "position_ids")
+
+_told: ContextVar[Sequence[int] | None] = ContextVar("told", default=None)
+_reader: ContextVar[Any] = ContextVar("reader", default=None)  # the model under way
 
 
 def trim(model: Any) -> bool:
-    """Have an encoder's layers do no more than is read while it trains; whether it is of such a kind.
+    """Have an encoder do no more than is read while it trains; whether it is of such a kind.
 
-    To be called before adapters are put in: they are used where they are.
+    The encoder and the model become of kinds of the same names. To be called before adapters are put in: they
+    are used where they are.
     """
-    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    encoder = getattr(body, "encoder", None)
+    encoder = getattr(_body(model), "encoder", None)
     layers = getattr(encoder, "layer", None)
-    if encoder is None or not layers or not all(map(_is_plain, layers)):
+    if encoder is None or not layers or not all(map(_is_plain, layers)) or not _is_librarys(encoder):
         return False
-    first_alone = type(model).__name__.endswith("ForSequenceClassification")
-    for layer in layers:
-        layer.first_alone = first_alone and layer is layers[-1]
-        layer.forward = MethodType(_layer, layer)
-    encoder.forward = MethodType(_encoder, encoder)
+    if not _is_librarys(model) or not type(model).__name__.endswith(READERS):
+        return False
+    encoder.__class__, model.__class__ = _encoder_of(type(encoder)), _reader_of(type(model))
     return True
 
 
+def _body(model: Any) -> Any:
+    return getattr(model, getattr(model, "base_model_prefix", ""), None)
+
+
+@contextlib.contextmanager
+def told(mask: torch.Tensor | None) -> Iterator[None]:
+    """Have a batch whose tensors have shapes only be taken for one of this mask [rows, length]."""
+    before = _told.set(None if mask is None else mask.sum(1).tolist())
+    try:
+        yield
+    finally:
+        _told.reset(before)
+
+
 def _is_plain(layer: Any) -> bool:
-    return type(layer).__name__ in LAYERS and not layer.is_decoder and not layer.chunk_size_feed_forward
+    usual = type(layer).__name__ in LAYERS and _is_librarys(layer)
+    return usual and not layer.is_decoder and not layer.chunk_size_feed_forward
+
+
+def _is_librarys(module: Any) -> bool:
+    return type(module).__module__.startswith("transformers.models.")
 
 
 class Packed:
     """Rows of a batch as tokens, one below the other; takes the place of the attention mask in a layer.
 
-    `real` is [rows, length], true at tokens, which padding follows; `mask` the same as attention takes it.
+    `counts`: how many tokens each has, which padding follows up to `length`; `mask`: the same as attention
+    takes it.
     """
 
-    def __init__(self, real: torch.Tensor, mask: torch.Tensor | None):
-        self.shape, self.mask, counts = real.shape, mask, real.sum(1)
-        self.lengths = Lengths(counts.tolist())
-        self.firsts = counts.cumsum(0) - counts  # of each row its first token
-        self.padding = None if bool(real.all()) else Padding.of(real)
+    def __init__(self, counts: Sequence[int], length: int, mask: torch.Tensor | None):
+        self.shape, self.mask, self.lengths = (len(counts), length), mask, Lengths(counts)
+        self.firsts = torch.tensor([0, *itertools.accumulate(counts[:-1])])  # of each row its first token
+        self.padding = Padding.of(counts, length)
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """[rows, length, features] as [tokens, features]."""
@@ -101,98 +127,115 @@ class _Unpack(torch.autograd.Function):
         return gradients[0].index_select(0, ctx.padding.where), None
 
 
-def _encoder(encoder: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
-    """The encoder's own forward; in training of tokens, where it can be."""
-    mask = options.pop("attention_mask", mask)  # the library hands it on by its name
-    packed = None
-    if encoder.training:
-        if not _is_known(encoder):
-            _give_back(encoder)
-        elif not _asks_for_more(others, options):
-            packed = _packed(encoder, hidden, mask)
-    if packed is None:
-        return type(encoder).forward(encoder, hidden, mask, *others, **options)
-    values = packed.pack(hidden)
-    for layer in encoder.layer:
-        values = layer(values, packed)
-    last = values if encoder.layer[-1].first_alone else packed.unpack(values)
-    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last)
+@cache
+def _encoder_of(kind: Any) -> type:
+    """A kind of encoders that in training do no more than is read."""
+
+    @wraps(kind.forward)
+    def forward(self: Any, hidden_states: Any, attention_mask: Any = None, *others: Any, **options: Any) -> Any:
+        if self.training and is_known(kind, kind.forward) and not _asks_for_more(others, options):
+            found = _trained(self, hidden_states, attention_mask)
+            if found is not None:
+                return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=found)
+        return kind.forward(self, hidden_states, attention_mask, *others, **options)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
-def _packed(encoder: Any, hidden: torch.Tensor, mask: Any) -> Packed | None:
+@cache
+def _reader_of(kind: Any) -> type:
+    """A kind of models that let their encoder know who reads what it gives."""
+
+    @wraps(kind.forward)
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        before = _reader.set(self if is_known(kind, kind.forward) else None)
+        try:
+            return kind.forward(self, *given, **named)
+        finally:
+            _reader.reset(before)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+
+
+def _trained(encoder: Any, hidden: torch.Tensor, mask: Any) -> torch.Tensor | None:
+    """What an encoder gives [rows, length, features]; None: it has to do it itself.
+
+    Of classifiers at the first positions alone, [rows, 1, features].
+    """
+    reader = _reader.get()
+    if encoder.config._attn_implementation not in OF_TOKENS or not _is_known(encoder, reader):
+        return None
+    firsts, (*before, last) = type(reader).__name__.endswith(OF_FIRSTS), encoder.layer
+    packed = _packed(hidden, mask)
+    if packed is not None:
+        values = packed.pack(hidden)
+        for layer in before:
+            values = _once_or_twice(layer, _of_tokens, values, packed)
+        if firsts:
+            return _once_or_twice(last, _first_of_tokens, values, packed)
+        return packed.unpack(_once_or_twice(last, _of_tokens, values, packed))
+    if firsts and (mask is None or getattr(mask, "ndim", None) == 4):
+        for layer in before:
+            hidden = layer(hidden, mask)
+        return _once_or_twice(last, _of_firsts, hidden, mask)
+    return None
+
+
+def _packed(hidden: torch.Tensor, mask: Any) -> Packed | None:
     """How the rows lie as tokens; None: it cannot be told."""
-    if hidden.device.type != "cpu" or detect_fake_mode((hidden,)):
+    if hidden.device.type != "cpu":
         return None
-    if encoder.config._attn_implementation not in OF_TOKENS:
-        return None
+    rows, length, _ = hidden.shape
     if mask is None:
-        return Packed(torch.ones(hidden.shape[:2], dtype=torch.bool), None)
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[:2] != (len(hidden), 1):
+        return Packed([length] * rows, length, None)
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[:2] != (rows, 1):
         return None
     keys = mask[:, :, :1]  # one for all queries, mostly written out
+    if detect_fake_mode((hidden,)):
+        told = _told.get()
+        return None if told is None else Packed(told, length, keys)
     if not torch.equal(mask, keys.expand_as(mask)):
         return None
     real = keys[:, 0, 0] if keys.dtype == torch.bool else keys[:, 0, 0] == 0
     follows = real[:, :-1] | ~real[:, 1:]
-    return Packed(real, keys) if bool(real[:, 0].all()) and bool(follows.all()) else None
+    usual = bool(real[:, 0].all()) and bool(follows.all())
+    return Packed(real.sum(1).tolist(), length, keys) if usual else None
 
 
-def _is_known(encoder: Any) -> bool:
-    """Whether nothing in its layers could do something else to tokens than to rows; looked at once."""
-    if not hasattr(encoder, "known"):
-        ours = all(map(_is_plain, encoder.layer)) and all("first_alone" in vars(each) for each in encoder.layer)
-        encoder.known = ours and all(map(_is_as_made, encoder.layer.modules()))
-    return encoder.known
-
-
-def _is_as_made(module: Any) -> bool:
-    """Whether a module is of a known kind, and does what its kind does."""
-    forward = vars(module).get("forward")
-    by = getattr(getattr(forward, "__func__", forward), "__module__", "")
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    known = type(module).__module__.startswith(KNOWN)
-    return known and not any(hooks) and (forward is None or by.startswith("finetrial."))
-
-
-def _give_back(encoder: Any) -> None:
-    """Let an encoder and its layers do what they did before."""
-    for module in (encoder, *encoder.layer):
-        if getattr(vars(module).get("forward"), "__func__", None) in (_encoder, _layer):
-            del module.forward
+def _is_known(encoder: Any, reader: Any) -> bool:
+    """Whether nothing in its layers could do something else to tokens than to rows, and nothing reads more of
+    what it gives than a model's kind does."""
+    body = _body(reader)
+    if body is None or body.encoder is not encoder or not all(map(_is_plain, encoder.layer)):
+        return False
+    apart = (body, encoder, getattr(body, "embeddings", None))
+    heads = (child for above in (reader, body) for child in above.children() if child not in apart)
+    inside = (module for child in (encoder.layer, *heads) for module in child.modules())
+    return all(map(is_as_made, itertools.chain((body, encoder), inside)))
 
 
 def _asks_for_more(others: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    more = [*others, *(options.get(name) for name in ("encoder_hidden_states", "past_key_values"))]
-    return any(each is not None for each in more) or bool(
-        options.get("output_attentions") or options.get("output_hidden_states")
-    )
+    """Whether an encoder is given, or asked for, more than the layers are here."""
+    more = [*others, *(value for name, value in options.items() if name not in WITHOUT_EFFECT)]
+    return any(each is not None and each is not False for each in more)
 
 
-def _layer(layer: Any, hidden: torch.Tensor, mask: Any = None, *others: Any, **options: Any) -> Any:
-    """The layer's own forward: of tokens [tokens, features], if they are packed; else of rows.
-
-    In training of the first positions alone [rows, 1, features], if nobody reads the others.
-    """
-    if isinstance(mask, Packed):
-        do = partial(_of_tokens, layer)
-    elif layer.first_alone and _is_usual(layer, mask, options):
-        do = partial(_of_firsts, layer)
-    else:
-        return type(layer).forward(layer, hidden, mask, *others, **options)
-    if layer.gradient_checkpointing and layer.training:  # which is done in the library's forward
-        return layer._gradient_checkpointing_func(do, hidden, mask)
-    return do(hidden, mask)
+def _once_or_twice(layer: Any, do: Callable[..., torch.Tensor], hidden: torch.Tensor, how: Any) -> torch.Tensor:
+    """Do a layer's work, as its own call does: with gradient checkpointing again in the backward pass."""
+    if layer.gradient_checkpointing and layer.training:
+        return layer._gradient_checkpointing_func(partial(do, layer), hidden, how)
+    return do(layer, hidden, how)
 
 
 def _of_tokens(layer: Any, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
-    own = hidden.index_select(0, packed.firsts) if layer.first_alone else hidden
-    values = layer.feed_forward_chunk(layer.attention.output(_attended(layer, own, hidden, packed), own))
-    return values[:, None] if layer.first_alone else values
+    found = _attended(layer, hidden, hidden, packed)
+    return layer.feed_forward_chunk(layer.attention.output(found, hidden))
+
+
+def _first_of_tokens(layer: Any, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    own = hidden.index_select(0, packed.firsts)
+    found = _attended(layer, own, hidden, packed)
+    return layer.feed_forward_chunk(layer.attention.output(found, own))[:, None]
 
 
 def _attended(layer: Any, own: torch.Tensor, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -201,9 +244,10 @@ def _attended(layer: Any, own: torch.Tensor, hidden: torch.Tensor, packed: Packe
     query, key, value = inner.query(own), inner.key(hidden), inner.value(hidden)
     p = _dropout(inner)
     if not 0 < p < 1:  # the library's takes less memory
-        query = query[:, None] if layer.first_alone else packed.unpack(query)
+        firsts = own is not hidden
+        query = query[:, None] if firsts else packed.unpack(query)
         found = _in_rows(inner, query, packed.unpack(key), packed.unpack(value), packed.mask)
-        return found[:, 0] if layer.first_alone else packed.pack(found)
+        return found[:, 0] if firsts else packed.pack(found)
     query, key, value = (each.view(len(each), -1, inner.attention_head_size) for each in (query, key, value))
     attend = OF_TOKENS[inner.config._attn_implementation]
     return attend(query, key, value, packed.lengths, p, inner.scaling).flatten(1)
@@ -229,10 +273,3 @@ def _in_rows(inner: Any, query: Any, key: Any, value: Any, mask: Any) -> torch.T
 
 def _dropout(inner: Any) -> float:
     return inner.dropout.p if inner.training else 0.0
-
-
-def _is_usual(layer: Any, mask: Any, options: dict[str, Any]) -> bool:
-    """Whether a layer trains, by an attention that is known."""
-    known = layer.attention.self.config._attn_implementation in OF_TOKENS
-    four = mask is None or mask.ndim == 4
-    return layer.training and known and four and not options.get("output_attentions")

@@ -6,6 +6,7 @@ What becomes of it when it has ended is `schedule.py`'s.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -45,7 +46,8 @@ class Working:
     """
 
     def __init__(self) -> None:
-        self._seen = (0.0, time.monotonic())  # how long it stood still until the last look, and when that was
+        # How long it stood still until the last look, and when that was; not entered, it goes on as time does.
+        self._seen = (0.0, math.inf)
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -55,6 +57,7 @@ class Working:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._seen = (self._stood_still(self._seen, time.monotonic()), math.inf)
 
     def now(self) -> float:
         """Seconds; a pause that has just ended is left out before the thread sees it."""

@@ -7,8 +7,8 @@ direction twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 from finetrial.frozen import Frozen, Setting
@@ -56,7 +56,7 @@ class Lora:
         model = peft.get_peft_model(given.model, config)
         for module in model.modules():
             if type(module) is peft.tuners.lora.Linear and not module.lora_variant:
-                module.forward = MethodType(_forward, module)
+                module.__class__ = _quick()
         return model
 
     def group(self, parameter_name: str, head_names: Sequence[str]) -> Group:
@@ -87,22 +87,30 @@ class Lora:
         return peft.PeftModel.from_pretrained(base, folder)
 
 
-def _forward(layer: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's forward of a layer with one adapter on a frozen one, by `low_rank.adapted`."""
+@cache
+def _quick() -> type:
+    """PEFT's kind of layer, its forward with one adapter on a frozen layer by `low_rank.adapted`."""
+    from peft.tuners.lora import Linear
+
     from finetrial.low_rank import adapted, is_plain
 
-    active = layer.active_adapters
-    special = args or kwargs or layer.merged or layer.disable_adapters or len(active) != 1
-    base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
-    if special or not is_plain(base, down, up):
-        return type(layer).forward(layer, values, *args, **kwargs)
-    rows = values.reshape(-1, values.shape[-1])
-    dropped = layer.lora_dropout[active[0]](rows)
-    output = adapted(
-        rows, None if dropped is rows else dropped, base.weight, base.bias, down.weight, up.weight,
-        layer.scaling[active[0]],
-    )  # fmt: skip
-    return output.view(*values.shape[:-1], -1)
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        active = self.active_adapters
+        special = args or kwargs or self.merged or self.disable_adapters
+        if special or len(active) != 1 or active[0] not in self.lora_A:
+            return Linear.forward(self, x, *args, **kwargs)
+        base, down, up = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
+        if not is_plain(base, down, up):
+            return Linear.forward(self, x)
+        rows = x.reshape(-1, x.shape[-1])
+        dropped = self.lora_dropout[active[0]](rows)
+        output = adapted(
+            rows, None if dropped is rows else dropped, base.weight, base.bias, down.weight, up.weight,
+            self.scaling[active[0]],
+        )  # fmt: skip
+        return output.view(*x.shape[:-1], -1)
+
+    return type("Linear", (Linear,), {"forward": forward, "__module__": __name__})
 
 
 PLUGIN = Lora()
