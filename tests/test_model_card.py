@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+
 import pytest
 import yaml
 
@@ -18,11 +21,15 @@ def arm_of(summary, task, method):
     return next(arm for arm in summary.arms if (arm.task, arm.method) == (task, method))
 
 
-def made(task="sst2", method="lora", number=0, adapter=True, **changes):
+def made(task="sst2", method="lora", number=0, adapter=True, base=None, **changes):
     summary = example_summary().model_copy(update=changes)
     arm = arm_of(summary, task, method)
     tasks = {found.name: found for found in summary.tasks}
-    return summary, arm, model_card.card(summary, tasks[task], arm, arm.replicates[number], adapter)
+    return (
+        summary,
+        arm,
+        model_card.card(summary, tasks[task], arm, arm.replicates[number], (base or {}) if adapter else None),
+    )
 
 
 def test_its_head_is_what_model_hubs_read():
@@ -77,6 +84,21 @@ def test_what_the_study_changed_in_the_base_is_said_where_it_is_loaded():
     assert "and `num_hidden_layers=3`" in loading
     assert "with num" in text.split("- Base model: ")[1].splitlines()[0]
     assert "num_hidden_layers" not in plain
+
+
+@pytest.mark.parametrize("revision", [None, "a1b2"])
+def test_an_adapter_says_how_its_base_is_built(revision):
+    mapping = {"^model\\.": "transformer."}
+    base = {"architectures": ["LlamaForQuestionAnswering"], "base_key_mapping": mapping}
+    *_, text = made(base=base, model='org/"x', model_revision=revision)
+    code = text.split("```python")[1].split("```")[0]
+    ast.parse(code)
+    found = {}
+    exec("\n".join(line for line in code.splitlines() if line.startswith(("base =", "folder ="))), found)
+    assert (found["base"], found["folder"]) == ('org/"x', "sst2.lora.seed0")
+    assert "AutoModelForQuestionAnswering.from_pretrained(base, config=config" in code
+    assert ('revision="a1b2"' in code) == (revision is not None)
+    assert f"key_mapping={json.dumps(mapping)}" in code
 
 
 def test_a_void_replicate_says_that_it_does_not_count():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -114,6 +115,22 @@ def test_a_model_that_changes_before_it_is_built_is_refused(base):
     rewrite(weights, weights.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(DataError, match=r"the model .* is not what it was"):
         bench.build_base()
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations("abc")))
+def test_files_of_one_name_are_told_apart_when_a_spec_is_read_again(base, names):
+    """Its record has the tasks in another order than the study file."""
+    for name in names:
+        (base / name).mkdir()
+        rows = [{"text": f"{name} {number}", "label": "xy"[number % 2]} for number in range(9)]
+        (base / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {name: {"data": {"train": f"{name}/train.jsonl"}, "test_share": 0.5} for name in names}
+    tasks = {name: {"use": "classification", "params": params} for name, params in data.items()}
+    measure = {"use": "forgetting", "params": {"tasks": tasks}}
+    inputs = measure_inputs("forgetting", measure, base)
+    assert len(set(inputs.values())) == len(inputs) == 3
+    spec = spec_in(base, measures={"forgetting": measure}, inputs=inputs)
+    assert open_workbench(folder_of(spec, base / "home").spec(), Home(base / "home"))
 
 
 def test_a_file_that_a_probe_reads_is_looked_at_too(base):

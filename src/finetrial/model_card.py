@@ -8,7 +8,9 @@ the verdicts belong to it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finetrial import files
 from finetrial import report_text as text
@@ -17,6 +19,7 @@ from finetrial.store import Home
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
 
 CARD = "README.md"
+KINDS = ("ForSequenceClassification", "ForQuestionAnswering")
 LIMITS = (
     "This model is one run of a comparison of training methods. It was judged on its task's test split and "
     "nothing else: not on other domains or languages, not for bias, safety or robustness. The licences of the "
@@ -36,15 +39,25 @@ def write(summary: Summary, home: Path) -> None:
                 and Home(home).model_is_of(replicate.run_id, folder)
                 and CARD not in files.sealed(folder, {CARD})
             ):
-                adapter = (folder / "adapter_config.json").exists()
-                files.write_text(folder / CARD, card(summary, tasks[arm.task], arm, replicate, adapter))
+                files.write_text(folder / CARD, card(summary, tasks[arm.task], arm, replicate, base_of(folder)))
 
 
-def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
-    """The text of one card; `adapter`: the folder holds an adapter and not the whole model."""
+def base_of(folder: Path) -> dict[str, Any] | None:
+    """Of an adapter what its base has to be built as, empty if it does not say; None of a whole model."""
+    if not (folder / "adapter_config.json").exists():
+        return None
+    config = folder / "config.json"
+    return json.loads(config.read_text()) if config.exists() else {}
+
+
+def card(
+    summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: ReplicatePoint,
+    base: Mapping[str, Any] | None,
+) -> str:  # fmt: skip
+    """The text of one card; `base` as `base_of` gives it."""
     places = {metric: text.metric_decimals(summary, task, metric) for metric in arm.test}
     parts = [
-        _front_matter(summary, task, adapter),
+        _front_matter(summary, task, base is not None),
         f"# {arm.task}, {arm.method}, seed {replicate.number}: {escape_markdown(summary.study)}",
         f"{escape_markdown(summary.model)} trained on {escape_markdown(task.name)} by the method {arm.method}: "
         f"one of {arm.planned} replicates in a comparison made with finetrial, at the setting that did best on "
@@ -56,7 +69,7 @@ def card(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: Replic
         "## How it was trained",
         _facts(summary, task, arm, replicate),
         "## How to load it",
-        _loading(summary, arm, replicate, adapter),
+        _loading(summary, arm, replicate, base),
         "## Limits",
         LIMITS,
         "## Citation",
@@ -141,18 +154,45 @@ def _rows_trained_on(summary: Summary, arm: ArmSummary) -> int | None:
     return next(mine, None)
 
 
-def _loading(summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, adapter: bool) -> str:
+def _loading(
+    summary: Summary, arm: ArmSummary, replicate: ReplicatePoint, base: Mapping[str, Any] | None
+) -> str:  # fmt: skip
     folder = f"{arm.task}.{arm.method}.seed{replicate.number}"
-    if not adapter:
+    if base is None:
         return (
             f"It is a whole model in safetensors: `from_pretrained({json.dumps(folder)})` of the class that "
             f"`config.json` names under `architectures`; the tokenizer lies beside it."
+        )
+    known = [kind for kind in KINDS if str((base.get("architectures") or [""])[0]).endswith(kind)]
+    if known:
+        return (
+            "It is an adapter in PEFT's form, the task's head with it. Beside it lie the tokenizer, and in "
+            "`config.json` how its base is built and what the classes are called.\n\n"
+            f"```python\n{_code(summary, folder, known[0], base.get('base_key_mapping'))}\n```"
         )
     then = f"`peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`"
     return (
         f"It is an adapter in PEFT's form: load {escape_markdown(summary.model)}{_where(summary)} with the "
         f"class of its task{_with(summary)}, then {then}; the task's head comes with it, and the tokenizer "
         f"lies beside it."
+    )
+
+
+def _code(summary: Summary, folder: str, kind: str, mapping: Mapping[str, str] | None) -> str:
+    given = ["base", "config=config"]
+    given += [f"revision={json.dumps(summary.model_revision)}"] if summary.model_revision else []
+    given += [f"key_mapping={json.dumps(mapping)}"] if mapping else []
+    return "\n".join(
+        [
+            "import peft, transformers",
+            "",
+            f"base = {json.dumps(summary.model)}" + (f"  #{_where(summary)}" if _where(summary) else ""),
+            f"folder = {json.dumps(folder)}",
+            "config = transformers.AutoConfig.from_pretrained(folder)",
+            f"model = transformers.AutoModel{kind}.from_pretrained({', '.join(given)})",
+            "model = peft.PeftModel.from_pretrained(model, folder)",
+            "tokenizer = transformers.AutoTokenizer.from_pretrained(folder)",
+        ]
     )
 
 

@@ -323,6 +323,14 @@ def _prefixes_differ(config: Any, auto_class: Any) -> bool:
     return bool(with_head and as_saved) and with_head.base_model_prefix != as_saved.base_model_prefix
 
 
+def key_mapping(model: Any) -> dict[str, str]:
+    """What `from_pretrained` needs to load the published base into a model's class; mostly nothing."""
+    as_saved = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    if as_saved is None or as_saved.base_model_prefix == model.base_model_prefix:
+        return {}
+    return {rf"^{as_saved.base_model_prefix}\.": f"{model.base_model_prefix}."}
+
+
 def _heads(model: Any, missing: set[str]) -> tuple[tuple[str, ...], list[str]]:
     """The head's modules, and the weights of the body that the checkpoint should have had and has not.
 

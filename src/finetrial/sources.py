@@ -194,7 +194,8 @@ def measure_inputs(name: str, measure: Mapping[str, Any], base: Path) -> dict[st
     Raises:
         DataError: a file is not there.
     """
-    return _hashes(f"measure.{name}", _measure_files(measure, base))
+    # In an order of their own: a record's keys are in another one when it is read than when it was written.
+    return _hashes(f"measure.{name}", sorted(_measure_files(measure, base)))
 
 
 def _data_files(task: TaskSpec, base: Path) -> list[Path]:

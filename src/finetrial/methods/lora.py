@@ -78,8 +78,16 @@ class Lora:
         }
 
     def save(self, model: Any, folder: Path) -> None:
+        from finetrial.models import key_mapping
+
         # The vocabulary does not change; "auto" would ask the Hub for the base model's config.
         model.save_pretrained(folder, save_embedding_layers=False)
+        # What the base has to be built as, its classes' names among it: PEFT keeps nothing of that.
+        base = model.get_base_model()
+        base.config.architectures = [type(base).__name__]
+        if mapping := key_mapping(base):
+            base.config.base_key_mapping = mapping
+        base.config.save_pretrained(folder)
 
     def load(self, base: Any, folder: Path) -> Any:
         import peft
