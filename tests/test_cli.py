@@ -63,6 +63,7 @@ def test_every_verb_has_help(verb):
         (["plan", "a.yaml", "b.yaml"], "Got unexpected extra argument"),
         (["status", "nowhere"], "nowhere is neither a study's folder (runs/<study>) nor a study file (*.yaml)"),
         (["show", "trial"], "no run matches 'trial' in runs/"),
+        (["show", "trial", "--home", "runs/nope"], "the folder runs/nope is not there"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_a_hint(arguments, message):
@@ -331,6 +332,12 @@ def test_init_tells_all_its_mistakes_and_writes_nothing():
     assert "Did you mean 'squad_v2'?" in result.stderr
     assert "\n  --method lroa: there is no method called 'lroa'. Did you mean 'lora'?" in result.stderr
     assert not Path("study.yaml").exists()
+
+
+def test_plan_counts_the_runs_that_halving_makes_of_trials():
+    Path("study.yaml").write_text(text_of(search="{trials: 15, halving: 3}"))
+    assert "15 + 5 + 2" in call("plan", "study.yaml").stdout
+    assert json.loads(call("plan", "study.yaml", "--json").stdout)["arms"][0]["trials"] == 22
 
 
 def test_plan_counts_every_run_in_a_table_and_in_json():

@@ -292,6 +292,8 @@ def _find_run(run_id: str, home: Path | None) -> Path:
 
     if (Path(run_id) / "spec.json").exists():
         return Path(run_id)
+    if home is not None and not home.is_dir():
+        raise click.UsageError(f"--home: the folder {home} is not there; a study's own is runs/<study>")
     homes = [home] if home else _homes()
     found = [run.path for place in homes for run in Home(place).find(run_id)]
     if not found:  # any part of its name will do, the hash alone for one

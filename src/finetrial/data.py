@@ -340,7 +340,8 @@ def check_disjoint(
         for earlier, theirs in seen.items():
             both = len(rows & theirs)
             if both > MOST_SHARED * len(rows):
-                fix = f"name a file with rows of its own, or leave {role} out: it is cut off train then"
+                share = " and write test_share: 0.2" if role == "test" else ""
+                fix = f"name a file with rows of its own, or leave {role} out{share}: it is cut off train then"
                 if {role, earlier} <= {*cut, "train"}:
                     fix = "train repeats its rows under other ids: leave the repeated ones out of its file"
                 raise DataError(

@@ -270,8 +270,9 @@ class Story:
             folders = home.find(f"replicate.{arm.replace('/', '.')}.")
             count = sum(each.result() is not None and each.spec().settings != settings for each in folders)
             if count:
+                were, do = ("were", "do") if count > 1 else ("was", "does")
                 found.append(
-                    f"{arm}: {count} of its replicates were scored on test with other settings and do not "
+                    f"{arm}: {count} of its replicates {were} scored on test with other settings and {do} not "
                     f"count: its optimum was chosen anew when their scores could be known"
                 )
         return found

@@ -304,7 +304,9 @@ class Scheduler:
                 less = ", with half as much at once" if outcome == "out_of_memory" else ""
                 self.progress.note(f"{run.spec.run_id}: {outcome} ({reason}); resuming{less}")
                 return False
-            reason = reason if outcome == "out_of_memory" else f"{reason}, {count} times; its log says why"
+            if outcome != "out_of_memory":
+                why = "" if outcome == "timed_out" else "; its log says why"
+                reason = f"{reason}, {count} time{'s' * (count > 1)}{why}"
             run.folder.write_failure(
                 Failure(
                     run_id=run.spec.run_id, kind=outcome, attempt=run.attempt.number, final=True,

@@ -82,7 +82,8 @@ def show_plan(study: Study, *, as_json: bool = False) -> None:
         space = study.spaces[arm.method]
         searched = ", ".join(name for name in space if space[name].kind != "fixed")
         table.add_row(
-            f"{arm.task}/{arm.method}", str(arm.trials), str(arm.replicates), str(arm.probes),
+            f"{arm.task}/{arm.method}", " + ".join(map(str, study.search.counts)), str(arm.replicates),
+            str(arm.probes),
             str(study.search.rows or "all"), str(study.train.rows or "all"), searched,
         )  # fmt: skip
     console.print(table)
@@ -200,8 +201,13 @@ def show_status(home_path: Path, study: Study, records: Sequence[RunRecord], *, 
     table = _table("stage", "arm", "done", "planned", "other")
     for row in rows:
         other = ", ".join(f"{count} {name}" for name, count in sorted(row["runs"].items()) if name != "done")
-        table.add_row(row["stage"], row["arm"], str(row["runs"].get("done", 0)), str(row["planned"]), other)
+        most = "up to " * (row["stage"] == "trial" and len(study.search.counts) > 1)  # halving ends some
+        done, planned = row["runs"].get("done", 0), f"{most}{row['planned']}"
+        table.add_row(row["stage"], row["arm"], str(done), planned, other)
     console.print(table)
+    page = home_path / "report" / "index.html"
+    if page.exists():
+        console.print(f"report  {page}", soft_wrap=True)
 
 
 def show_run(path: Path, *, as_json: bool) -> None:

@@ -132,6 +132,8 @@ def _label(row: Row, value: Any) -> Label:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, str):
+        raise DataError(f"{row.where}: the label is empty; give it one, or leave the row out")
     raise DataError(
         f"{row.where}: the label is {value!r}; it has to be a whole number or a text (scores that vary without "
         f"steps are not supported)"
@@ -167,4 +169,6 @@ def _example(
     }
     if pair:
         example["text_pair"] = data.take_text(row, "text_pair", columns)
+    if not (example["text"] + example.get("text_pair", "")).strip():
+        raise DataError(f"{row.where} ({role}): there is no text; give it one, or leave the row out")
     return example
