@@ -86,10 +86,12 @@ def test_what_the_study_changed_in_the_base_is_said_where_it_is_loaded():
     assert "num_hidden_layers" not in plain
 
 
+@pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("revision", [None, "a1b2"])
-def test_an_adapter_says_how_its_base_is_built(revision):
+def test_an_adapter_says_how_its_base_is_built(revision, remote):
     mapping = {"^model\\.": "transformer."}
     base = {"architectures": ["LlamaForQuestionAnswering"], "base_key_mapping": mapping}
+    base |= {"auto_map": {"AutoConfig": "its_own.Config"}} if remote else {}
     *_, text = made(base=base, model='org/"x', model_revision=revision)
     code = text.split("```python")[1].split("```")[0]
     ast.parse(code)
@@ -99,6 +101,7 @@ def test_an_adapter_says_how_its_base_is_built(revision):
     assert "AutoModelForQuestionAnswering.from_pretrained(base, config=config" in code
     assert ('revision="a1b2"' in code) == (revision is not None)
     assert f"key_mapping={json.dumps(mapping)}" in code
+    assert code.count("trust_remote_code=True") == (3 if remote else 0)
 
 
 def test_a_void_replicate_says_that_it_does_not_count():

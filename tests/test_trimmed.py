@@ -6,6 +6,8 @@ import copy
 import functools
 import gc
 import inspect
+import json
+import pickle
 import weakref
 
 import peft
@@ -191,6 +193,31 @@ def put_a_loop(model):
     model.bert.encoder.forward = forward
 
 
+def put_a_reader_of_all(model):
+    """Of modules that everybody knows, which here are at another place."""
+    torch.manual_seed(1)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 16, batch_first=True, dropout=0.0)
+    model.bert.encoder.layer[1].output.dense = torch.nn.Sequential(
+        model.bert.encoder.layer[1].output.dense, layer
+    )
+
+
+def put_a_decorated_forward(model):
+    """On the class, for the time of a test."""
+    inner = model.bert.encoder.layer[0].attention.output
+    own, before = type(inner), type(inner).forward
+
+    @torch.enable_grad()
+    def centred(self, hidden_states, input_tensor):
+        found = before(self, hidden_states, input_tensor)
+        return found - found.mean(-2, keepdim=True)
+
+    for layer in model.bert.encoder.layer:
+        layer.attention.output.__class__ = type(
+            own.__name__, (own,), {"forward": centred, "__module__": own.__module__}
+        )
+
+
 def put_a_hook_at_the_end(model):
     def centre(module, given, output):
         output.last_hidden_state = output.last_hidden_state - output.last_hidden_state.mean(1, keepdim=True)
@@ -200,7 +227,16 @@ def put_a_hook_at_the_end(model):
 
 @pytest.mark.parametrize(
     "put",
-    [put_a_hook, put_a_module, put_a_forward, put_a_wrapper, put_a_wrapper_of_its_own, put_a_loop],
+    [
+        put_a_hook,
+        put_a_module,
+        put_a_forward,
+        put_a_wrapper,
+        put_a_wrapper_of_its_own,
+        put_a_loop,
+        put_a_reader_of_all,
+        put_a_decorated_forward,
+    ],
 )
 @pytest.mark.parametrize("make", [answering, model_of])
 def test_rows_stay_whole_where_a_method_has_put_something_of_its_own(make, put):
@@ -233,6 +269,12 @@ def mean_pooled(model):
     model.classifier = Mean()
 
 
+def pooled_by_known_modules(model):
+    torch.manual_seed(1)
+    pool = torch.nn.AdaptiveAvgPool2d((1, None))
+    model.classifier = torch.nn.Sequential(pool, torch.nn.Flatten(1), torch.nn.Linear(16, 3))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
@@ -242,6 +284,7 @@ def mean_pooled(model):
         ("roberta", mean_pooled),
         ("electra", mean_pooled),
         ("bert", put_a_hook_at_the_end),
+        ("roberta", pooled_by_known_modules),
         ("bert", lambda model: model.bert.encoder.layer.append(model.bert.encoder.layer[-1])),
         ("bert", lambda model: model.bert.encoder.layer.append(copy.deepcopy(model.bert.encoder.layer[-1]))),
         ("bert", lambda model: setattr(model.bert.encoder, "layer", model.bert.encoder.layer[::-1])),
@@ -307,6 +350,62 @@ def test_a_kind_keeps_its_name_and_what_it_can_be_asked(tmp_path):
     assert all(
         torch.equal(one, other) for one, other in zip(again.parameters(), plain.parameters(), strict=True)
     )
+
+
+def test_a_model_can_be_pickled_and_is_then_as_the_library_made_it():
+    model = answering("bert")
+    assert trim(model)
+    adapted = Lora().attach(AttachInput(model, "question_answering", ("qa_outputs",)), RANK_2, Params()).eval()
+    own = {name: each for name, each in batch(padded=True).items() if name != "labels"}
+    for again in (pickle.loads(pickle.dumps(adapted)), copy.deepcopy(adapted)):
+        assert torch.equal(again(**own).start_logits, adapted(**own).start_logits)
+        assert type(again.get_base_model()) is transformers.BertForQuestionAnswering
+    assert not trim(model)  # it is already
+
+
+def test_peft_names_the_librarys_class_as_the_base(tmp_path):
+    model = answering("bert")
+    assert trim(model)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]
+    assert found["parent_library"] == "transformers.models.bert.modeling_bert"
+    assert found["base_model_class"] == "BertForQuestionAnswering"
+
+
+def longer(model):
+    """Positions of its own before those of a batch: a soft prompt."""
+    before = model.bert.encoder.forward
+
+    def forward(hidden_states, attention_mask=None, **others):
+        grown = torch.cat([hidden_states[:, :1].expand(-1, 30, -1), hidden_states], dim=1)
+        mask = attention_mask if attention_mask is None else attention_mask[..., :1, :1].expand(-1, -1, 1, 39)
+        found = before(grown, attention_mask=mask, **others)
+        found.last_hidden_state = found.last_hidden_state[:, 30:]
+        return found
+
+    model.bert.encoder.forward = forward
+
+
+def doubled(model):
+    """Rows twice: two passes with other dropout, to be compared."""
+    before = model.forward
+
+    def forward(input_ids, attention_mask, **others):
+        return before(torch.cat([input_ids] * 2), attention_mask=torch.cat([attention_mask] * 2), **others)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("change", [longer, doubled])
+def test_a_batch_that_a_method_makes_another_of_counts_whole(change):
+    found = []
+    for trimmed in (False, True):
+        model = answering("bert").train()
+        assert not trimmed or trim(model)
+        change(model)
+        own = {name: each for name, each in batch(padded=True).items() if name != "labels"}
+        found.append(training_step(model, own, lambda out, _: out[0].sum(1), torch.optim.AdamW).activations)
+    assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
 def test_what_bears_a_librarys_name_is_not_its():

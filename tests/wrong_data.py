@@ -132,7 +132,6 @@ DATA: dict[str, Wrong] = {
         ".jsonl", jsonl_of(changed(3, label="good")), "train.jsonl line 4", "texts ('good') and numbers"
     ),
     "no label in a row": labels(".csv", csv_of(changed(3, label="")), "train.csv row 4", "the label is empty"),
-    "no text in a row": labels(".csv", csv_of(changed(3, text="  ")), "train.csv row 4", "there is no text"),
     "a spreadsheet": labels(".csv", zip_of("xl/workbook.xml"), "train.csv"),
     "test repeats train": labels(".csv", GOOD_CSV, "of test are also in train", test=GOOD_CSV),
     "too few rows to cut": labels(".csv", csv_of(TRAIN[:2]), "of 2 rows is 0"),

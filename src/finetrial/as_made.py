@@ -8,6 +8,7 @@ from typing import Any
 
 # Whose modules are known; a name in full, or all that begins with it.
 KNOWN = ("torch.nn", "transformers.", "peft.tuners.lora", "peft.utils.", "finetrial.")
+VARIANT = "finetrial_variant"
 # Whose functions their forwards may be: a decorator's, too.
 MADE_BY = ("torch.", "transformers.", "peft.", "finetrial.")
 
@@ -32,7 +33,29 @@ def is_as_made(module: Any) -> bool:
 def is_known(kind: type, forward: Callable[..., Any]) -> bool:
     """Whether a kind of modules is of a known library, and so is its forward.
 
-    That is told by where the function runs: what wraps another often bears its name.
+    That is told by where the function runs, and each that it wraps: what wraps another often bears its name.
     """
     by = getattr(forward, "__globals__", {}).get("__name__", "")
-    return kind.__module__.startswith(KNOWN) and by.startswith(MADE_BY)
+    wrapped = getattr(forward, "__wrapped__", None)
+    known = kind.__module__.startswith(KNOWN) and by.startswith(MADE_BY)
+    return known and (wrapped is None or is_known(kind, wrapped))
+
+
+def variant_of(kind: Any, forward: Callable[..., Any]) -> type:
+    """A kind of modules that differs in its forward alone; what is copied or pickled is of the old one."""
+
+    def as_before(self: Any, protocol: Any) -> Any:
+        _, (_, *given), *rest = kind.__reduce_ex__(self, max(2, protocol))
+        return _make, (kind, *given), *rest
+
+    own = {"forward": forward, "__module__": kind.__module__, "__reduce_ex__": as_before, VARIANT: True}
+    return type(kind.__name__, (kind,), own)
+
+
+def _make(kind: Any, *given: Any) -> Any:
+    return kind.__new__(kind, *given)
+
+
+def is_variant(module: Any) -> bool:
+    """Whether a module is of a kind that `variant_of` made."""
+    return hasattr(type(module), VARIANT)

@@ -19,6 +19,7 @@ from finetrial.store import Home
 from finetrial.summary import FROZEN_BASELINE, ArmSummary, ReplicatePoint, Summary, TaskSummary
 
 CARD = "README.md"
+SUBFOLDER = 'subfolder="base"'
 KINDS = ("ForSequenceClassification", "ForQuestionAnswering")
 LIMITS = (
     "This model is one run of a comparison of training methods. It was judged on its task's test split and "
@@ -46,8 +47,11 @@ def base_of(folder: Path) -> dict[str, Any] | None:
     """Of an adapter what its base has to be built as, empty if it does not say; None of a whole model."""
     if not (folder / "adapter_config.json").exists():
         return None
-    config = folder / "config.json"
-    return json.loads(config.read_text()) if config.exists() else {}
+    try:
+        found = json.loads((folder / "base" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def card(
@@ -167,8 +171,8 @@ def _loading(
     if known:
         return (
             "It is an adapter in PEFT's form, the task's head with it. Beside it lie the tokenizer, and in "
-            "`config.json` how its base is built and what the classes are called.\n\n"
-            f"```python\n{_code(summary, folder, known[0], base.get('base_key_mapping'))}\n```"
+            "`base` how its base is built and what the classes are called.\n\n"
+            f"```python\n{_code(summary, folder, known[0], base)}\n```"
         )
     then = f"`peft.PeftModel.from_pretrained(base, {json.dumps(folder)})`"
     return (
@@ -178,9 +182,11 @@ def _loading(
     )
 
 
-def _code(summary: Summary, folder: str, kind: str, mapping: Mapping[str, str] | None) -> str:
-    given = ["base", "config=config"]
+def _code(summary: Summary, folder: str, kind: str, base: Mapping[str, Any]) -> str:
+    trust = ["trust_remote_code=True"] if "auto_map" in base else []
+    given = ["base", "config=config", *trust]
     given += [f"revision={json.dumps(summary.model_revision)}"] if summary.model_revision else []
+    mapping = base.get("base_key_mapping")
     given += [f"key_mapping={json.dumps(mapping)}"] if mapping else []
     return "\n".join(
         [
@@ -188,10 +194,10 @@ def _code(summary: Summary, folder: str, kind: str, mapping: Mapping[str, str] |
             "",
             f"base = {json.dumps(summary.model)}" + (f"  #{_where(summary)}" if _where(summary) else ""),
             f"folder = {json.dumps(folder)}",
-            "config = transformers.AutoConfig.from_pretrained(folder)",
+            f"config = transformers.AutoConfig.from_pretrained({', '.join(['folder', SUBFOLDER, *trust])})",
             f"model = transformers.AutoModel{kind}.from_pretrained({', '.join(given)})",
             "model = peft.PeftModel.from_pretrained(model, folder)",
-            "tokenizer = transformers.AutoTokenizer.from_pretrained(folder)",
+            f"tokenizer = transformers.AutoTokenizer.from_pretrained({', '.join(['folder', *trust])})",
         ]
     )
 

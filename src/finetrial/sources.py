@@ -194,8 +194,10 @@ def measure_inputs(name: str, measure: Mapping[str, Any], base: Path) -> dict[st
     Raises:
         DataError: a file is not there.
     """
-    # In an order of their own: a record's keys are in another one when it is read than when it was written.
-    return _hashes(f"measure.{name}", sorted(_measure_files(measure, base)))
+    # In an order of their own: a record's keys are in another one when it is read than when it was written. By
+    # what is nearest to the file, so that a study's folder may be moved.
+    paths = sorted(_measure_files(measure, base), key=lambda path: path.parts[::-1])
+    return _hashes(f"measure.{name}", paths)
 
 
 def _data_files(task: TaskSpec, base: Path) -> list[Path]:

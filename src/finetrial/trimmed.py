@@ -18,12 +18,13 @@ from functools import cache, partial, wraps
 from typing import Any
 
 import torch
+from torch import nn
 from torch._guards import detect_fake_mode
 from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import AttentionInterface
 
-from finetrial.as_made import is_as_made, is_known
+from finetrial.as_made import is_as_made, is_known, is_variant, variant_of
 from finetrial.ragged import Lengths, Padding, of_rows
 
 # Layers that are built alike, and whose classifiers read the first position (tests/test_trimmed.py).
@@ -33,10 +34,13 @@ OF_TOKENS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": of_rows}
 # Models that read no padding; and of these, those that read the first positions alone.
 READERS = ("ForSequenceClassification", "ForQuestionAnswering")
 OF_FIRSTS = "ForSequenceClassification"
+# What adapters consist of, beside the kinds that a model has.
+BESIDE = (nn.Linear, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict)
+PUT_IN = ("peft.tuners.lora", "peft.utils.", "finetrial.")
 # What an encoder is handed that its layers make no use of.
 WITHOUT_EFFECT = ("use_cache", "encoder_attention_mask", "position_ids")
 
-_told: ContextVar[Sequence[int] | None] = ContextVar("told", default=None)
+_told: ContextVar[tuple[int, Sequence[int]] | None] = ContextVar("told", default=None)
 _reader: ContextVar[Any] = ContextVar("reader", default=None)  # the model under way
 
 
@@ -52,6 +56,7 @@ def trim(model: Any) -> bool:
         return False
     if not _is_librarys(model) or not type(model).__name__.endswith(READERS):
         return False
+    encoder.kinds = frozenset(map(type, model.modules()))
     encoder.__class__, model.__class__ = _encoder_of(type(encoder)), _reader_of(type(model))
     return True
 
@@ -62,8 +67,11 @@ def _body(model: Any) -> Any:
 
 @contextlib.contextmanager
 def told(mask: torch.Tensor | None) -> Iterator[None]:
-    """Have a batch whose tensors have shapes only be taken for one of this mask [rows, length]."""
-    before = _told.set(None if mask is None else mask.sum(1).tolist())
+    """Have a batch whose tensors have shapes only be taken for one of this mask [rows, length].
+
+    One of another shape is a method's own doing, and counts whole.
+    """
+    before = _told.set(None if mask is None else (mask.shape[1], mask.sum(1).tolist()))
     try:
         yield
     finally:
@@ -76,7 +84,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _is_librarys(module: Any) -> bool:
-    return type(module).__module__.startswith("transformers.models.")
+    return type(module).__module__.startswith("transformers.models.") and not is_variant(module)
 
 
 class Packed:
@@ -139,7 +147,7 @@ def _encoder_of(kind: Any) -> type:
                 return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=found)
         return kind.forward(self, hidden_states, attention_mask, *others, **options)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return variant_of(kind, forward)
 
 
 @cache
@@ -154,7 +162,7 @@ def _reader_of(kind: Any) -> type:
         finally:
             _reader.reset(before)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
+    return variant_of(kind, forward)
 
 
 def _trained(encoder: Any, hidden: torch.Tensor, mask: Any) -> torch.Tensor | None:
@@ -192,8 +200,8 @@ def _packed(hidden: torch.Tensor, mask: Any) -> Packed | None:
         return None
     keys = mask[:, :, :1]  # one for all queries, mostly written out
     if detect_fake_mode((hidden,)):
-        told = _told.get()
-        return None if told is None else Packed(told, length, keys)
+        told_length, counts = _told.get() or (0, ())
+        return Packed(counts, length, keys) if (len(counts), told_length) == (rows, length) else None
     if not torch.equal(mask, keys.expand_as(mask)):
         return None
     real = keys[:, 0, 0] if keys.dtype == torch.bool else keys[:, 0, 0] == 0
@@ -211,7 +219,14 @@ def _is_known(encoder: Any, reader: Any) -> bool:
     apart = (body, encoder, getattr(body, "embeddings", None))
     heads = (child for above in (reader, body) for child in above.children() if child not in apart)
     inside = (module for child in (encoder.layer, *heads) for module in child.modules())
-    return all(map(is_as_made, itertools.chain((body, encoder), inside)))
+    if not is_as_made(body) or not is_as_made(encoder):
+        return False
+    return all(is_as_made(each) and _is_of(type(each), encoder.kinds) for each in inside)
+
+
+def _is_of(kind: type, kinds: frozenset[type]) -> bool:
+    """Whether a module is of a kind that was there, or that adapters are put in by."""
+    return kind in kinds or kind in BESIDE or kind.__module__.startswith(PUT_IN)
 
 
 def _asks_for_more(others: tuple[Any, ...], options: dict[str, Any]) -> bool:

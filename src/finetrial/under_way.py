@@ -42,7 +42,8 @@ BESIDE = "not alone, so it is tried again with fewer beside it"
 class Working:
     """A clock, entered to run, that stands still while everything does: a container or a job that is suspended.
 
-    That is told by a thread that only looks at the time: what its coordinator is busy with itself is no pause.
+    That is told by a thread that only looks at the time: what its coordinator is busy with itself is no pause,
+    unless it keeps all threads from running.
     """
 
     def __init__(self) -> None:

@@ -169,6 +169,4 @@ def _example(
     }
     if pair:
         example["text_pair"] = data.take_text(row, "text_pair", columns)
-    if not (example["text"] + example.get("text_pair", "")).strip():
-        raise DataError(f"{row.where} ({role}): there is no text; give it one, or leave the row out")
     return example

@@ -82,12 +82,13 @@ class Lora:
 
         # The vocabulary does not change; "auto" would ask the Hub for the base model's config.
         model.save_pretrained(folder, save_embedding_layers=False)
-        # What the base has to be built as, its classes' names among it: PEFT keeps nothing of that.
+        # What the base has to be built as, its classes' names among it: PEFT keeps nothing of that. Beside the
+        # adapter transformers would take it for a whole model's.
         base = model.get_base_model()
         base.config.architectures = [type(base).__name__]
         if mapping := key_mapping(base):
             base.config.base_key_mapping = mapping
-        base.config.save_pretrained(folder)
+        base.config.save_pretrained(folder / "base")
 
     def load(self, base: Any, folder: Path) -> Any:
         import peft
@@ -100,6 +101,7 @@ def _quick() -> type:
     """PEFT's kind of layer, its forward with one adapter on a frozen layer by `low_rank.adapted`."""
     from peft.tuners.lora import Linear
 
+    from finetrial.as_made import variant_of
     from finetrial.low_rank import adapted, is_plain
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +120,7 @@ def _quick() -> type:
         )  # fmt: skip
         return output.view(*x.shape[:-1], -1)
 
-    return type("Linear", (Linear,), {"forward": forward, "__module__": __name__})
+    return variant_of(Linear, forward)
 
 
 PLUGIN = Lora()
