@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,8 @@ def main() -> int:
     parser.add_argument("--nth", action="store_true", help="also fail the n-th call, for every n")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    # A shell's `&` has it ignored, and so would all that is started here; what is handled is not handed on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         field_ = Field(Path(folder))
