@@ -104,6 +104,16 @@ def test_an_adapter_says_how_its_base_is_built(revision, remote):
     assert code.count("trust_remote_code=True") == (3 if remote else 0)
 
 
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", "\udcff"])
+def test_an_adapter_whose_base_cannot_be_read_has_a_card_all_the_same(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text(content, errors="surrogateescape")
+    assert model_card.base_of(tmp_path) == {}
+    assert "with the class of its task" in made(base=model_card.base_of(tmp_path))[2]
+
+
 def test_a_void_replicate_says_that_it_does_not_count():
     assert "**This run does not count: the head did not move.**" in made("squad_v2", "full", 3, False)[2]
 

@@ -211,8 +211,7 @@ def _packed(hidden: torch.Tensor, mask: Any) -> Packed | None:
 
 
 def _is_known(encoder: Any, reader: Any) -> bool:
-    """Whether nothing in its layers could do something else to tokens than to rows, and nothing reads more of
-    what it gives than a model's kind does."""
+    """Whether all is as it was made: layers that do to tokens what they do to rows, and who reads them."""
     body = _body(reader)
     if body is None or body.encoder is not encoder or not all(map(_is_plain, encoder.layer)):
         return False
