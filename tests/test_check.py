@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from click.testing import Result
 
 from conftest import call
+from finetrial import check
 from finetrial.store import Home
 from wrong_study_files import text_of
 
@@ -94,6 +96,17 @@ def test_a_processor_whose_bf16_nobody_has_decided_on_is_told(tiny_bert, train):
     assert call("check", "study.yaml").exit_code == 0
     told = [note for note in check_json()["notes"] if "instructions for bf16" in note]
     assert len(told) == (native and "fp32" not in train)
+
+
+def test_what_halving_would_save_is_told_until_the_study_has_begun(tiny_bert, monkeypatch):
+    monkeypatch.setattr(check, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(check, "WORTH_SAYING", math.inf)
+    write_study(tiny_bert, measure="[]", methods=f"{{full: {RATES}}}")
+    for begun in (False, True):
+        result = call("check", "study.yaml")
+        assert result.exit_code == 0, result.output
+        assert ("note: with `search.halving: 3` the whole study would take about" in said(result)) is not begun
+        assert begun or call("run", "study.yaml").exit_code == 0
 
 
 def test_json_is_the_file_and_nothing_else(tiny_bert):

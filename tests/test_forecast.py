@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetrial import plan
+from finetrial.check import halving_saves
+from finetrial.check_report import duration
 from finetrial.forecast import Evidence, epoch_seconds, forecast, makespan
 from finetrial.records import Attempt, Cost, Result, RunRecord
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
@@ -159,6 +161,19 @@ def test_a_halved_search_by_hand():
     assert counts == (4, 2, 1)
     expected = sum(count * (1 + 5 + part) for count, part in zip(counts, (first, second, third), strict=True))
     assert full.search_seconds == pytest.approx(expected)
+
+
+def test_a_long_study_of_whole_trials_is_told_what_halving_would_save():
+    long = STUDY.model_copy(update={"search": STUDY.search.model_copy(update={"trials": 60})})
+    whole = forecast(long, evidence(), 2)
+    assert whole.seconds > 1800
+    shorter = long.model_copy(update={"search": long.search.model_copy(update={"halving": 3})})
+    seconds = forecast(shorter, evidence(), 2).seconds
+    assert seconds < 0.9 * whole.seconds
+    [note] = halving_saves(long, evidence(), whole, 2)
+    assert f"`search.halving: 3` the whole study would take about {duration(seconds)}" in note
+    assert not halving_saves(shorter, evidence(), forecast(shorter, evidence(), 2), 2)
+    assert not halving_saves(STUDY, evidence(), forecast(STUDY, evidence(), 2), 2)  # 19 min
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

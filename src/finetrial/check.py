@@ -15,7 +15,7 @@ from finetrial.check_report import ArmCheck, Checked, TaskCheck
 from finetrial.errors import RunsFailed
 from finetrial.forecast import Evidence, Forecast, forecast, rehearsal_of
 from finetrial.housekeeping import LEAST_FREE_BYTES, refuse_links
-from finetrial.opening import open_home, resolve_inputs
+from finetrial.opening import open_home, read_lock, resolve_inputs
 from finetrial.pipeline import Story
 from finetrial.plugins import metric_of
 from finetrial.progress import Progress
@@ -27,6 +27,8 @@ from finetrial.study_log import study_log
 from finetrial.summary import FROZEN_BASELINE, UNTRAINED
 
 PILOTS = 2
+# A study longer than this is told what halving would save, where it is a tenth or more of it.
+LONG_SECONDS, WORTH_SAYING = 1800.0, 0.9
 
 
 def check_study(study: Study, home_path: Path, progress: Progress) -> Checked:
@@ -122,6 +124,8 @@ def _told(story: Story, found: Evidence) -> Checked:
     foretold = None if faults else forecast(study, found, story.packing.most)
     if foretold is not None:
         faults += _no_room(home, study, foretold) + _no_time(study, foretold) + _no_pilot(found)
+    begun = read_lock(home).begun  # from then on the search is the one it is
+    sooner = halving_saves(study, found, foretold, story.packing.most) if foretold and not begun else []
     tasks = {task.name: _task(task, found) for task in study.tasks}
     ran = [*found.baselines.values(), *found.rehearsals.values(), *found.frozen.values(), *found.pilots]
     ran += list(found.controls.values())
@@ -137,7 +141,7 @@ def _told(story: Story, found: Evidence) -> Checked:
         out_of_memory=sum(a.outcome == "out_of_memory" for r in ran for a in r.attempts),
         retries=sum(len(record.attempts) - 1 for record in ran),
         faults=tuple(faults),
-        notes=(*plan.warnings(study), *_notes(found, tasks)),
+        notes=(*plan.warnings(study), *_notes(found, tasks), *sooner),
     )
 
 
@@ -199,6 +203,20 @@ def _no_time(study: Study, foretold: Forecast) -> list[str]:
         f"({check_report.duration(limit)}); raise it, or lower search.rows or train.rows"
         for name, seconds in longest.items()
         if seconds > limit
+    ]
+
+
+def halving_saves(study: Study, found: Evidence, foretold: Forecast, most: int) -> list[str]:
+    """A note of how long a study of whole trials would take with halved ones, if it is long and that helps."""
+    if foretold.seconds < LONG_SECONDS or study.search.halving is not None:
+        return []
+    halved = study.model_copy(update={"search": study.search.model_copy(update={"halving": 3})})
+    seconds = forecast(halved, found, most).seconds
+    if seconds > WORTH_SAYING * foretold.seconds:
+        return []
+    return [
+        f"with `search.halving: 3` the whole study would take about {check_report.duration(seconds)}: most "
+        "trials then end after a ninth or a third of their steps; docs/benchmarks.md says how well that chooses"
     ]
 
 
