@@ -1,15 +1,17 @@
 """Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
 
-    python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--settings 30]
+    python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--recordings 0,1,2,3]
     python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
-scores and losses of the single validation examples there; it may be stopped and goes on. `replay` searches
+scores and losses of the single validation examples there; it may be stopped and goes on. Every recording
+draws its own settings, and trains them with its own rows and seeds. `replay` searches each of them
 as the study would, by `search.propose`, with whole trials; a proposal is answered by the recorded setting
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
 (`choice`), and of those that it proposes itself (`search`). Half of the validation examples are shown to the
 search; on the other half, which nobody has seen, the chosen setting's score at full length is its quality.
-Orders differ by seed and by halves.
+Orders differ by seed and by halves, and share their recording's curves: the standard error is of the recordings'
+means.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ tasks:
   synthetic_qa: {{rows: 1400, validation_rows: 500, test_rows: 8, max_length: 64}}
 methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
-search: {{trials: 15, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
+search:
+  {{trials: 15, seed: {recording}, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
 train: {{precision: bf16}}
 measure: []
 claims: []
@@ -77,23 +80,27 @@ class Chosen(NamedTuple):
     tokens: int
 
 
-def study_in(folder: Path) -> Any:
+def study_in(folder: Path, recording: int) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
-    text = STUDY.format(data=os.environ.get("FINETRIAL_DATA", "../shared/data"))
-    file = folder / "study.yaml"
+    text = STUDY.format(data=os.environ.get("FINETRIAL_DATA", "../shared/data"), recording=recording)
+    file = folder / f"study-{recording}.yaml"
     file.write_text(text)
     return parse_study(text, file=str(file), base=folder)
 
 
-def record(folder: Path, tasks: Sequence[str], settings: int) -> None:
-    study, home = study_in(folder), Home(folder / "home")
+def home_of(folder: Path, recording: int) -> Home:
+    return Home(folder / f"recording-{recording}")
+
+
+def record(folder: Path, recording: int, tasks: Sequence[str], settings: int) -> None:
+    study, home = study_in(folder, recording), home_of(folder, recording)
     inputs = resolve_inputs(study)
     open_home(study, home, inputs)
     for number in range(settings):
         for task, method in study.arms:
             if task.name not in tasks:
                 continue
-            drawn = search.random_draw(study.spaces[method.name], number=number, seed=1)
+            drawn = search.random_draw(study.spaces[method.name], number=number, seed=1 + recording)
             spec = plan.trial(study, task, method, number, drawn, inputs, 1)
             path = [spec, plan.further(study, spec, 1)]
             path.append(plan.further(study, path[-1], 1))
@@ -107,13 +114,13 @@ def record(folder: Path, tasks: Sequence[str], settings: int) -> None:
             for part in path:
                 home.run(part.run_id).drop_checkpoint()
             score = result.score if result else None
-            sys.stdout.write(f"{task.name} {number} {drawn} {score}\n")
+            sys.stdout.write(f"{recording} {task.name} {number} {drawn} {score}\n")
             sys.stdout.flush()
 
 
-def curves_of(folder: Path, task: str) -> list[Curve]:
+def curves_of(home: Home, task: str) -> list[Curve]:
     """All settings of a task that are recorded to their end, or to where they diverged; by number."""
-    runs = [run.record() for run in Home(folder / "home").find(f"trial.{task}.")]
+    runs = [run.record() for run in home.find(f"trial.{task}.")]
     by_number: dict[int, list[Any]] = {}
     for run in runs:
         if run.result is not None:
@@ -126,7 +133,7 @@ def curves_of(folder: Path, task: str) -> list[Curve]:
             continue
         examples, tokens = [], []
         for run in parts:
-            path = Home(folder / "home").run(run.spec.run_id).examples_file
+            path = home.run(run.spec.run_id).examples_file
             done = run.result.outcome == "done"
             of = "validation_loss" if run.spec.may_go_on else "validation"
             examples.append(files.json_numbers(path, of, sha256=run.result.examples_sha256) if done else {})
@@ -208,48 +215,78 @@ def halved(curves: Sequence[Curve], taken: Sequence[int], shown: Sequence[str], 
     return Chosen(going[best[0]] if best else None, tokens)
 
 
+def replayed(
+    curves: Sequence[Curve], orders: int, metric: Metric, space: Space, task: str, recording: int
+) -> dict[str, Any]:
+    """One recording of a task: what halving's choice is better by, of every order, and its tokens."""
+    names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
+    apart: dict[str, list[float]] = {"search": [], "choice": []}
+    savings, same = [], 0
+    for order in range(orders):
+        seed = recording * orders + order
+        mixed = np.random.default_rng(stream_seed("halves", task, seed)).permutation(names).tolist()
+        shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+        taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
+        plain, choice = whole(curves, taken, shown, metric), halved(curves, taken, shown, metric)
+        part = halved(curves, proposed(curves, 0, shown, space, seed, halving.LOSS), shown, metric)
+        plain_score, choice_score, part_score = (
+            score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
+            for each in (plain, choice, part)
+        )
+        apart["search"].append(part_score - plain_score)
+        apart["choice"].append(choice_score - plain_score)
+        savings.append(plain.tokens / part.tokens)
+        same += plain.number == choice.number
+    return {
+        "settings": len(curves), "scores_at_full_length": sorted(
+            round(found, 2) for curve in curves if (found := score(curve, -1, names)) is not None
+        ),
+        "halved_minus_whole": apart, "same": same, "times_fewer_tokens": savings,
+    }  # fmt: skip
+
+
+def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any]:
+    """The recordings of a task: means of their means, whose standard error is of so many recordings."""
+    savings = [saving for each in recordings for saving in each["times_fewer_tokens"]]
+    apart = {}
+    for name in ("search", "choice"):
+        orders_of = [each["halved_minus_whole"][name] for each in recordings]
+        means = [statistics.fmean(values) for values in orders_of]
+        apart[name] = {
+            "mean": statistics.fmean(means),
+            "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+            "recordings": means,
+            "standard_errors_of_their_orders": [
+                statistics.stdev(values) / math.sqrt(orders) for values in orders_of
+            ],
+        }
+    return {
+        "settings": [each["settings"] for each in recordings], "orders": orders,
+        "scores_at_full_length": [each["scores_at_full_length"] for each in recordings],
+        "halved_minus_whole": apart,
+        "same_setting": sum(each["same"] for each in recordings) / orders / len(recordings),
+        "times_fewer_tokens": {
+            "median": statistics.median(savings), "least": min(savings), "most": max(savings)
+        },
+    }  # fmt: skip
+
+
 def replay(folder: Path, orders: int) -> dict[str, Any]:
-    study = study_in(folder)
+    numbers = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("recording-*"))
+    if not numbers:
+        raise SystemExit(f"{folder} has no recording; `record` makes them")
+    study = study_in(folder, numbers[0])
     space = {name: each for name, each in study.spaces["full"].items() if each.kind != "fixed"}
     report: dict[str, Any] = {}
     for task in study.tasks:
-        curves, metric = curves_of(folder, task.name), metric_of(task)
-        if len(curves) <= TRIALS:
-            continue
-        names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
-        apart: dict[str, list[float]] = {"search": [], "choice": []}
-        savings, same = [], 0
-        for seed in range(orders):
-            mixed = np.random.default_rng(stream_seed("halves", task.name, seed)).permutation(names).tolist()
-            shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
-            taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
-            plain, choice = whole(curves, taken, shown, metric), halved(curves, taken, shown, metric)
-            part = halved(curves, proposed(curves, 0, shown, space, seed, halving.LOSS), shown, metric)
-            plain_score, choice_score, part_score = (
-                score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
-                for each in (plain, choice, part)
-            )
-            apart["search"].append(part_score - plain_score)
-            apart["choice"].append(choice_score - plain_score)
-            savings.append(plain.tokens / part.tokens)
-            same += plain.number == choice.number
-        report[task.name] = {
-            "settings": len(curves), "orders": orders, "scores_at_full_length": sorted(
-                round(found, 2) for curve in curves if (found := score(curve, -1, names)) is not None
-            ),
-            "halved_minus_whole": {
-                name: {
-                    "mean": statistics.fmean(values),
-                    "standard_error": statistics.stdev(values) / math.sqrt(orders),
-                    "spread_of_one_order": statistics.stdev(values),
-                }
-                for name, values in apart.items()
-            },
-            "same_setting": same / orders,
-            "times_fewer_tokens": {
-                "median": statistics.median(savings), "least": min(savings), "most": max(savings)
-            },
-        }  # fmt: skip
+        found = [(number, curves_of(home_of(folder, number), task.name)) for number in numbers]
+        done = [
+            replayed(curves, orders, metric_of(task), space, task.name, number)
+            for number, curves in found
+            if len(curves) > TRIALS
+        ]
+        if done:
+            report[task.name] = together(done, orders)
     return report
 
 
@@ -259,6 +296,7 @@ def main() -> int:
     recording = verbs.add_parser("record")
     recording.add_argument("folder", type=Path)
     recording.add_argument("--tasks", default="sst2,mrpc,synthetic_qa")
+    recording.add_argument("--recordings", default="0,1,2,3")
     recording.add_argument("--settings", type=int, default=30)
     replaying = verbs.add_parser("replay")
     replaying.add_argument("folder", type=Path)
@@ -266,7 +304,8 @@ def main() -> int:
     replaying.add_argument("--output", type=Path)
     given = parser.parse_args()
     if given.verb == "record":
-        record(given.folder, given.tasks.split(","), given.settings)
+        for number in map(int, given.recordings.split(",")):
+            record(given.folder, number, given.tasks.split(","), given.settings)
         return 0
     report = replay(given.folder, given.orders)
     text = json.dumps(report, indent=1) + "\n"
