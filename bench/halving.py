@@ -10,8 +10,8 @@ as the study would, by `search.propose`, with whole trials; a proposal is answer
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
 (`choice`), and of those that it proposes itself (`search`). Half of the validation examples are shown to the
 search; on the other half, which nobody has seen, the chosen setting's score at full length is its quality.
-Orders differ by seed and by halves, and share their recording's curves: the standard error is of the recordings'
-means.
+Orders differ by seed and by halves, and share their recording's curves: the standard error is of the
+recordings' means.
 """
 
 from __future__ import annotations

@@ -98,23 +98,27 @@ def overhead(found: dict[str, Any]) -> str:
 
 
 def halving(found: dict[str, Any]) -> str:
+    def told(apart: dict[str, Any]) -> str:
+        each = ", ".join(f"{mean:+.2f}" for mean in apart["recordings"])
+        return f"{apart['mean']:+.2f} ± {apart['standard_error']:.2f} ({each})"
+
     rows = []
     for task, row in found.items():
         fewer, apart = row["times_fewer_tokens"], row["halved_minus_whole"]
         rows.append(
             (
-                task, str(row["settings"]), str(row["orders"]),
+                task, ", ".join(map(str, row["settings"])), str(row["orders"]),
                 f"{fewer['median']:.2f} ({fewer['least']:.2f} .. {fewer['most']:.2f})",
-                *(f"{apart[n]['mean']:+.2f} ± {apart[n]['standard_error']:.2f}" for n in ("choice", "search")),
+                *(told(apart[name]) for name in ("choice", "search")),
                 f"{100 * row['same_setting']:.0f} %",
             )
         )  # fmt: skip
     columns = (
-        "settings",
-        "orders",
+        "settings of each recording",
+        "orders of each",
         "times fewer tokens",
-        "chosen of the same trials, minus the best of them",
-        "chosen of its own, minus the best of the other search",
+        "chosen of the same trials, minus the best of them (each recording)",
+        "chosen of its own, minus the best of the other search (each)",
         "the same chosen",
     )
     return table(("task", *columns), rows)

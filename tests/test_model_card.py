@@ -88,11 +88,12 @@ def test_what_the_study_changed_in_the_base_is_said_where_it_is_loaded():
 
 @pytest.mark.parametrize("remote", [False, True])
 @pytest.mark.parametrize("revision", [None, "a1b2"])
-def test_an_adapter_says_how_its_base_is_built(revision, remote):
+@pytest.mark.parametrize("gguf", [None, "a.gguf"])
+def test_an_adapter_says_how_its_base_is_built(gguf, revision, remote):
     mapping = {"^model\\.": "transformer."}
     base = {"architectures": ["LlamaForQuestionAnswering"], "base_key_mapping": mapping}
     base |= {"auto_map": {"AutoConfig": "its_own.Config"}} if remote else {}
-    *_, text = made(base=base, model='org/"x', model_revision=revision)
+    *_, text = made(base=base, model='org/"x', model_revision=revision, model_gguf_file=gguf)
     code = text.split("```python")[1].split("```")[0]
     ast.parse(code)
     found = {}
@@ -100,6 +101,8 @@ def test_an_adapter_says_how_its_base_is_built(revision, remote):
     assert (found["base"], found["folder"]) == ('org/"x', "sst2.lora.seed0")
     assert "AutoModelForQuestionAnswering.from_pretrained(base, config=config" in code
     assert ('revision="a1b2"' in code) == (revision is not None)
+    assert ('gguf_file="a.gguf"' in code) == (gguf is not None)
+    assert (f", {gguf}" in text.split("- Base model: ")[1].splitlines()[0]) == (gguf is not None)
     assert f"key_mapping={json.dumps(mapping)}" in code
     assert code.count("trust_remote_code=True") == (3 if remote else 0)
 

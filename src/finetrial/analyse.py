@@ -116,6 +116,7 @@ def summarise(
         study_hash=study.identity(),
         model=study.model.name,
         model_revision=study.model.revision,
+        model_gguf_file=study.model.gguf_file,
         model_changes=study.model.config,
         model_sha256=model_sha256,
         complete=_complete(study, arms, ordered),

@@ -167,6 +167,8 @@ def _facts(summary: Summary) -> dict[str, str]:
     facts["model"] = summary.model
     if summary.model_revision:
         facts["model revision"] = summary.model_revision
+    if summary.model_gguf_file:
+        facts["model's GGUF file"] = summary.model_gguf_file
     if summary.model_sha256:
         facts["model SHA-256"] = summary.model_sha256[:SHORT_HASH]
     facts["changes to the model's config"] = text.changes(summary) or "none"

@@ -132,6 +132,7 @@ def _facts(summary: Summary, task: TaskSummary, arm: ArmSummary, replicate: Repl
         (
             "Base model",
             f"{summary.model}"
+            + (f", {summary.model_gguf_file}" if summary.model_gguf_file else "")
             + (f" at {summary.model_revision}" if summary.model_revision else "")
             + (f", with {text.changes(summary)}" if summary.model_changes else ""),
         ),
@@ -186,6 +187,7 @@ def _code(summary: Summary, folder: str, kind: str, base: Mapping[str, Any]) -> 
     trust = ["trust_remote_code=True"] if "auto_map" in base else []
     given = ["base", "config=config", *trust]
     given += [f"revision={json.dumps(summary.model_revision)}"] if summary.model_revision else []
+    given += [f"gguf_file={json.dumps(summary.model_gguf_file)}"] if summary.model_gguf_file else []
     mapping = base.get("base_key_mapping")
     given += [f"key_mapping={json.dumps(mapping)}"] if mapping else []
     return "\n".join(

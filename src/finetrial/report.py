@@ -204,7 +204,8 @@ def _search_rows(summary: Summary, task: str) -> str:
 
 def citation(summary: Summary) -> str:
     """How to cite the study: plain text that names everything needed to find it again."""
-    revision = f", revision {summary.model_revision}" if summary.model_revision else ""
+    revision = f", {summary.model_gguf_file}" if summary.model_gguf_file else ""
+    revision += f", revision {summary.model_revision}" if summary.model_revision else ""
     return (
         f"{summary.study}: a fine-tuning study of {summary.model}{revision}. finetrial "
         f"{summary.meta.finetrial_version}, study hash {summary.study_hash}, {summary.meta.created_at[:10]}."

@@ -222,6 +222,7 @@ def environment(summary: Summary) -> Table:
         ("study hash", summary.study_hash),
         ("model", summary.model),
         ("model revision", summary.model_revision or text.missing("none given")),
+        *([("model's GGUF file", summary.model_gguf_file)] if summary.model_gguf_file else []),
         ("changes to the model's config", text.changes(summary) or "none"),
         ("model SHA-256", summary.model_sha256 or text.missing("not hashed")),
         *((f"runs: {name}", value) for name, value in summary.environment.items()),

@@ -386,6 +386,7 @@ class Summary(Frozen):
     study_hash: str
     model: str
     model_revision: str | None
+    model_gguf_file: str | None = None  # the file of it, where it is one
     model_changes: dict[str, Setting] = {}  # of its config, before anything was trained
     model_sha256: str | None
     complete: bool  # False: written from an unfinished study
