@@ -51,11 +51,11 @@ tasks:
     data: {{train: {data}/mrpc/train.jsonl, test: {data}/mrpc/test.jsonl}}
     validation_rows: 500
     test_rows: 8
-  synthetic_qa: {{rows: 1400, validation_rows: 500, test_rows: 8, max_length: 64}}
+  synthetic_qa: {{rows: 3800, validation_rows: 500, test_rows: 8, max_length: 64}}
 methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
 search:
-  {{trials: 15, seed: {recording}, rows: 800, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
+  {{trials: 15, seed: {recording}, rows: 3200, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
 train: {{precision: bf16}}
 measure: []
 claims: []
