@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from click.testing import Result
 
 from conftest import call
-from finetrial import check
 from finetrial.store import Home
 from wrong_study_files import text_of
 
@@ -98,14 +96,14 @@ def test_a_processor_whose_bf16_nobody_has_decided_on_is_told(tiny_bert, train):
     assert len(told) == (native and "fp32" not in train)
 
 
-def test_what_halving_would_save_is_told_until_the_study_has_begun(tiny_bert, monkeypatch):
-    monkeypatch.setattr(check, "LONG_SECONDS", 0.0)
-    monkeypatch.setattr(check, "WORTH_SAYING", math.inf)
-    write_study(tiny_bert, measure="[]", methods=f"{{full: {RATES}}}")
+def test_trials_too_short_for_halving_are_told_until_the_study_has_begun(tiny_bert):
+    search = "{trials: 3, rows: 16, halving: 3, space: {epochs: 1, batch_size: [4, 8]}}"
+    write_study(tiny_bert, measure="[]", methods=f"{{full: {RATES}}}", search=search)
     for begun in (False, True):
         result = call("check", "study.yaml")
         assert result.exit_code == 0, result.output
-        assert ("note: with `search.halving: 3` the whole study would take about" in said(result)) is not begun
+        told = "note: synthetic_qa/full: its trials are first compared after 1 step on the average"
+        assert (told in said(result)) is not begun
         assert begun or call("run", "study.yaml").exit_code == 0
 
 

@@ -256,13 +256,14 @@ def test_how_replicates_were_run_is_noted_where_it_changes_what_they_cost():
     assert "those of toy/full did not" in twice
 
 
-@pytest.mark.parametrize(("steps", "noted"), [(2, True), (3, False)])
-def test_trials_that_are_compared_after_next_to_no_steps_are_noted(steps, noted):
-    short = TRAINED.model_copy(update={"steps": steps, "planned_steps": 9 * steps})
-    found = [*records(), halved(3, 9, training=short), halved(4, 9)]
+@pytest.mark.parametrize(("steps", "noted"), [(29, True), (30, False)])
+def test_trials_that_are_compared_after_few_steps_are_noted(steps, noted):
+    """On the average of those that ended there, not of one that was whole by then."""
+    one, other = (TRAINED.model_copy(update={"steps": n, "planned_steps": 9 * n}) for n in (steps, 30))
+    whole = TRAINED.model_copy(update={"steps": 1, "planned_steps": 1})
+    found = [*records(), halved(3, 9, training=one), halved(4, 9, training=other), halved(5, 9, training=whole)]
     notes = summarise(study(), found, META).fairness_notes
-    said = "toy/lora: 1 of 2 trials were first compared after 2 steps"
-    assert any(note.startswith(said) for note in notes) is noted
+    assert any(n.startswith("toy/lora: its trials are first compared after 29 steps") for n in notes) is noted
 
 
 def test_an_arm_of_which_no_trial_has_a_score_is_said_to_have_no_replicates():

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetrial import plan
-from finetrial.check import halving_saves
+from finetrial.check import halving_notes
 from finetrial.check_report import duration
-from finetrial.forecast import Evidence, epoch_seconds, forecast, makespan
+from finetrial.forecast import Evidence, epoch_seconds, first_end_steps, forecast, makespan
 from finetrial.records import Attempt, Cost, Result, RunRecord
 from finetrial.rehearsed import Overfit, Pace, Phase, Rehearsal, Try
 from finetrial.study import Study
@@ -163,17 +163,37 @@ def test_a_halved_search_by_hand():
     assert full.search_seconds == pytest.approx(expected)
 
 
+def searching(search: str) -> Study:
+    methods = "{full: {search: {learning_rate: 1e-3}}, lora: {search: {learning_rate: 1e-2}}}"
+    return parse_study(
+        text_of(methods=methods, search=search, train="{seeds: 3}", claims="[]"), file="s.yaml", base=Path()
+    )
+
+
 def test_a_long_study_of_whole_trials_is_told_what_halving_would_save():
-    long = STUDY.model_copy(update={"search": STUDY.search.model_copy(update={"trials": 60})})
-    whole = forecast(long, evidence(), 2)
-    assert whole.seconds > 1800
-    shorter = long.model_copy(update={"search": long.search.model_copy(update={"halving": 3})})
-    seconds = forecast(shorter, evidence(), 2).seconds
-    assert seconds < 0.9 * whole.seconds
-    [note] = halving_saves(long, evidence(), whole, 2)
-    assert f"`search.halving: 3` the whole study would take about {duration(seconds)}" in note
-    assert not halving_saves(shorter, evidence(), forecast(shorter, evidence(), 2), 2)
-    assert not halving_saves(STUDY, evidence(), forecast(STUDY, evidence(), 2), 2)  # 19 min
+    """Of 100 rows in batches of one, three epochs: 300 steps, of which the ninth is 33."""
+    rules = "trials: 60, rows: 100, space: {epochs: 3, batch_size: 1}"
+    whole, halved_ = searching(f"{{{rules}}}"), searching(f"{{{rules}, halving: 3}}")
+    [foretold, sooner] = (forecast(study, evidence(), 2) for study in (whole, halved_))
+    assert foretold.seconds > 1800
+    assert sooner.seconds < 0.9 * foretold.seconds
+    [note] = halving_notes(whole, evidence(), foretold, 2)
+    assert f"`search.halving: 3` the whole study would take about {duration(sooner.seconds)}" in note
+    assert halving_notes(halved_, evidence(), sooner, 2) == []
+    short = searching(f"{{{rules.replace('60', '4')}}}")
+    assert halving_notes(short, evidence(), forecast(short, evidence(), 2), 2) == []
+
+
+def test_trials_that_are_too_short_for_halving_are_told_before_they_begin():
+    """Two epochs in the mean, of 10 or 5 steps: a ninth of 15 steps."""
+    rules = "trials: 60, rows: 100, space: {epochs: [1, 3], batch_size: [10, 20]}"
+    whole, halved_ = searching(f"{{{rules}}}"), searching(f"{{{rules}, halving: 3}}")
+    foretold = forecast(whole, evidence(), 2)
+    assert first_end_steps(whole.spaces["full"], rehearsal(1.0), 3) == pytest.approx(15 / 9)
+    assert halving_notes(whole, evidence(), foretold, 2) == []  # though it is long
+    notes = halving_notes(halved_, evidence(), forecast(halved_, evidence(), 2), 2)
+    assert [note.partition(": ")[0] for note in notes] == [f"{TASK.name}/full", f"{TASK.name}/lora"]
+    assert all("first compared after 1 step on the average" in note for note in notes)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

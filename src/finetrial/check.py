@@ -10,10 +10,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from finetrial import check_report, files, plan
+from finetrial import check_report, files, halving, plan
 from finetrial.check_report import ArmCheck, Checked, TaskCheck
 from finetrial.errors import RunsFailed
-from finetrial.forecast import Evidence, Forecast, forecast, rehearsal_of
+from finetrial.forecast import Evidence, Forecast, first_end_steps, forecast, rehearsal_of
 from finetrial.housekeeping import LEAST_FREE_BYTES, refuse_links
 from finetrial.opening import open_home, read_lock, resolve_inputs
 from finetrial.pipeline import Story
@@ -125,7 +125,7 @@ def _told(story: Story, found: Evidence) -> Checked:
     if foretold is not None:
         faults += _no_room(home, study, foretold) + _no_time(study, foretold) + _no_pilot(found)
     begun = read_lock(home).begun  # from then on the search is the one it is
-    sooner = halving_saves(study, found, foretold, story.packing.most) if foretold and not begun else []
+    about_halving = halving_notes(study, found, foretold, story.packing.most) if foretold and not begun else []
     tasks = {task.name: _task(task, found) for task in study.tasks}
     ran = [*found.baselines.values(), *found.rehearsals.values(), *found.frozen.values(), *found.pilots]
     ran += list(found.controls.values())
@@ -141,7 +141,7 @@ def _told(story: Story, found: Evidence) -> Checked:
         out_of_memory=sum(a.outcome == "out_of_memory" for r in ran for a in r.attempts),
         retries=sum(len(record.attempts) - 1 for record in ran),
         faults=tuple(faults),
-        notes=(*plan.warnings(study), *_notes(found, tasks), *sooner),
+        notes=(*plan.warnings(study), *_notes(found, tasks), *about_halving),
     )
 
 
@@ -206,9 +206,18 @@ def _no_time(study: Study, foretold: Forecast) -> list[str]:
     ]
 
 
-def halving_saves(study: Study, found: Evidence, foretold: Forecast, most: int) -> list[str]:
-    """A note of how long a study of whole trials would take with halved ones, if it is long and that helps."""
-    if foretold.seconds < LONG_SECONDS or study.search.halving is not None:
+def halving_notes(study: Study, found: Evidence, foretold: Forecast, most: int) -> list[str]:
+    """Of halved trials: whether they are too short for it. Of whole ones that take long: what it saves."""
+    factor = study.search.halving or 3
+    steps = {
+        arm: first_end_steps(study.spaces[record.spec.method.name], rehearsal_of(record), factor)
+        for arm, record in found.rehearsals.items()
+        if record.spec.method is not None
+    }
+    short = [f"{arm}: {said}" for arm, count in steps.items() if (said := halving.said_of(count))]
+    if study.search.halving is not None:
+        return short
+    if short or foretold.seconds < LONG_SECONDS:
         return []
     halved = study.model_copy(update={"search": study.search.model_copy(update={"halving": 3})})
     seconds = forecast(halved, found, most).seconds

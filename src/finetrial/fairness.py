@@ -6,8 +6,10 @@ Pure: run records and summaries in, rows and sentences out. Not for verdicts (`c
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
+from finetrial import halving
 from finetrial.evidence import ENDED_WELL, LEFT_WAITING, Arm, trained
 from finetrial.frozen import Setting
 from finetrial.records import RunRecord
@@ -21,8 +23,6 @@ from finetrial.summary import (
     LedgerRow,
     TaskSummary,
 )
-
-FEWEST_STEPS = 3  # at the first end of halving, below which losses are next to those of the start
 
 
 def ledger_row(
@@ -166,24 +166,16 @@ def cost_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
 
 
 def halving_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
-    """A sentence for every arm of which trials were first compared after next to no steps."""
-    early: dict[str, list[bool]] = {}
+    """A sentence for every arm whose trials were first compared after few steps."""
+    early: dict[str, list[int]] = {}
     for record in records:
-        training = record.result.training if record.result else None
-        if (
-            training is not None
-            and record.outcome == "done"
-            and record.spec.rung
-            and record.spec.rung.number == 1
-        ):
-            few = training.steps < FEWEST_STEPS and training.steps < training.planned_steps
-            early.setdefault(record.spec.arm, []).append(few)
-    return tuple(
-        f"{arm}: {sum(few)} of {len(few)} trials were first compared after {FEWEST_STEPS - 1} steps, where "
-        f"losses hardly tell settings apart; leave halving out of so short a search, or give it more rows"
-        for arm, few in early.items()
-        if any(few)
-    )
+        training, rung = record.result.training if record.result else None, record.spec.rung
+        if training is None or record.outcome != "done" or rung is None or rung.number > 1:
+            continue
+        if training.steps < training.planned_steps:
+            early.setdefault(record.spec.arm, []).append(training.steps)
+    told = {arm: halving.said_of(statistics.fmean(steps)) for arm, steps in early.items()}
+    return tuple(f"{arm}: {said}" for arm, said in told.items() if said)
 
 
 def input_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:

@@ -199,6 +199,13 @@ def _training(
     return phase.setup_seconds + seconds + checkpoints
 
 
+def first_end_steps(space: Space, given: Rehearsal, factor: int) -> float:
+    """Steps after which halving by this factor first compares an arm's trials, on the mean over their space."""
+    rows = given.search.paces[0].steps * given.search.paces[0].batch_size
+    epochs = statistics.fmean(float(value) for value in spread(space["epochs"]))
+    return epochs * statistics.fmean(rows / float(size) for size in spread(space["batch_size"])) / factor**2
+
+
 def _correction(study: Study, found: Evidence) -> float:
     """How much longer the pilots' steps and evaluations took than their rehearsal foretold."""
     took = foretold = 0.0

@@ -17,6 +17,8 @@ from typing import NamedTuple
 from finetrial.plugins import Metric
 from finetrial.stats import ALPHA, one_sided_t
 
+# Steps up to the first end, on the average of an arm's trials, below which halving is much of a lottery.
+FEW_STEPS = 30
 LOSS = Metric(name="validation loss", higher_is_better=False, worst=math.inf, best=0.0)
 
 
@@ -41,6 +43,19 @@ def chosen(standings: Sequence[Standing], most: int, metric: Metric, *, final: b
     if final:
         ranked = [s for s in ranked if not is_worse(s, ranked[0], sign)]
     return [s.number for s in ranked]
+
+
+def said_of(steps: float) -> str | None:
+    """What is to be said of trials that are first compared after so many steps, on the average, if anything."""
+    if steps >= FEW_STEPS:
+        return None
+    count = max(1, math.floor(steps))
+    after = "1 step" if count == 1 else f"{count} steps"
+    return (
+        f"its trials are first compared after {after} on the average, where losses tell "
+        f"little of what settings come to ({FEW_STEPS} or more do better: docs/benchmarks.md); "
+        "leave halving out of so short a search, or give it more rows"
+    )
 
 
 def is_worse(one: Standing, best: Standing, sign: float = 1.0) -> bool:
