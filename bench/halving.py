@@ -1,11 +1,12 @@
 """Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
 
     python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--recordings 0,1,2,3]
-    python bench/halving.py replay FOLDER [--orders 200] [--output bench/results/halving.json]
+    python bench/halving.py replay [FOLDER] [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
-scores and losses of the single validation examples there; it may be stopped and goes on. Every recording
-draws its own settings, and trains them with its own rows and seeds. `replay` searches each of them
+scores and losses of the single validation examples there, in one file for each task and recording; it may be
+stopped and goes on. Every recording draws its own settings, and trains them with its own rows and seeds.
+`replay` searches each of them (without a folder: those of the published figures, `bench/results/halving/`)
 as the study would, by `search.propose`, with whole trials; a proposal is answered by the recorded setting
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
 (`choice`), and of those that it proposes itself (`search`). Half of the validation examples are shown to the
@@ -61,6 +62,7 @@ measure: []
 claims: []
 run: {{threads: 1, checkpoint: 1 h}}
 """
+PUBLISHED = Path(__file__).parent / "results" / "halving"
 TRIALS = 15
 RULES = SearchRules(trials=TRIALS, halving=3)
 ENDS = RULES.ends
@@ -80,20 +82,19 @@ class Chosen(NamedTuple):
     tokens: int
 
 
-def study_in(folder: Path, recording: int) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
+def study_of(recording: int, folder: Path | None = None) -> Any:
+    """The study that a recording is of; its file, if it is to be there, in a folder."""
     text = STUDY.format(data=os.environ.get("FINETRIAL_DATA", "../shared/data"), recording=recording)
-    file = folder / f"study-{recording}.yaml"
-    file.write_text(text)
-    return parse_study(text, file=str(file), base=folder)
-
-
-def home_of(folder: Path, recording: int) -> Home:
-    return Home(folder / f"recording-{recording}")
+    base = folder or Path()
+    file = base / f"study-{recording}.yaml"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return parse_study(text, file=str(file), base=base)
 
 
 def record(folder: Path, recording: int, tasks: Sequence[str], settings: int) -> None:
-    study, home = study_in(folder, recording), home_of(folder, recording)
+    study, home = study_of(recording, folder), Home(folder / f"recording-{recording}")
     inputs = resolve_inputs(study)
     open_home(study, home, inputs)
     for number in range(settings):
@@ -116,6 +117,30 @@ def record(folder: Path, recording: int, tasks: Sequence[str], settings: int) ->
             score = result.score if result else None
             sys.stdout.write(f"{recording} {task.name} {number} {drawn} {score}\n")
             sys.stdout.flush()
+    for task in tasks:
+        keep(folder / f"{task}-{recording}.npz", curves_of(home, task))
+
+
+def keep(path: Path, curves: Sequence[Curve]) -> None:
+    """Curves in a small file: every example's value to three digits, in the order of the examples' names."""
+    names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
+    values = [[[end.get(name, math.nan) for name in names] for end in curve.examples] for curve in curves]
+    settings = json.dumps([dict(curve.settings) for curve in curves])
+    tokens = [curve.tokens for curve in curves]
+    with path.open("wb") as file:
+        np.savez_compressed(file, values=np.array(values, np.float16), tokens=tokens, settings=settings)
+
+
+def kept(path: Path) -> list[Curve]:
+    with np.load(path) as found:
+        values, tokens = found["values"].astype(float), found["tokens"].tolist()
+        settings = json.loads(str(found["settings"]))
+    names = [f"{number:05d}" for number in range(values.shape[-1])]
+    ends = [
+        tuple({} if np.isnan(end).all() else dict(zip(names, end.tolist(), strict=True)) for end in curve)
+        for curve in values
+    ]
+    return [Curve(*each) for each in zip(settings, ends, map(tuple, tokens), strict=True)]
 
 
 def curves_of(home: Home, task: str) -> list[Curve]:
@@ -221,21 +246,24 @@ def replayed(
     """One recording of a task: what halving's choice is better by, of every order, and its tokens."""
     names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
     apart: dict[str, list[float]] = {"search": [], "choice": []}
-    savings, same = [], 0
+    savings: dict[str, list[float]] = {"its_own_trials": [], "the_whole_search": []}
+    same = 0
     for order in range(orders):
         seed = recording * orders + order
         mixed = np.random.default_rng(stream_seed("halves", task, seed)).permutation(names).tolist()
         shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
         taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
         plain, choice = whole(curves, taken, shown, metric), halved(curves, taken, shown, metric)
-        part = halved(curves, proposed(curves, 0, shown, space, seed, halving.LOSS), shown, metric)
+        own = proposed(curves, 0, shown, space, seed, halving.LOSS)
+        part = halved(curves, own, shown, metric)
         plain_score, choice_score, part_score = (
             score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
             for each in (plain, choice, part)
         )
         apart["search"].append(part_score - plain_score)
         apart["choice"].append(choice_score - plain_score)
-        savings.append(plain.tokens / part.tokens)
+        savings["its_own_trials"].append(sum(curves[index].tokens[-1] for index in own) / part.tokens)
+        savings["the_whole_search"].append(plain.tokens / part.tokens)
         same += plain.number == choice.number
     return {
         "settings": len(curves), "scores_at_full_length": sorted(
@@ -247,7 +275,10 @@ def replayed(
 
 def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any]:
     """The recordings of a task: means of their means, whose standard error is of so many recordings."""
-    savings = [saving for each in recordings for saving in each["times_fewer_tokens"]]
+    savings = {
+        than: [saving for each in recordings for saving in each["times_fewer_tokens"][than]]
+        for than in ("its_own_trials", "the_whole_search")
+    }
     apart = {}
     for name in ("search", "choice"):
         orders_of = [each["halved_minus_whole"][name] for each in recordings]
@@ -266,20 +297,28 @@ def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any
         "halved_minus_whole": apart,
         "same_setting": sum(each["same"] for each in recordings) / orders / len(recordings),
         "times_fewer_tokens": {
-            "median": statistics.median(savings), "least": min(savings), "most": max(savings)
+            than: {"median": statistics.median(each), "least": min(each), "most": max(each)}
+            for than, each in savings.items()
         },
     }  # fmt: skip
 
 
-def replay(folder: Path, orders: int) -> dict[str, Any]:
-    numbers = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("recording-*"))
-    if not numbers:
-        raise SystemExit(f"{folder} has no recording; `record` makes them")
-    study = study_in(folder, numbers[0])
+def replay(folder: Path, orders: int, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Every task's recordings in a folder.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    study = study_of(0)
     space = {name: each for name, each in study.spaces["full"].items() if each.kind != "fixed"}
     report: dict[str, Any] = {}
     for task in study.tasks:
-        found = [(number, curves_of(home_of(folder, number), task.name)) for number in numbers]
+        if tasks is not None and task.name not in tasks:
+            continue
+        found = [
+            (int(path.stem.rpartition("-")[2]), kept(path))
+            for path in sorted(folder.glob(f"{task.name}-*.npz"))
+        ]
         done = [
             replayed(curves, orders, metric_of(task), space, task.name, number)
             for number, curves in found
@@ -287,6 +326,8 @@ def replay(folder: Path, orders: int) -> dict[str, Any]:
         ]
         if done:
             report[task.name] = together(done, orders)
+    if not report:
+        raise SystemExit(f"{folder} has no recording of more than {TRIALS} settings; `record` makes them")
     return report
 
 
@@ -299,7 +340,7 @@ def main() -> int:
     recording.add_argument("--recordings", default="0,1,2,3")
     recording.add_argument("--settings", type=int, default=30)
     replaying = verbs.add_parser("replay")
-    replaying.add_argument("folder", type=Path)
+    replaying.add_argument("folder", type=Path, nargs="?", default=PUBLISHED)
     replaying.add_argument("--orders", type=int, default=200)
     replaying.add_argument("--output", type=Path)
     given = parser.parse_args()

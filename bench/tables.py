@@ -99,6 +99,8 @@ def overhead(found: dict[str, Any]) -> str:
 
 def halving(found: dict[str, Any]) -> str:
     def told(apart: dict[str, Any]) -> str:
+        if apart["standard_error"] is None:
+            return f"{apart['mean']:+.2f} (one recording)"
         each = ", ".join(f"{mean:+.2f}" for mean in apart["recordings"])
         return f"{apart['mean']:+.2f} ± {apart['standard_error']:.2f} ({each})"
 
@@ -108,7 +110,10 @@ def halving(found: dict[str, Any]) -> str:
         rows.append(
             (
                 task, ", ".join(map(str, row["settings"])), str(row["orders"]),
-                f"{fewer['median']:.2f} ({fewer['least']:.2f} .. {fewer['most']:.2f})",
+                *(
+                    f"{fewer[than]['median']:.2f} ({fewer[than]['least']:.2f} .. {fewer[than]['most']:.2f})"
+                    for than in ("its_own_trials", "the_whole_search")
+                ),
                 *(told(apart[name]) for name in ("choice", "search")),
                 f"{100 * row['same_setting']:.0f} %",
             )
@@ -116,9 +121,10 @@ def halving(found: dict[str, Any]) -> str:
     columns = (
         "settings of each recording",
         "orders of each",
-        "times fewer tokens",
-        "chosen of the same trials, minus the best of them (each recording)",
-        "chosen of its own, minus the best of the other search (each)",
+        "times fewer tokens than its trials trained whole",
+        "than the other search",
+        "chosen of the same trials, minus the best of them",
+        "chosen of its own, minus the best of the other search",
         "the same chosen",
     )
     return table(("task", *columns), rows)
@@ -192,6 +198,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "study_scores": ("study.json", study_scores),
     "study_parts": ("study.json", study_parts),
     "halving": ("halving.json", halving),
+    "halving_short": ("halving_short.json", halving),
     "regression": ("regression.json", regression),
     "similarity": ("similarity.json", similarity),
 }

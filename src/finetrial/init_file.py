@@ -49,7 +49,7 @@ methods:
 {methods}
 
 # Phase 1: the same number of trials for every method, on at most so many training rows (or `all`).
-# `halving: 3` ends most of them after a ninth or a third of their steps: about a quarter of the tokens.
+# `halving: 3` ends most of them after a ninth or a third of their steps; a ninth should be 30 steps or more.
 search:
   trials: 15
   rows: all
