@@ -13,7 +13,6 @@ from finetrial.records import ClaimKind, Outcome, SearchStop, WarmStart
 
 SummaryVersion = Literal[1]
 SUMMARY_VERSION: SummaryVersion = 1
-
 Verdict = Literal["supported", "refuted", "inconclusive", "not_assessable"]
 Unit = Literal["score", "share", "points", "nats"]
 
