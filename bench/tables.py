@@ -98,23 +98,13 @@ def overhead(found: dict[str, Any]) -> str:
 
 
 def halving(found: dict[str, Any]) -> str:
-    def told(apart: dict[str, Any]) -> str:
-        if apart["standard_error"] is None:
-            return f"{apart['mean']:+.2f} (one recording)"
-        each = ", ".join(f"{mean:+.2f}" for mean in apart["recordings"])
-        return f"{apart['mean']:+.2f} ± {apart['standard_error']:.2f} ({each})"
-
     rows = []
     for task, row in found.items():
-        fewer, apart = row["times_fewer_tokens"], row["halved_minus_whole"]
+        fewer = (row["times_fewer_tokens"][than] for than in ("its_own_trials", "the_whole_search"))
         rows.append(
             (
                 task, ", ".join(map(str, row["settings"])), str(row["orders"]),
-                *(
-                    f"{fewer[than]['median']:.2f} ({fewer[than]['least']:.2f} .. {fewer[than]['most']:.2f})"
-                    for than in ("its_own_trials", "the_whole_search")
-                ),
-                *(told(apart[name]) for name in ("choice", "search")),
+                *(f"{each['median']:.2f} ({each['least']:.2f} .. {each['most']:.2f})" for each in fewer),
                 f"{100 * row['same_setting']:.0f} %",
             )
         )  # fmt: skip
@@ -123,11 +113,29 @@ def halving(found: dict[str, Any]) -> str:
         "orders of each",
         "times fewer tokens than its trials trained whole",
         "than the other search",
-        "chosen of the same trials, minus the best of them",
-        "chosen of its own, minus the best of the other search",
-        "the same chosen",
+        "of the same trials it chooses the same",
     )
     return table(("task", *columns), rows)
+
+
+def halving_choice(found: dict[str, Any]) -> str:
+    def told(apart: dict[str, Any] | None) -> str:
+        if apart is None:
+            return "-"
+        if apart["standard_error"] is None:
+            return f"{apart['mean']:+.2f} (one recording)"
+        each = ", ".join(f"{mean:+.2f}" for mean in apart["recordings"])
+        return f"{apart['mean']:+.2f} ± {apart['standard_error']:.2f} ({each})"
+
+    scores, searches = ("trained_anew", "halved_minus_whole"), ("choice", "search")
+    anew = any(row[scores[0]]["choice"] for row in found.values())
+    rows = [
+        (task, *(told(row[of][name]) for name in searches for of in scores if anew or of == scores[1]))
+        for task, row in found.items()
+    ]
+    named = (("same trials, trained anew", True), ("same trials, as trained", False),
+             ("trials of its own, trained anew", True), ("trials of its own, as trained", False))  # fmt: skip
+    return table(("task", *(name for name, new in named if anew or not new)), rows)
 
 
 def study(found: dict[str, Any]) -> str:
@@ -198,7 +206,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "study_scores": ("study.json", study_scores),
     "study_parts": ("study.json", study_parts),
     "halving": ("halving.json", halving),
+    "halving_choice": ("halving.json", halving_choice),
     "halving_short": ("halving_short.json", halving),
+    "halving_short_choice": ("halving_short.json", halving_choice),
     "regression": ("regression.json", regression),
     "similarity": ("similarity.json", similarity),
 }
