@@ -1,12 +1,12 @@
 """Does successive halving choose as well as whole trials do? Recorded learning curves, replayed in many orders.
 
     python bench/halving.py record FOLDER [--tasks sst2,mrpc,synthetic_qa] [--recordings 0,1,2,3]
-    python bench/halving.py replicate FOLDER [CURVES] [--tasks ..] [--recordings ..] [--seeds 3]
+    python bench/halving.py replicate FOLDER [CURVES] [--tasks ..] [--recordings ..] [--seeds 1]
     python bench/halving.py replay [CURVES] [--orders 200] [--output bench/results/halving.json]
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
 scores and losses of the single validation examples there, in one file for each task and recording; it may be
-stopped and goes on. Every recording draws its own settings, and trains them with its own seeds, on the same rows.
+stopped and goes on. Every recording draws its own settings (the same for all tasks) and seeds, of the same rows.
 `replay` searches each of them (without a folder: those of the published figures, `bench/results/halving/`)
 as the study would, by `search.propose`, with whole trials; a proposal is answered by the recorded setting
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials
@@ -36,6 +36,7 @@ import numpy as np
 from finetrial import halving, search
 from finetrial.frozen import Setting, stream_seed
 from finetrial.plugins import Metric, metric_of
+from finetrial.records import TaskSpec
 from finetrial.space import Choice, Range, Space
 from halving_curves import ENDS, RULES, TRIALS, Curve, kept, record, replicate, study_of
 
@@ -158,8 +159,9 @@ def replayed(
                 for each in (by, order.whole)
             )
             apart[name].append(here - there)
-            if by.number in again and order.whole.number in again:
-                anew[name].append(again[by.number] - again[order.whole.number])
+            tested = [metric.worst if c.number is None else again.get(c.number) for c in (by, order.whole)]
+            if again and None not in tested:
+                anew[name].append(tested[0] - tested[1])
         savings["its_own_trials"].append(order.own_tokens / order.search.tokens)
         savings["the_whole_search"].append(order.whole.tokens / order.search.tokens)
     names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
@@ -175,7 +177,7 @@ def replayed(
 def summary(values: Sequence[Sequence[float]]) -> dict[str, Any] | None:
     """Of a difference in every order of every recording: the mean of the recordings' means, and its standard
     error, which is of so many recordings."""
-    values = [each for each in values if each]
+    orders, values = [len(each) for each in values], [each for each in values if each]
     if not values:
         return None
     means = [statistics.fmean(each) for each in values]
@@ -183,6 +185,7 @@ def summary(values: Sequence[Sequence[float]]) -> dict[str, Any] | None:
         "mean": statistics.fmean(means),
         "standard_error": statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
         "recordings": means,
+        "orders": orders,
         "standard_errors_of_their_orders": [
             statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None for each in values
         ],
@@ -210,8 +213,11 @@ def together(recordings: Sequence[dict[str, Any]], orders: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def recordings_in(folder: Path, orders: int, tasks: Sequence[str] | None) -> Iterator[tuple[Any, ...]]:
-    """Every recording of more than 15 settings in a folder: its task, number, curves and what is chosen.
+def recordings_in(
+    folder: Path, orders: int, tasks: Sequence[str] | None, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[TaskSpec, int, list[Curve], list[Order]]]:
+    """Every recording of more than 15 settings in a folder (of these tasks and numbers): its task, number,
+    curves and what is chosen.
 
     Raises:
         SystemExit: there are none.
@@ -221,7 +227,8 @@ def recordings_in(folder: Path, orders: int, tasks: Sequence[str] | None) -> Ite
     for task in study.tasks:
         for path in sorted(folder.glob(f"{task.name}-*.npz")):
             curves, number = kept(path), int(path.stem.rpartition("-")[2])
-            if len(curves) > TRIALS and (tasks is None or task.name in tasks):
+            asked = (tasks is None or task.name in tasks) and (numbers is None or number in numbers)
+            if len(curves) > TRIALS and asked:
                 none = False
                 yield task, number, curves, [
                     in_order(curves, order, orders, metric_of(task), space, task.name, number)
@@ -236,7 +243,7 @@ def tests_file(folder: Path, task: str, recording: int) -> Path:
 
 
 def replay(folder: Path, orders: int, tasks: Sequence[str] | None = None) -> dict[str, Any]:
-    """Every task's recordings in a folder, by the metric on test where what is chosen was trained anew.
+    """Every task's recordings in a folder, and by scores on test where what is chosen was trained anew.
 
     Raises:
         SystemExit: there are none.
@@ -251,19 +258,20 @@ def replay(folder: Path, orders: int, tasks: Sequence[str] | None = None) -> dic
     return {task: together(recordings, orders) for task, recordings in by_task.items()}
 
 
-def train_anew(folder: Path, curves_in: Path, recordings: Sequence[int], given: argparse.Namespace) -> None:
+def train_anew(
+    folder: Path, curves_in: Path, tasks: Sequence[str], numbers: Sequence[int], orders: int, seeds: int
+) -> None:
     """Trains what any order of these recordings chooses, most often chosen first, and keeps its scores."""
-    for task, number, curves, found in recordings_in(curves_in, given.orders, given.tasks.split(",")):
-        if number in recordings:
-            chosen = Counter(
-                each.number
-                for order in found
-                for each in (order.whole, order.choice, order.search)
-                if each.number is not None
-            )
-            wanted = [index for index, _ in chosen.most_common()]
-            tests = replicate(folder, number, task.name, curves, wanted, given.seeds)
-            tests_file(curves_in, task.name, number).write_text(json.dumps(tests) + "\n")
+    for task, number, curves, found in recordings_in(curves_in, orders, tasks, numbers):
+        chosen = Counter(
+            each.number
+            for order in found
+            for each in (order.whole, order.choice, order.search)
+            if each.number is not None
+        )
+        wanted = [index for index, _ in chosen.most_common()]
+        tests = replicate(folder, number, task.name, curves, wanted, seeds)
+        tests_file(curves_in, task.name, number).write_text(json.dumps(tests) + "\n")
 
 
 def main() -> int:
@@ -276,7 +284,7 @@ def main() -> int:
         each.add_argument("--recordings", default="0,1,2,3")
     recording.add_argument("--settings", type=int, default=30)
     training.add_argument("curves", type=Path, nargs="?", default=PUBLISHED)
-    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--seeds", type=int, default=1)
     replaying.add_argument("folder", type=Path, nargs="?", default=PUBLISHED)
     replaying.add_argument("--output", type=Path)
     for each in (training, replaying):
@@ -288,12 +296,12 @@ def main() -> int:
         if given.output:
             given.output.write_text(text)
         return 0
-    numbers = [int(number) for number in given.recordings.split(",")]
+    tasks, numbers = given.tasks.split(","), [int(number) for number in given.recordings.split(",")]
     if given.verb == "replicate":
-        train_anew(given.folder, given.curves, numbers, given)
+        train_anew(given.folder, given.curves, tasks, numbers, given.orders, given.seeds)
     else:
         for number in numbers:
-            record(given.folder, number, given.tasks.split(","), given.settings)
+            record(given.folder, number, tasks, given.settings)
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Learning curves of settings drawn at random, for `bench/halving.py`: recorded, kept, read back; and what settings
-come to when they are trained anew."""
+"""Learning curves of settings drawn at random, for `bench/halving.py`: recorded, kept, read back; and what
+settings come to when they are trained anew."""
 
 from __future__ import annotations
 
@@ -106,7 +106,12 @@ def replicate(
     folder: Path, recording: int, task: str, curves: Sequence[Curve], wanted: Sequence[int], seeds: int
 ) -> dict[str, list[float | None]]:
     """What these settings of a recording come to on test, trained anew with as many rows as the trials had and
-    with the seeds that a study gives its replicates: the share of right answers, or F1 of questions."""
+    with the seeds that a study gives its replicates: the share of right answers, or F1 of questions; None where
+    it diverged.
+
+    Raises:
+        SystemExit: a run came to no end.
+    """
     study = study_of(recording, folder, TESTED)
     home, inputs = Home(folder / f"replicates-{recording}"), resolve_inputs(study)
     open_home(study, home, inputs)
@@ -120,9 +125,14 @@ def replicate(
             worker.work(run)
             run.drop_checkpoint()
             result = run.result()
-            examples = files.json_numbers(run.examples_file, "test", sha256=result.examples_sha256)
-            found[str(index)].append(statistics.fmean(examples.values()) if result.outcome == "done" else None)
-            sys.stdout.write(f"{recording} {task} setting {index} seed {seed}: {found[str(index)][-1]}\n")
+            if result is None or result.outcome not in ("done", "diverged"):
+                raise SystemExit(f"{spec.run_id} came to no end: `replicate` again goes on from here")
+            score = None
+            if result.outcome == "done":
+                examples = files.json_numbers(run.examples_file, "test", sha256=result.examples_sha256)
+                score = statistics.fmean(examples.values())
+            found[str(index)].append(score)
+            sys.stdout.write(f"{recording} {task} setting {index} seed {seed}: {score}\n")
             sys.stdout.flush()
     return found
 

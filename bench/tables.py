@@ -125,6 +125,8 @@ def halving_choice(found: dict[str, Any]) -> str:
         if apart["standard_error"] is None:
             return f"{apart['mean']:+.2f} (one recording)"
         each = ", ".join(f"{mean:+.2f}" for mean in apart["recordings"])
+        if len(set(apart["orders"])) > 1:
+            each += "; of " + ", ".join(map(str, apart["orders"])) + " orders"
         return f"{apart['mean']:+.2f} ± {apart['standard_error']:.2f} ({each})"
 
     scores, searches = ("trained_anew", "halved_minus_whole"), ("choice", "search")

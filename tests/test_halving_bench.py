@@ -48,7 +48,13 @@ def test_what_is_chosen_is_told_apart_by_its_replicates_too(bench_module):
     first = halving.replayed(recorded, orders, accuracy, {0: 70.0, 1: 72.0})
     assert first["halved_minus_whole"] == {"search": [10.0, 10.0], "choice": [0.0, 10.0]}
     assert first["trained_anew"] == {"search": [2.0, 2.0], "choice": [0.0, 2.0]}
+    none = halving.Order(whole, halving.Chosen(None, 10), other, ["a"], 30)
+    partly = halving.replayed(
+        recorded, [none], accuracy, {0: 70.0}
+    )  # nothing chosen is the worst; 1 not trained
+    assert partly["trained_anew"] == {"search": [], "choice": [-70.0]}
     found = halving.together([first, halving.replayed(recorded, orders, accuracy, {})], 2)
     assert found["halved_minus_whole"]["search"]["standard_error"] == 0.0
     assert found["trained_anew"]["choice"]["mean"] == 1.0
+    assert found["trained_anew"]["choice"]["orders"] == [2, 0]
     assert found["trained_anew"]["choice"]["standard_error"] is None  # of one recording none

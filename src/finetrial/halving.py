@@ -53,7 +53,7 @@ def said_of(steps: float) -> str | None:
     after = "1 step" if count == 1 else f"{count} steps"
     return (
         f"its trials are first compared after {after} on the average, where losses tell "
-        "little of what settings come to (measured with 15: docs/benchmarks.md); "
+        "little of what settings come to (measured with 16: docs/benchmarks.md); "
         "leave halving out of so short a search, or give it more rows"
     )
 
