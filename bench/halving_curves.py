@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetrial import files, plan, search, worker
+from finetrial.data import SPLIT_SEED
 from finetrial.frozen import Setting
 from finetrial.opening import open_home, resolve_inputs
 from finetrial.store import Home
@@ -29,13 +30,20 @@ model:
 tasks:
   sst2:
     data: {{train: {data}/sst2/train.jsonl, test: {data}/sst2/validation.jsonl}}
+    split_seed: {split}
     validation_rows: 500
     test_rows: {tested[sst2]}
   mrpc:
     data: {{train: {data}/mrpc/train.jsonl, test: {data}/mrpc/test.jsonl}}
+    split_seed: {split}
     validation_rows: 500
     test_rows: {tested[mrpc]}
-  synthetic_qa: {{rows: 3800, validation_rows: 500, test_rows: {tested[synthetic_qa]}, max_length: 64}}
+  synthetic_qa:
+    rows: 3800
+    seed: {rows}
+    validation_rows: 500
+    test_rows: {tested[synthetic_qa]}
+    max_length: 64
 methods:
   full: {{search: {{learning_rate: {{low: 1e-5, high: 1e-3}}}}}}
 search:
@@ -65,7 +73,8 @@ class Curve(NamedTuple):
 def study_of(recording: int, folder: Path | None = None, tested: Mapping[str, int] = RECORDED) -> Any:
     """The study that a recording is of; its file, if it is to be there, in a folder."""
     data = os.environ.get("FINETRIAL_DATA", "../shared/data")
-    text = STUDY.format(data=data, recording=recording, tested=tested)
+    rows = max(0, recording - 1)  # the first two recordings were made on the same rows, each further on its own
+    text = STUDY.format(data=data, recording=recording, tested=tested, rows=rows, split=SPLIT_SEED + rows)
     base = folder or Path()
     file = base / f"study-{recording}-{sum(tested.values())}.yaml"
     if folder is not None:
