@@ -147,8 +147,15 @@ def replicate(
 
 
 def keep(path: Path, curves: Sequence[Curve]) -> None:
-    """Curves in a small file: every example's value to three digits, in the order of the examples' names."""
-    names = sorted(next(curve.examples[-1] for curve in curves if curve.examples[-1]))
+    """Curves in a small file: every example's value to three digits, in the order of the examples' names.
+
+    Raises:
+        SystemExit: no setting reached its end.
+    """
+    reached = [curve.examples[-1] for curve in curves if curve.examples[-1]]
+    if not reached:
+        raise SystemExit(f"no setting for {path.name} reached its end: nothing to keep")
+    names = sorted(reached[0])
     values = [[[end.get(name, math.nan) for name in names] for end in curve.examples] for curve in curves]
     settings = json.dumps([dict(curve.settings) for curve in curves])
     tokens = [curve.tokens for curve in curves]

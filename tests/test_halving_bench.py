@@ -22,6 +22,13 @@ def test_curves_come_back_to_three_digits_one_that_diverged_too(bench_module, tm
     assert [bool(end) for end in back[1].examples] == [True, False, False]
 
 
+def test_settings_that_all_diverged_are_not_kept(bench_module, tmp_path):
+    module = bench_module("halving_curves")
+    with pytest.raises(SystemExit, match=r"no setting for sst2-0\.npz reached its end"):
+        module.keep(tmp_path / "sst2-0.npz", [module.Curve({"batch_size": 8}, ({}, {}, {}), (1, 1, 1))])
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_published_curves_replay(bench_module):
     """Whole trials of equal length would take 15 / (15/9 + 5 * 2/9 + 2 * 2/3) = 3.65 times the tokens."""
     halving = bench_module("halving")
