@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from finetrial import claims, stats
 from finetrial.study import Claim
-from finetrial.summary import ClaimResult, Interval
+from finetrial.summary import ClaimResult
+from finetrial.summary_measures import Interval
 
 Array = NDArray[np.float64]
 SEED = 20261120

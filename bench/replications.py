@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from finetrial.store import Home
-from finetrial.summary import ArmSummary, Interval, Summary
+from finetrial.summary import ArmSummary, Summary
+from finetrial.summary_measures import Interval
 
 TITLES = (
     "study", "arm", "best rate", "update / weights", "effective rank", "intruders", "embeddings moved",

@@ -24,24 +24,26 @@ from finetrial.summary import (
     Denominator,
     DimensionSummary,
     Discordant,
-    DriftSummary,
     Effect,
     FailureRow,
-    ForgettingSummary,
-    ForgottenPart,
-    Interval,
-    LayerDrift,
     LedgerRow,
     Meta,
     OnExamples,
     ReplicatePoint,
     SearchSummary,
-    SpectrumSummary,
     Summary,
     TaskSummary,
     TrialPoint,
     TuningCurve,
     Verdict,
+)
+from finetrial.summary_measures import (
+    DriftSummary,
+    ForgettingSummary,
+    ForgottenPart,
+    Interval,
+    LayerDrift,
+    SpectrumSummary,
 )
 
 SEEDS = 5

@@ -7,7 +7,7 @@ import random
 import pytest
 import scipy.stats
 
-from finetrial import claims
+from finetrial import claims, report_measures
 from finetrial.analyse import summarise
 from finetrial.plugins import metric_of
 from finetrial.records import (
@@ -428,6 +428,26 @@ def test_drift_per_layer_and_replicate_with_the_seed_to_seed_band_and_the_contro
     assert drift.per_replicate["3"] == 0.105
     assert summary.tasks[0].controls[0].drift == (0.0, 0.0, 0.0)
     assert summary.tasks[0].controls[0].run_id.startswith("probe.toy.000-")
+
+
+def test_numbers_of_a_probe_of_one_s_own_are_summarised_over_replicates_and_reported():
+    """Not: what is no number, what only some replicates have, and the probes with a place of their own."""
+    found = records()
+    probes = [r for r in found if r.spec.stage == "probe" and r.spec.arm == "toy/lora"]
+    for n, probe in enumerate(probes):
+        own = {"relative_change": 0.01 * (n + 1), "tensors": 4, "kept": True, "name": "x", "layers": [1, 2]}
+        own |= {} if n else {"some": 1.0}
+        result = probe.result.model_copy(update={"measures": {**probe.result.measures, "change": own}})
+        found = replaced(found, probe._replace(result=result))
+    summary = summarise(study(), found, META)
+    assert arm_of(summary, "full").own_measures == {}
+    numbers = arm_of(summary, "lora").own_measures["change"]
+    assert sorted(numbers) == ["relative_change", "tensors"]
+    change = numbers["relative_change"]
+    low, high = scipy.stats.t.interval(0.95, 4, 0.03, scipy.stats.sem([0.01, 0.02, 0.03, 0.04, 0.05]))
+    assert (change.estimate, change.low, change.high) == pytest.approx((0.03, low, high))
+    table = report_measures.own(summary, summary.tasks[0])
+    assert table.rows[0] == ("change: relative change", "– (not measured)", "0.030 (0.010 to 0.050)")
 
 
 def test_a_void_replicate_is_nobodys_neighbour():

@@ -195,6 +195,12 @@ def test_an_arm_that_is_not_told_from_an_answer_without_training_is_noted():
     assert (round(low, 4), round(high, 4)) == (0.4898, 0.5182)
 
 
+def test_an_arm_that_is_below_an_answer_without_training_is_said_to_be_worse():
+    notes = summarise(study(), records(lora=[0.30, 0.32, 0.29, 0.31, 0.30]), META).fairness_notes
+    assert any("is worse than the best answer without training (majority, 0.5)" in note for note in notes)
+    assert not any("not told from" in note for note in notes)
+
+
 def test_searches_that_were_ended_at_different_lengths_are_noted():
     """Though as many trials of each are done: of the longer one two diverged."""
     found = replaced(records(), failed(spec("trial", 2, "full"), "diverged", "loss"))

@@ -15,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from finetrial import palette, plots, report_figures, report_tables
+from finetrial.plots.claims import claims_figure
 from finetrial.tidy_csv import csv_text
 from summary_example import example_summary
 
@@ -280,6 +281,20 @@ def test_the_margin_lies_where_the_contrast_becomes_zero() -> None:
     chart = report_figures.charts(summary.model_copy(update={"claims": (claim,)}))[None][0]
     assert chart.rows[0]["margin"] == pytest.approx(-1.8)
     assert chart.rows[0]["holds"] == "right"
+
+
+def test_an_interval_without_bounds_reaches_from_edge_to_edge() -> None:
+    summary = example_summary()
+    claim = next(claim for claim in summary.claims if claim.kind == "drifts_less" and claim.difference)
+    drawn = []
+    for low, n in ((-60.0, 5), (None, 5), (None, 1)):
+        value = claim.difference.model_copy(update={"low": low, "high": low and 10.0, "n": n})
+        one = claim.model_copy(update={"difference": value})
+        (row,) = report_figures.charts(summary.model_copy(update={"claims": (one,)}))[None][0].rows
+        axes = claims_figure([row]).axes[0]
+        arrows = sorted(str(line.get_marker()) for line in axes.lines if line.get_marker() in ("<", ">"))
+        drawn.append((row["unbounded"], arrows))
+    assert drawn == [(False, []), (True, ["<", ">"]), (False, [])]  # of one pair there is no interval at all
 
 
 def test_names_are_drawn_as_text_and_not_as_formulae(tmp_path: Path) -> None:

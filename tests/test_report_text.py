@@ -6,7 +6,7 @@ import pytest
 
 from finetrial import report_checks
 from finetrial import report_text as text
-from finetrial.summary import Interval
+from finetrial.summary_measures import Interval
 from summary_example import example_summary
 
 
@@ -46,6 +46,11 @@ from summary_example import example_summary
         (text.interval(None, 1), "– (no valid run)"),
         (text.decimals_for([0.84, 0.5]), 3),  # shares of one
         (text.decimals_for([84.2, 0.5]), 1),  # points of a hundred
+        (text.decimals_for([0.0, 0.9], 100.0), 1),  # points, though all are small
+        (text.decimals_for([0.3, 0.5], 0.0), 3),  # a loss
+        (text.places_of([Interval(estimate=2.5e-6, low=None, high=None, sd=None, n=1), None], 3), 7),
+        (text.places_of([Interval(estimate=0.0, low=None, high=None, sd=None, n=1)], 3), 3),
+        (text.places_of([Interval(estimate=0.38, low=None, high=None, sd=None, n=1)], 3), 3),
     ],
 )
 def test_numbers_are_written_for_people(shown: object, expected: object) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, override, parse_dimension
+from finetrial.space import COMMON_SPACE, Choice, Fixed, Range, edge_of, override, parse_dimension
 
 RATE = Range(low=5e-5, high=5e-3, log=True)
 RANK = Choice(choices=(4, 8, 16, 32))
@@ -111,6 +111,20 @@ def test_a_plug_in_s_own_setting_of_words_takes_words():
 )  # fmt: skip
 def test_an_optimum_within_five_percent_of_an_end_is_at_the_edge(value, edge):
     assert RATE.edge(value) == edge
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "value", "edge"),
+    [
+        ("warmup_ratio", 0.0, 0.1, 0.001, None),  # below 0 there is nothing to search
+        ("warmup_ratio", 0.0, 0.1, 0.099, "high"),
+        ("warmup_ratio", 0.01, 0.1, 0.011, "low"),
+        ("warmup_ratio", 0.5, 1.0, 0.99, None),  # nor above 1
+        ("of_its_own", 0.0, 0.1, 0.001, "low"),  # a plug-in's: nobody knows where it ends
+    ],
+)
+def test_an_end_that_is_the_setting_s_own_is_no_edge(name, low, high, value, edge):
+    assert edge_of(name, Range(low=low, high=high), value) == edge
 
 
 ANY = st.recursive(

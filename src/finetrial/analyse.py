@@ -38,7 +38,7 @@ from finetrial.measures import interval
 from finetrial.plugins import Metric, metric_of
 from finetrial.records import RunRecord, SearchStop, TaskSpec
 from finetrial.search import BAD, random_draw
-from finetrial.space import Choice, Fixed, Range, Space
+from finetrial.space import Choice, Fixed, Range, Space, edge_of
 from finetrial.study import Claim, Study
 from finetrial.summary import (
     FROZEN_BASELINE,
@@ -110,7 +110,6 @@ def summarise(
         )
         for arm, summary in zip(arms, summaries, strict=True)
     )
-    best_possible = {name: metric.best for name, metric in metrics.items()}
     return Summary(
         study=study.study,
         study_hash=study.identity(),
@@ -127,7 +126,7 @@ def summarise(
         ledger=ledger,
         fairness_notes=(
             *notes,
-            *fairness_notes(study, tasks, summaries, ledger, best_possible),
+            *fairness_notes(study, tasks, summaries, ledger),
             *input_notes(ordered),
             *environment_notes(ordered),
             *cost_notes(ordered),
@@ -174,6 +173,7 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         name=task.name,
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
+        best_possible=metric.best,
         split_rows=result.split_rows if result else {},
         input_sha256=_inputs(task, ordered, result.input_sha256 if result else {}),
         baselines=baselines,
@@ -205,6 +205,7 @@ def _arm_summary(study: Study, arm: Arm) -> ArmSummary:
         drift=measures.drift(arm),
         spectrum=measures.spectrum(arm),
         forgetting=measures.forgetting(arm),
+        own_measures=measures.own(arm),
         trainable_parameters=costs[0].trainable_parameters if costs else None,
         total_parameters=costs[0].total_parameters if costs else None,
         saved_bytes=costs[0].saved_bytes if costs else None,
@@ -260,7 +261,7 @@ def _dimensions(space: Space, best: RunRecord | None) -> tuple[DimensionSummary,
     found = []
     for name, dimension in space.items():
         optimum = best.spec.settings.get(name) if best else None
-        edge = dimension.edge(optimum) if optimum is not None else None
+        edge = edge_of(name, dimension, optimum) if optimum is not None else None
         match dimension:
             case Range():
                 shape: dict[str, Any] = {

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from finetrial import effects, power, stats
 from finetrial.stats import ALPHA, Contrast
 from finetrial.study import MIN_PAIRS, Claim
-from finetrial.summary import ClaimResult, Interval, Unit, Verdict
+from finetrial.summary import ClaimResult, Unit, Verdict
+from finetrial.summary_measures import Interval
 
 ASSAY_FACTOR = 2  # the reference must beat the trivial baseline by this many margins
 NOISE_FACTOR = 3  # the reference must drift by this many times base-against-base

@@ -13,7 +13,8 @@ from finetrial import report_text as text
 from finetrial.errors import HomeError
 from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion
 from finetrial.store import Home
-from finetrial.summary import ArmCost, ArmSummary, ClaimResult, DimensionSummary, Interval, Summary, TaskSummary
+from finetrial.summary import ArmCost, ArmSummary, ClaimResult, DimensionSummary, Summary, TaskSummary
+from finetrial.summary_measures import Interval
 
 NOTHING = "-"
 SHORT_HASH = 12  # digits of a SHA-256 that are shown
@@ -51,6 +52,7 @@ class ArmOfStudy(Frozen):
     label: str
     metric: str
     higher_is_better: bool
+    best_possible: float | None
     score: Interval | None  # the metric on test
     valid: int  # replicates with a valid score, of `planned`
     planned: int
@@ -135,8 +137,8 @@ def _arm(label: str, task: TaskSummary, arm: ArmSummary) -> ArmOfStudy:
     score = arm.test.get(task.metric)
     return ArmOfStudy(
         task=arm.task, method=arm.method, label=label,
-        metric=task.metric, higher_is_better=task.higher_is_better, score=score,
-        valid=score.n if score else 0, planned=arm.planned,
+        metric=task.metric, higher_is_better=task.higher_is_better, best_possible=task.best_possible,
+        score=score, valid=score.n if score else 0, planned=arm.planned,
         drift=arm.drift.cka if arm.drift else None, seed_to_seed=arm.drift.seed_to_seed if arm.drift else None,
         trainable_parameters=arm.trainable_parameters, saved_bytes=arm.saved_bytes, cost=arm.cost,
     )  # fmt: skip
@@ -227,7 +229,7 @@ def arm_rows(compared: Compared) -> list[tuple[str, ...]]:
             arm.label,
             f"{arm.metric} {_ends(text.interval(arm.score, _decimals(compared, arm.task)))}",
             str(arm.valid) if arm.valid == arm.planned else f"{arm.valid} of {arm.planned}",
-            _ends(text.interval(arm.drift, 3, reason="not measured")),
+            _ends(text.interval(arm.drift, text.places_of([arm.drift], 3), reason="not measured")),
             text.duration(each.estimate if each else None),
             text.size(arm.cost.peak_memory_bytes if arm.cost else None),
         )
@@ -246,7 +248,9 @@ def claim_rows(compared: Compared) -> list[tuple[str, ...]]:
 
 
 def _decimals(compared: Compared, task: str) -> int:
-    return text.decimals_for(arm.score.estimate for arm in compared.arms if arm.task == task and arm.score)
+    arms = [arm for arm in compared.arms if arm.task == task]
+    best = next((arm.best_possible for arm in arms if arm.best_possible is not None), None)
+    return text.decimals_for((arm.score.estimate for arm in arms if arm.score), best)
 
 
 def _ends(interval: str) -> str:

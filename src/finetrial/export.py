@@ -14,7 +14,7 @@ from finetrial import files, strict_yaml
 from finetrial.frozen import SCHEMA_VERSION, Frozen, SchemaVersion, Setting
 from finetrial.records import RunRecord
 from finetrial.sealed import Damaged, digest
-from finetrial.space import Space
+from finetrial.space import Space, edge_of
 from finetrial.store import Home
 
 HEADER = """\
@@ -49,7 +49,7 @@ def optimum(record: RunRecord, space: Space, *, metric: str, trials: int) -> Opt
     assert record.result.score is not None
     assert record.spec.method is not None
     spec = record.spec
-    edges = {name: edge for name in space if (edge := space[name].edge(spec.settings[name]))}
+    edges = {name: edge for name in space if (edge := edge_of(name, space[name], spec.settings[name]))}
     return Optimum(
         study=spec.study, task=spec.task.name, method=record.spec.method.name, settings=spec.settings,
         metric=metric, score=record.result.score, trial=spec.number, run_id=spec.run_id, trials=trials,

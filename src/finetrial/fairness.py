@@ -101,19 +101,15 @@ def fairness_notes(
     tasks: Sequence[TaskSummary],
     arms: Sequence[ArmSummary],
     ledger: Sequence[LedgerRow],
-    best_possible: Mapping[str, float],
 ) -> tuple[str, ...]:
-    """Rules that were broken and what a reader should know, one sentence each.
-
-    `best_possible`: task name -> the best value that its metric can take.
-    """
+    """Rules that were broken and what a reader should know, one sentence each."""
     notes = _study_notes(study, ledger)
     for task in tasks:
         mine = [arm for arm in arms if arm.task == task.name]
         rows = [row for row in ledger if row.task == task.name]
         notes += _task_notes(task, rows)
         for arm, row in zip(mine, rows, strict=True):
-            notes += _arm_notes(task, arm, row, best_possible[task.name])
+            notes += _arm_notes(task, arm, row)
     return tuple(notes)
 
 
@@ -277,7 +273,7 @@ def _task_notes(task: TaskSummary, rows: Sequence[LedgerRow]) -> list[str]:
     return notes
 
 
-def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible: float) -> list[str]:
+def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow) -> list[str]:
     name = f"{arm.task}/{arm.method}"
     notes = [
         f"{name}: the best {d.name}, {float(d.optimum):.3g}, lies within 5 % of the {d.edge} end "
@@ -285,9 +281,9 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
         for d in arm.search.dimensions
         if d.edge and d.low is not None and d.high is not None and d.optimum is not None
     ]
-    if arm.search.best_score is not None and arm.search.best_score == best_possible:
+    if arm.search.best_score is not None and arm.search.best_score == task.best_possible:
         notes.append(
-            f"{name}: the best trial reaches the best possible {task.metric} ({best_possible:g}); a "
+            f"{name}: the best trial reaches the best possible {task.metric} ({task.best_possible:g}); a "
             f"saturated metric cannot tell settings or methods apart"
         )
     best = next((trial for trial in arm.search.trials if trial.run_id == arm.search.best), None)
@@ -325,17 +321,19 @@ def _arm_notes(task: TaskSummary, arm: ArmSummary, row: LedgerRow, best_possible
 
 
 def _learnt_nothing(task: TaskSummary, arm: ArmSummary, name: str) -> list[str]:
-    """A sentence where the arm's mean is not told from the best answer that needs no training."""
+    """A sentence where the arm's mean is not told to be better than the best answer without training."""
     known = task.best_baseline(FROZEN_BASELINE)
     mean, sign = arm.test.get(task.metric), 1 if task.higher_is_better else -1
     if mean is None or mean.low is None or mean.high is None or not known:
         return []
     base, best = known
-    if sign * (mean.low if task.higher_is_better else mean.high) > sign * best:
+    worst_end, best_end = (mean.low, mean.high) if task.higher_is_better else (mean.high, mean.low)
+    if sign * worst_end > sign * best:
         return []
+    stands = "is worse than" if sign * best_end < sign * best else "is not told from"
     return [
-        f"{name}: its mean {task.metric} on test, {mean.estimate:.4g} ({mean.low:.4g} to {mean.high:.4g}), is "
-        f"not told from the best answer without training ({base}, {best:.4g}): it may have learnt nothing of "
+        f"{name}: its mean {task.metric} on test, {mean.estimate:.4g} ({mean.low:.4g} to {mean.high:.4g}), "
+        f"{stands} the best answer without training ({base}, {best:.4g}): it may have learnt nothing of "
         f"the task"
     ]
 

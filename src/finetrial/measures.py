@@ -14,8 +14,8 @@ from finetrial import stats
 from finetrial.evidence import Arm, measured, measures_of
 from finetrial.matching import Point
 from finetrial.records import RunRecord
-from finetrial.summary import (
-    Control,
+from finetrial.summary import Control
+from finetrial.summary_measures import (
     DriftSummary,
     ForgettingSummary,
     ForgottenPart,
@@ -24,6 +24,7 @@ from finetrial.summary import (
     SpectrumSummary,
 )
 
+REPORTED = ("drift", "spectrum", "forgetting", "interpolation")  # what has a place of its own in the summary
 # Of the spectrum's `overall` and of its matrices; the names are the probe's.
 OVERALL = (
     "update_norm", "relative_change", "effective_rank_mean", "stable_rank_mean", "rank_for_energy_mean",
@@ -185,6 +186,23 @@ def forgetting(arm: Arm) -> ForgettingSummary | None:
         forgotten=interval(list(each.values())) if each else None,
         per_replicate={str(number): value for number, value in each.items()},
     )
+
+
+def own(arm: Arm) -> dict[str, dict[str, Interval]]:
+    """Numbers at the top of what the study's other probes gave, each over the replicates: probe -> number."""
+    results = [probe.result for probe in arm.probes.values() if probe.result]
+    names = dict.fromkeys(name for result in results for name in result.measures if name not in REPORTED)
+    found: dict[str, dict[str, Interval]] = {}
+    for name in names:
+        given = [values for _, values in measures_of(arm, name).values()]
+        shared = [key for key in given[0] if all(_is_number(each.get(key)) for each in given)] if given else []
+        if shared:
+            found[name] = {key: interval([float(each[key]) for each in given]) for key in shared}
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def lines(arm: Arm, kind: Literal["drift", "forgetting"]) -> dict[int, tuple[str, list[Point]]]:

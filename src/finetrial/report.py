@@ -161,6 +161,7 @@ def _view(summary: Summary, charts: dict[str | None, list[dict[str, Any]]]) -> d
                         measures.drift(summary, task),
                         measures.forgetting(summary, task),
                         measures.spectrum(summary, task),
+                        measures.own(summary, task),
                     )
                     if table.rows
                 ],

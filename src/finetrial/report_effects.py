@@ -10,16 +10,8 @@ from functools import partial
 
 from finetrial import report_text as text
 from finetrial.report_tables import Cell, Table, columns_of
-from finetrial.summary import (
-    AcrossTasks,
-    Bootstrapped,
-    ClaimResult,
-    Denominator,
-    Effect,
-    Interval,
-    OnExamples,
-    Summary,
-)
+from finetrial.summary import AcrossTasks, Bootstrapped, ClaimResult, Denominator, Effect, OnExamples, Summary
+from finetrial.summary_measures import Interval
 
 INFERENCE_TASKS = 6  # with fewer, no test over tasks can be relied on
 

@@ -60,7 +60,7 @@ def _claims(summary: Summary) -> Chart | None:
         "Every claim, its difference and its margin",
         "Mark: mean difference over paired replicate seeds (number of seeds: in the table above). Bar: "
         "95 % interval, by t, or for drift by Fieller. Tick: the margin; shaded: the side on which the claim "
-        "holds.",
+        "holds. Arrows: the data do not bound the interval.",
         f"Forest plot. {said}.",
         rows,
         plots.claims_figure(rows),
@@ -85,6 +85,7 @@ def _claim_row(claim: ClaimResult, higher_is_better: bool) -> dict[str, Any]:
         "estimate": value.estimate * scale if value else None,
         "low": value.low * scale if value and value.low is not None else None,
         "high": value.high * scale if value and value.high is not None else None,
+        "unbounded": value is not None and value.low is None and value.n > 1,
         "n": value.n if value else 0,
         "margin": margin,
         "holds": "right" if claim.kind == "within" and higher_is_better else "left",

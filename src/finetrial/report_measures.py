@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from finetrial import report_text as text
 from finetrial.report_tables import Badge, Cell, Table, columns_of
-from finetrial.summary import ArmSummary, ForgottenPart, Interval, Summary, TaskSummary
+from finetrial.summary import ArmSummary, Summary, TaskSummary
+from finetrial.summary_measures import ForgottenPart, Interval
 
 DRIFTS = (  # what of the summary, how it is called, decimals
     ("cka", "1 − CKA", 3),
@@ -31,6 +32,7 @@ def drift(summary: Summary, task: TaskSummary) -> Table:
         found = [_drift_value(arm, key) for arm in arms]
         if any(found):
             reason = "needs two seeds" if key == "seed_to_seed" else "not measured"
+            places = text.places_of(found, places)
             rows.append((title, *(text.interval(value, places, reason=reason) for value in found)))
     errors = [arm.drift.rows_error if arm.drift else None for arm in arms]
     if any(error is not None for error in errors):
@@ -75,6 +77,25 @@ def drift_layers(summary: Summary, task: TaskSummary) -> Table:
     titles = [f"#{arm.method}, {what}" for arm in arms for what in ("1 − CKA", "1 − cosine", "angle")]
     columns = columns_of("Layer", *titles, "#Variance in the base's top feature")
     return Table(f"layers.{task.name}", f"Drift by layer on {task.name}", columns, tuple(rows))
+
+
+def own(summary: Summary, task: TaskSummary) -> Table:
+    """The numbers that the study's other probes gave, a column per method."""
+    arms = text.arms_of(summary, task.name)
+    found = dict.fromkeys(
+        (probe, number) for arm in arms for probe, numbers in arm.own_measures.items() for number in numbers
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for probe, number in found:
+        values = [arm.own_measures.get(probe, {}).get(number) for arm in arms]
+        places = text.places_of(values, 3)
+        cells = (text.interval(value, places, reason="not measured") for value in values)
+        rows.append((f"{probe}: {number.replace('_', ' ')}", *cells))
+    columns = columns_of("Number", *(f"#{arm.method}" for arm in arms))
+    note = "As the study's own probes gave them; brackets: 95 % t-interval over seeds."
+    return Table(
+        f"own.{task.name}", f"Measured by the study's own probes on {task.name}", columns, tuple(rows), note
+    )
 
 
 def forgetting(summary: Summary, task: TaskSummary) -> Table:

@@ -6,11 +6,13 @@ does that for its own format). A value that is missing is an en dash with its re
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from finetrial.frozen import Setting
-from finetrial.summary import ArmSummary, ClaimResult, Interval, Summary, TaskSummary, Verdict
+from finetrial.summary import ArmSummary, ClaimResult, Summary, TaskSummary, Verdict
+from finetrial.summary_measures import Interval
 
 MINUS = "−"
 MISSING = "–"
@@ -70,9 +72,17 @@ def setting(value: Setting | None) -> str:
     return significant(value) if isinstance(value, float) else str(value)
 
 
-def decimals_for(values: Iterable[float]) -> int:
-    """Decimals for scores of one metric: one for points (0 .. 100), three for shares (0 .. 1)."""
-    return 3 if max((abs(value) for value in values), default=0.0) <= LARGEST_SHARE else 1
+def decimals_for(values: Iterable[float], best_possible: float | None = None) -> int:
+    """Decimals for scores of one metric: one for points (0 .. 100), three for shares (0 .. 1), which the best
+    value that it can take tells apart; where that is not known, or is 0 as a loss's, the largest there is."""
+    largest = abs(best_possible or 0.0) or max((abs(value) for value in values), default=0.0)
+    return 3 if largest <= LARGEST_SHARE else 1
+
+
+def places_of(values: Iterable[Interval | None], least: int) -> int:
+    """At least so many decimals, and as many as show the smallest of these (but 0) to two digits."""
+    sizes = [abs(value.estimate) for value in values if value is not None and value.estimate]
+    return max(least, 1 - math.floor(math.log10(min(sizes)))) if sizes and min(sizes) < 10**-least else least
 
 
 def interval(
@@ -215,10 +225,10 @@ def claim_decimals(summary: Summary, claim: ClaimResult) -> int:
 
 
 def metric_decimals(summary: Summary, task: TaskSummary, metric: str) -> int:
-    """Decimals of one metric of a task, from the size of all its values."""
+    """Decimals of one metric of a task, from the best that it can be or else from all its values."""
     values = [base[metric] for base in task.baselines.values() if metric in base]
     values += [arm.test[metric].estimate for arm in arms_of(summary, task.name) if metric in arm.test]
-    return decimals_for(values)
+    return decimals_for(values, task.best_possible if metric == task.metric else None)
 
 
 def arms_of(summary: Summary, task: str) -> list[ArmSummary]:

@@ -111,6 +111,16 @@ BOUNDS: dict[str, tuple[float, float, bool]] = {
 }
 
 
+def edge_of(name: str, dimension: Dimension, value: Setting) -> Literal["low", "high"] | None:
+    """Which end of its range a setting lies at, unless that end is the setting's own: beyond it is nothing."""
+    end = dimension.edge(value)
+    if end is None or not isinstance(dimension, Range) or name not in BOUNDS:
+        return end
+    lowest, highest, _ = BOUNDS[name]
+    last = dimension.low <= lowest if end == "low" else dimension.high >= highest
+    return None if last else end
+
+
 def space_fault(space: Any) -> str | None:
     """What is wrong with a method's own space, and what to do; None: nothing."""
     if not isinstance(space, dict) or "learning_rate" not in space:

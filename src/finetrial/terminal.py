@@ -55,7 +55,8 @@ def progress(*, quiet: bool = False) -> Progress:
 
 def show_title(study: Study, home: Path) -> None:
     arms = len(study.arms)
-    runs = f"{arms} arms   {arms * study.search.trials} trials   {arms * study.train.seeds} replicates"
+    planned = {"arm": arms, "trial": arms * study.search.trials, "replicate": arms * study.train.seeds}
+    runs = "   ".join(f"{number} {noun}{'s' * (number != 1)}" for noun, number in planned.items())
     console.print(
         Text(study.study, style="bold"),
         f"  {study.model.name}   {runs}   {home}",
@@ -232,6 +233,10 @@ def show_run(path: Path, *, as_json: bool) -> None:
             table.add_row(name, f"{record.result.settings_used[name]} (follows)")
         for split, scores in record.result.scores.items():
             table.add_row(split, ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+        for name, found in record.result.measures.items():
+            numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
+            if numbers:
+                table.add_row(name, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         if record.result.proof:
             for group, proof in record.result.proof.groups.items():
                 relative = f", {proof.relative_change:.2%}" if proof.relative_change is not None else ""

@@ -18,7 +18,8 @@ def claims_figure(rows: Sequence[Row]) -> Figure:
     """A forest plot: each claim's difference with its interval, and the side of the margin where it holds.
 
     Rows: panel (the axis label), label, verdict, verdict_text, estimate, low, high (None: no interval),
-    margin (where the claim's border lies), holds ("right" or "left" of it).
+    unbounded (whether the data do not bound it), margin (where the claim's border lies), holds ("right" or
+    "left" of it).
     """
     with style():
         panels = list(dict.fromkeys(row["panel"] for row in rows))
@@ -58,6 +59,11 @@ def _claim(axes: Axes, y: int, row: Row) -> None:
     if row["low"] is not None:
         ends = [row["low"], row["high"]]
         axes.plot(ends, [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=3)
+    elif row["unbounded"]:
+        across = {"transform": axes.get_yaxis_transform(), "zorder": 3}
+        axes.plot([0.0, 1.0], [y, y], color=colour, linewidth=1.4, linestyle=(0, (1, 1.6)), **across)
+        for end, head in ((0.006, "<"), (0.994, ">")):
+            axes.plot([end], [y], marker=head, color=colour, markersize=6, linestyle="none", **across)
     inside = PAPER if fill == "none" else fill
     mark(axes, row["estimate"], y, marker, colour, 8, markerfacecolor=inside, markeredgewidth=1.5, zorder=4)
     if row["margin"] is not None:
