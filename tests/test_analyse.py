@@ -447,7 +447,8 @@ def test_numbers_of_a_probe_of_one_s_own_are_summarised_over_replicates_and_repo
     low, high = scipy.stats.t.interval(0.95, 4, 0.03, scipy.stats.sem([0.01, 0.02, 0.03, 0.04, 0.05]))
     assert (change.estimate, change.low, change.high) == pytest.approx((0.03, low, high))
     table = report_measures.own(summary, summary.tasks[0])
-    assert table.rows[0] == ("change: relative change", "– (not measured)", "0.030 (0.010 to 0.050)")
+    assert table.rows[0] == ("change: relative change", "– (not measured)", "0.03 (0.0104 to 0.0496)")
+    assert table.rows[1][-1] == "4 (4 to 4)"
 
 
 def test_a_void_replicate_is_nobodys_neighbour():

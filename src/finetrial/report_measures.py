@@ -88,14 +88,22 @@ def own(summary: Summary, task: TaskSummary) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for probe, number in found:
         values = [arm.own_measures.get(probe, {}).get(number) for arm in arms]
-        places = text.places_of(values, 3)
-        cells = (text.interval(value, places, reason="not measured") for value in values)
-        rows.append((f"{probe}: {number.replace('_', ' ')}", *cells))
+        rows.append((f"{probe}: {number.replace('_', ' ')}", *map(_of_any_size, values)))
     columns = columns_of("Number", *(f"#{arm.method}" for arm in arms))
     note = "As the study's own probes gave them; brackets: 95 % t-interval over seeds."
     return Table(
         f"own.{task.name}", f"Measured by the study's own probes on {task.name}", columns, tuple(rows), note
     )
+
+
+def _of_any_size(value: Interval | None) -> str:
+    """As `report_text.interval`, to three digits whatever the size."""
+    if value is None:
+        return text.missing("not measured")
+    shown = text.significant(value.estimate)
+    if value.low is None or value.high is None:
+        return f"{shown} (no interval, n = {value.n})"
+    return f"{shown} ({text.significant(value.low)} to {text.significant(value.high)})"
 
 
 def forgetting(summary: Summary, task: TaskSummary) -> Table:
