@@ -6,7 +6,8 @@
 
 `record` trains MiniLM at so many settings drawn at random, each to every end that halving has, and keeps the
 scores and losses of the single validation examples there, in one file for each task and recording; it may be
-stopped and goes on. Every recording draws its settings (the same for all tasks) and seeds, on the same rows.
+stopped and goes on. Every recording draws its settings (the same for all tasks), its seeds and, but for the
+first two, which have the same, its rows.
 `replay` searches each of them (without a folder: those of the published figures, `bench/results/halving/`)
 as the study would, by `search.propose`, with whole trials; a proposal is answered by the recorded setting
 that lies nearest and is not yet used. Beside the best of these is set what halving chooses of the same trials

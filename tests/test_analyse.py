@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
+from types import ModuleType
 
 import pytest
 import scipy.stats
 
 from finetrial import claims, report_measures
 from finetrial.analyse import summarise
-from finetrial.plugins import metric_of
+from finetrial.plugins import Metric, metric_of
 from finetrial.records import (
     RunRecord,
     TaskSpec,
@@ -35,6 +38,7 @@ from made_records import (
     replicate,
     spec,
     study,
+    toy_task,
     toy_tasks,  # noqa: F401 - a fixture
     trial,
     trials,
@@ -399,6 +403,27 @@ def test_a_diverged_trial_is_never_the_best():
     assert search.trials[1].score is None
 
 
+def test_an_optimum_where_the_setting_itself_ends_is_no_edge():
+    best = trial("lora", 1, 0.9, 5e-4)
+    settings = {**best.spec.settings, "warmup_ratio": 0.0}
+    best = best._replace(spec=best.spec.model_copy(update={"settings": settings}))
+    found = summarise(study(), replaced(records(), best), META)
+    warmup = next(d for d in arm_of(found, "lora").search.dimensions if d.name == "warmup_ratio")
+    assert (warmup.low, warmup.optimum, warmup.edge) == (0.0, 0.0, None)
+    assert next(r for r in found.ledger if r.method == "lora").edge_flags == ()
+
+
+def test_a_metric_without_a_bound_is_summarised(monkeypatch):
+    module = ModuleType("toy_open")
+    module.OPEN = toy_task()
+    module.OPEN.metric = Metric("f1", True, 0.0, math.inf)
+    monkeypatch.setitem(sys.modules, "toy_open", module)
+    task = TaskSpec(name="toy", use="toy_open:OPEN", params={})
+    summary = summarise(study(tasks=(task,)), records(task=task), META)
+    assert summary.tasks[0].best_possible is None
+    assert arm_of(summary, "lora").test["f1"].n == 5
+
+
 def test_an_optimum_at_the_end_of_its_range_is_flagged_everywhere():
     found = replaced(records(), trial("lora", 1, 0.9, 4.9e-3))
     summary = summarise(study(), found, META)
@@ -436,7 +461,7 @@ def test_numbers_of_a_probe_of_one_s_own_are_summarised_over_replicates_and_repo
     probes = [r for r in found if r.spec.stage == "probe" and r.spec.arm == "toy/lora"]
     for n, probe in enumerate(probes):
         own = {"relative_change": 0.01 * (n + 1), "tensors": 4, "kept": True, "name": "x", "layers": [1, 2]}
-        own |= {} if n else {"some": 1.0}
+        own |= {"huge": 10**400, "large": 1e300} | ({} if n else {"some": 1.0})
         result = probe.result.model_copy(update={"measures": {**probe.result.measures, "change": own}})
         found = replaced(found, probe._replace(result=result))
     summary = summarise(study(), found, META)

@@ -46,6 +46,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(Path("runs/small/report/index.html")) in done.stdout
     assert (home / "report" / "index.html").exists()
+    phases = [line.split()[0] for line in done.stdout.splitlines() if line.endswith((" run", " runs"))]
+    assert phases == ["baseline", "search", "train"]  # nothing is measured
     return folder
 
 
@@ -115,6 +117,14 @@ def test_status_of_a_study_that_has_not_begun():
     result = call("status", "study.yaml")
     assert_refused(result)
     assert "runs/good is not there yet; `finetrial run` makes it" in result.stderr
+
+
+def test_show_has_the_numbers_that_a_probe_measured(there):
+    edit("measure: []", "measure: [drift]")
+    assert call("run", "study.yaml").exit_code == 0
+    record = json.loads(call("show", "probe.synthetic_qa.full", "--json").stdout)
+    mean = record["result"]["measures"]["drift"]["cosine_drift_mean"]
+    assert f"cosine_drift_mean {mean:.4g}" in " ".join(call("show", "probe.synthetic_qa.full").stdout.split())
 
 
 def test_show_takes_the_beginning_of_an_id_its_whole_or_its_folder(there):

@@ -293,8 +293,10 @@ def test_an_interval_without_bounds_reaches_from_edge_to_edge() -> None:
         (row,) = report_figures.charts(summary.model_copy(update={"claims": (one,)}))[None][0].rows
         axes = claims_figure([row]).axes[0]
         arrows = sorted(str(line.get_marker()) for line in axes.lines if line.get_marker() in ("<", ">"))
-        drawn.append((row["unbounded"], arrows))
-    assert drawn == [(False, []), (True, ["<", ">"]), (False, [])]  # of one pair there is no interval at all
+        across = sum(list(line.get_xdata()) == [0, 1] and line.get_linestyle() != "-" for line in axes.lines)
+        drawn.append((row["unbounded"], arrows, across))
+    # of one pair there is no interval at all
+    assert drawn == [(False, [], 0), (True, ["<", ">"], 1), (False, [], 0)]
 
 
 def test_names_are_drawn_as_text_and_not_as_formulae(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _task(task: TaskSpec, metric: Metric, ordered: Sequence[RunRecord]) -> TaskS
         name=task.name,
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
-        best_possible=metric.best,
+        best_possible=metric.best if math.isfinite(metric.best) else None,
         split_rows=result.split_rows if result else {},
         input_sha256=_inputs(task, ordered, result.input_sha256 if result else {}),
         baselines=baselines,

@@ -249,7 +249,7 @@ def claim_rows(compared: Compared) -> list[tuple[str, ...]]:
 
 def _decimals(compared: Compared, task: str) -> int:
     arms = [arm for arm in compared.arms if arm.task == task]
-    best = next((arm.best_possible for arm in arms if arm.best_possible is not None), None)
+    best = max((arm.best_possible for arm in arms if arm.best_possible is not None), default=None)
     return text.decimals_for((arm.score.estimate for arm in arms if arm.score), best)
 
 

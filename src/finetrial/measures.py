@@ -24,6 +24,7 @@ from finetrial.summary_measures import (
     SpectrumSummary,
 )
 
+LARGEST = 1e150
 REPORTED = ("drift", "spectrum", "forgetting", "interpolation")  # what has a place of its own in the summary
 # Of the spectrum's `overall` and of its matrices; the names are the probe's.
 OVERALL = (
@@ -195,14 +196,15 @@ def own(arm: Arm) -> dict[str, dict[str, Interval]]:
     found: dict[str, dict[str, Interval]] = {}
     for name in names:
         given = [values for _, values in measures_of(arm, name).values()]
-        shared = [key for key in given[0] if all(_is_number(each.get(key)) for each in given)] if given else []
+        shared = [key for key in given[0] if all(is_number(each.get(key)) for each in given)] if given else []
         if shared:
             found[name] = {key: interval([float(each[key]) for each in given]) for key in shared}
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it can be averaged: no bool, nothing infinite, and nothing whose square would be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def lines(arm: Arm, kind: Literal["drift", "forgetting"]) -> dict[int, tuple[str, list[Point]]]:

@@ -148,7 +148,7 @@ class Story:
         """Finish all runs of some lanes. `totals`: arm -> runs, where it is not all runs of the stage."""
         study, home = self.study, self.opened.home
         totals = self._totals(stage) if totals is None else totals
-        if not totals or (stage == "probe" and not study.measure):
+        if not totals:
             return
         metrics = {task.name: metric_of(task) for task in study.tasks}
         mine = [record for record in self.planned() if record.spec.stage == stage and record.outcome]
@@ -181,6 +181,8 @@ class Story:
         study = self.study
         if stage == "baseline":
             return dict.fromkeys(plan.baseline_arms(study), 1)
+        if stage == "probe" and not study.measure:
+            return {}
         each = study.train.seeds
         if stage == "trial":
             each = sum(study.search.counts)

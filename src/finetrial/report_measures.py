@@ -32,8 +32,8 @@ def drift(summary: Summary, task: TaskSummary) -> Table:
         found = [_drift_value(arm, key) for arm in arms]
         if any(found):
             reason = "needs two seeds" if key == "seed_to_seed" else "not measured"
-            places = text.places_of(found, places)
-            rows.append((title, *(text.interval(value, places, reason=reason) for value in found)))
+            cells = (text.interval(value, text.places_of([value], places), reason=reason) for value in found)
+            rows.append((title, *cells))
     errors = [arm.drift.rows_error if arm.drift else None for arm in arms]
     if any(error is not None for error in errors):
         shown = (text.missing("not known") if e is None else text.fixed(e, 4) for e in errors)

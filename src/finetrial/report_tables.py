@@ -267,7 +267,7 @@ def _edge(dimension: DimensionSummary) -> Cell:
     if dimension.kind != "range":
         return text.missing("no range")
     if dimension.edge is None:
-        return "inside" if dimension.optimum is not None else text.missing("no optimum")
+        return "none" if dimension.optimum is not None else text.missing("no optimum")
     return Badge("warning", f"at the {dimension.edge} end", "the true optimum may lie outside; widen the range")
 
 

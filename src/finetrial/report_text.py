@@ -27,6 +27,7 @@ VERDICT_WORDS: dict[Verdict, str] = {
 CLAIMS_IN_FULL = 4
 # Scores up to this size are shares of one (0.842); above it they are points of a hundred (84.2).
 LARGEST_SHARE = 1.5
+POINTS = 100.0
 # With fewer random trials a tuning curve has nothing to show.
 LEAST_CURVE = 3
 
@@ -73,16 +74,16 @@ def setting(value: Setting | None) -> str:
 
 
 def decimals_for(values: Iterable[float], best_possible: float | None = None) -> int:
-    """Decimals for scores of one metric: one for points (0 .. 100), three for shares (0 .. 1), which the best
-    value that it can take tells apart; where that is not known, or is 0 as a loss's, the largest there is."""
-    largest = abs(best_possible or 0.0) or max((abs(value) for value in values), default=0.0)
-    return 3 if largest <= LARGEST_SHARE else 1
+    """Decimals for scores of one metric: one for points (0 .. 100), three for shares (0 .. 1). Where all values
+    are small, the best that it can be tells points from shares."""
+    points = best_possible == POINTS or max((abs(value) for value in values), default=0.0) > LARGEST_SHARE
+    return 1 if points else 3
 
 
 def places_of(values: Iterable[Interval | None], least: int) -> int:
     """At least so many decimals, and as many as show the smallest of these (but 0) to two digits."""
     sizes = [abs(value.estimate) for value in values if value is not None and value.estimate]
-    return max(least, 1 - math.floor(math.log10(min(sizes)))) if sizes and min(sizes) < 10**-least else least
+    return max(least, 1 - math.floor(math.log10(min(sizes)))) if sizes else least
 
 
 def interval(

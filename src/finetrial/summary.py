@@ -135,7 +135,7 @@ class TaskSummary(Frozen):
     name: str
     metric: str
     higher_is_better: bool
-    best_possible: float | None = None  # of the metric
+    best_possible: float | None = None  # of the metric; None: it has no bound
     split_rows: dict[str, int]
     input_sha256: dict[str, str] = {}  # split -> hash of the encoded inputs; train's is of `train.rows`
     baselines: dict[str, dict[str, float]]  # majority, untrained, frozen body ... -> metric -> test value

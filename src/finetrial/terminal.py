@@ -234,9 +234,10 @@ def show_run(path: Path, *, as_json: bool) -> None:
         for split, scores in record.result.scores.items():
             table.add_row(split, ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
         for name, found in record.result.measures.items():
-            numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
+            numbers = [(key, value) for key, value in found.items() if type(value) in (int, float)]
+            shown = (f"{key} {value if isinstance(value, int) else f'{value:.4g}'}" for key, value in numbers)
             if numbers:
-                table.add_row(name, ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+                table.add_row(name, ", ".join(shown))
         if record.result.proof:
             for group, proof in record.result.proof.groups.items():
                 relative = f", {proof.relative_change:.2%}" if proof.relative_change is not None else ""
