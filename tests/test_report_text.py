@@ -50,10 +50,11 @@ from summary_example import example_summary
         (text.decimals_for([0.3, 0.5], 0.0), 3),  # a loss
         (text.decimals_for([26.2, 30.1], 1.0), 1),  # a perplexity
         (text.decimals_for([0.8, 0.9], 1e9), 3),  # no bound, or as good as none
-        (text.places_of([Interval(estimate=2.5e-6, low=None, high=None, sd=None, n=1), None], 3), 7),
-        (text.places_of([Interval(estimate=0.0012, low=None, high=None, sd=None, n=1)], 3), 4),
-        (text.places_of([Interval(estimate=0.0, low=None, high=None, sd=None, n=1)], 3), 3),
-        (text.places_of([Interval(estimate=0.38, low=None, high=None, sd=None, n=1)], 3), 3),
+        (text.places_of(Interval(estimate=2.5e-6, low=None, high=None, sd=None, n=1), 3), 7),
+        (text.places_of(Interval(estimate=0.0012, low=None, high=None, sd=None, n=1), 3), 4),
+        (text.places_of(None, 3), 3),
+        (text.places_of(Interval(estimate=0.0, low=None, high=None, sd=None, n=1), 3), 3),
+        (text.places_of(Interval(estimate=0.38, low=None, high=None, sd=None, n=1), 3), 3),
     ],
 )
 def test_numbers_are_written_for_people(shown: object, expected: object) -> None:

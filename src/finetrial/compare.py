@@ -229,7 +229,7 @@ def arm_rows(compared: Compared) -> list[tuple[str, ...]]:
             arm.label,
             f"{arm.metric} {_ends(text.interval(arm.score, _decimals(compared, arm.task)))}",
             str(arm.valid) if arm.valid == arm.planned else f"{arm.valid} of {arm.planned}",
-            _ends(text.interval(arm.drift, text.places_of([arm.drift], 3), reason="not measured")),
+            _ends(text.interval(arm.drift, text.places_of(arm.drift, 3), reason="not measured")),
             text.duration(each.estimate if each else None),
             text.size(arm.cost.peak_memory_bytes if arm.cost else None),
         )

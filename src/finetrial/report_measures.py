@@ -32,7 +32,7 @@ def drift(summary: Summary, task: TaskSummary) -> Table:
         found = [_drift_value(arm, key) for arm in arms]
         if any(found):
             reason = "needs two seeds" if key == "seed_to_seed" else "not measured"
-            cells = (text.interval(value, text.places_of([value], places), reason=reason) for value in found)
+            cells = (text.interval(value, text.places_of(value, places), reason=reason) for value in found)
             rows.append((title, *cells))
     errors = [arm.drift.rows_error if arm.drift else None for arm in arms]
     if any(error is not None for error in errors):

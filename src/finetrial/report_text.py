@@ -80,10 +80,11 @@ def decimals_for(values: Iterable[float], best_possible: float | None = None) ->
     return 1 if points else 3
 
 
-def places_of(values: Iterable[Interval | None], least: int) -> int:
-    """At least so many decimals, and as many as show the smallest of these (but 0) to two digits."""
-    sizes = [abs(value.estimate) for value in values if value is not None and value.estimate]
-    return max(least, 1 - math.floor(math.log10(min(sizes)))) if sizes else least
+def places_of(value: Interval | None, least: int) -> int:
+    """At least so many decimals, and as many as show its estimate to two digits."""
+    if value is None or not value.estimate:
+        return least
+    return max(least, 1 - math.floor(math.log10(abs(value.estimate))))
 
 
 def interval(
